@@ -1,0 +1,1 @@
+"""One module per launcher: parse, call, exit code."""

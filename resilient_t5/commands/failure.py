@@ -1,0 +1,30 @@
+"""How a command ends: an exit code for the caller, one clear message for the user, a traceback only for our own bugs."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+
+from resilient_t5.errors import ExitCode, ResilientError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def reported(command: Callable[[], int]) -> int:
+    """Run `command`; turn what it raises into a message on stderr and the exit code that belongs to it."""
+    try:
+        return int(command())
+    except ResilientError as error:
+        sys.stderr.write(f"{error}\n")
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before training began; nothing to save\n")
+        return int(ExitCode.INTERRUPTED)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        full = error.errno in NO_SPACE
+        sys.stderr.write(f"{'disk full' if full else 'i/o error'}: {error.strerror or error}{where}\n")
+        return int(ExitCode.DISK_FULL if full else ExitCode.IO_ERROR)
+    except Exception:  # noqa: BLE001  the last frame of a command: an unexpected error keeps its traceback
+        traceback.print_exc()
+        return int(ExitCode.UNEXPECTED)

@@ -1,0 +1,184 @@
+"""The whole configuration: one frozen dataclass, its sections, the checks across sections, and what a resume may change.
+
+Sections live in `config_data.py` and `config_training.py`; each part of the program receives its own section only.
+Parsing YAML and the command line is `commands/arguments.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from resilient_t5.config_data import (
+    BatchConfig,
+    CorruptionConfig,
+    DataConfig,
+    ModelConfig,
+    NoiseKind,
+    TokenizerConfig,
+)
+from resilient_t5.config_training import (
+    CheckpointConfig,
+    ConvergenceConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TelemetryConfig,
+)
+from resilient_t5.config_values import check
+from resilient_t5.errors import ConfigError
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConvergenceConfig",
+    "CorruptionConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "HardwareConfig",
+    "ModelConfig",
+    "NoiseKind",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TelemetryConfig",
+    "TokenizerConfig",
+    "check_preparable",
+    "check_trainable",
+    "flat",
+    "mathematics",
+    "mathematics_sha256",
+]
+
+# What a resume may change: where things lie, when they are reported or saved, and what only costs speed or memory.
+FREE_SECTIONS = ("checkpoint.", "telemetry.")
+FREE_KEYS = (
+    "batch.micro_tokens",
+    "batch.pad_multiple",
+    "batch.readers",
+    "data.encoding",
+    "data.store",
+    "data.terms",
+    "data.train",
+    "data.validation",
+    "hardware.compile",
+    "hardware.deterministic",
+    "hardware.device",
+    "hardware.memory_gib",
+    "hardware.threads",
+    "model.gradient_checkpointing",
+    "model.name_or_path",
+    "run.dir",
+    "run.fork",
+    "run.resume",
+    "schedule.max_time",
+    "tokenizer.name_or_path",
+)
+LENGTH_KEYS = ("schedule.max_updates", "schedule.epochs")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is asked to do."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    convergence: ConvergenceConfig = field(default_factory=ConvergenceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            (
+                self.tokenizer.name_or_path is None or self.tokenizer.train_vocab_size is None,
+                "tokenizer.name_or_path and tokenizer.train_vocab_size exclude each other: load a tokenizer or train one",
+            ),
+            (
+                self.model.name_or_path is None or self.model.preset is None,
+                "model.name_or_path and model.preset exclude each other: load a checkpoint or build from scratch",
+            ),
+            (
+                self.model.name_or_path is None or self.tokenizer.train_vocab_size is None,
+                "tokenizer.train_vocab_size: a checkpoint's rows belong to its own tokenizer; drop one of the two",
+            ),
+            (
+                self.run.fork is None or self.run.resume == "auto",
+                "run.fork and run.resume exclude each other: a fork is a new run",
+            ),
+            (
+                self.optim.name == "adamw" or self.optim.weight_decay == 0.0,
+                "optim.weight_decay: only adamw decays weights; set it to 0",
+            ),
+            (
+                self.corruption.task == "correct" or self.corruption.max_sentinels < self.data.max_target_tokens // 2,
+                f"corruption.max_sentinels: {self.corruption.max_sentinels} spans do not fit into "
+                f"data.max_target_tokens {self.data.max_target_tokens}",
+            ),
+            (
+                self.corruption.task == "restore" or self.data.max_target_tokens >= self.data.max_source_tokens,
+                f"data.max_target_tokens: {self.data.max_target_tokens} is below data.max_source_tokens; "
+                "with corruption.task correct the target is the whole text",
+            ),
+            (
+                self.evaluation.criterion == "loss" or self.evaluation.restore_every == 1,
+                "evaluation.criterion: term_restoration needs evaluation.restore_every 1",
+            ),
+        )
+
+
+def check_preparable(config: Config) -> None:
+    """Raise ConfigError unless there is text and a tokenizer to prepare a store with."""
+    check(
+        (bool(config.data.train_inputs()), "data.train is not set: name text files or folders, or builtin:clinical"),
+        (
+            (config.tokenizer.name_or_path or config.tokenizer.train_vocab_size or config.model.name_or_path) is not None,
+            "no tokenizer: set tokenizer.name_or_path, or tokenizer.train_vocab_size, or model.name_or_path",
+        ),
+    )
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ConfigError unless there is also a model to train."""
+    has_model = config.model.name_or_path is not None or config.model.preset is not None
+    problems: list[str] = [] if has_model else ["no model: set model.name_or_path (a checkpoint) or model.preset (from scratch)"]
+    try:
+        check_preparable(config)
+    except ConfigError as error:
+        problems = [*error.problems, *problems]
+    check(*((False, problem) for problem in problems))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The configuration as {"section.key": value}, in the order of the dataclasses."""
+    sections = dataclasses.asdict(config)
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
+def mathematics(config: Config) -> dict[str, Any]:
+    """The settings that a resume must find unchanged, as {"section.key": value}.
+
+    The planned length counts only where the learning rate depends on it; text, terms and tokenizer are compared by the
+    fingerprint of the store instead of by path.
+    """
+    warmup = config.schedule.warmup
+    is_share = isinstance(warmup, float) and warmup < 1
+    length_is_free = config.schedule.shape in ("constant", "inverse_sqrt") and not is_share
+    free = FREE_KEYS + (LENGTH_KEYS if length_is_free else ())
+    return {key: value for key, value in flat(config).items() if key not in free and not key.startswith(FREE_SECTIONS)}
+
+
+def mathematics_sha256(config: Config) -> str:
+    """Hash of `mathematics`, stored in every checkpoint."""
+    return hashlib.sha256(json.dumps(mathematics(config), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,209 @@
+"""The rules of the convergence machine as plain numbers, the presets they come from, and which phases a run can reach.
+
+A preset fills what the configuration leaves open; points in epochs or tokens become updates here, once, at the start.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
+from resilient_t5.config_values import Point
+from resilient_t5.errors import ConfigError, DataError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # What the peer's code does (EarlyStoppingCallback behind a gate at 6000): for tests and for the "before" of a figure.
+    "seed-code": {
+        "start": 6000,
+        "judge_from": 6000,
+        "patience": 5,
+        "min_gain": 0.001,
+        "min_gain_rel": 0.0,
+        "anchor_rule": "best",
+        "on_saturation": "stop",
+        "cooldown_share": 0.1,
+        "patience_max": 0,
+        "divergence_factor": 0.0,
+        "nonfinite_limit": 0,
+        "overfit_percent": 0.0,
+        "overfit_windows": 6,
+    },
+    # The numbers of the peer with the meaning that its description gives them.
+    "seed": {
+        "start": 6000,
+        "judge_from": 12000,
+        "patience": 5,
+        "min_gain": 0.001,
+        "min_gain_rel": 0.0,
+        "anchor_rule": "counted",
+        "on_saturation": "stop",
+        "cooldown_share": 0.1,
+        "patience_max": 0,
+        "divergence_factor": 3.0,
+        "nonfinite_limit": 3,
+        "overfit_percent": 0.0,
+        "overfit_windows": 6,
+    },
+    # Where a result matters: 12 windows is where the price of patience bends on the recorded curves (docs/stopping.md);
+    # a relative gain fits every level of loss.
+    "thorough": {
+        "start": "0.5ep",
+        "judge_from": "1.0ep",
+        "patience": 12,
+        "min_gain": 0.0,
+        "min_gain_rel": 0.0005,
+        "anchor_rule": "counted",
+        "on_saturation": "cooldown",
+        "cooldown_share": 0.1,
+        "patience_max": 0,
+        "divergence_factor": 3.0,
+        "nonfinite_limit": 3,
+        "overfit_percent": 0.0,
+        "overfit_windows": 6,
+    },
+    # Runs of minutes: judged almost at once, since a small run has no thousands of updates to spare. Its evaluation
+    # sets are small, so the counted gain is twice that of `thorough`; eight windows outlast a short plateau.
+    "short": {
+        "start": 50,
+        "judge_from": 100,
+        "patience": 8,
+        "min_gain": 0.0,
+        "min_gain_rel": 0.001,
+        "anchor_rule": "counted",
+        "on_saturation": "stop",
+        "cooldown_share": 0.1,
+        "patience_max": 0,
+        "divergence_factor": 3.0,
+        "nonfinite_limit": 3,
+        "overfit_percent": 0.0,
+        "overfit_windows": 6,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Every number that the machine obeys; points and the cadence in updates, `patience` in judged windows."""
+
+    start: int
+    judge_from: int
+    patience: int
+    patience_max: int
+    min_gain: float
+    min_gain_rel: float
+    anchor_rule: str
+    on_saturation: str
+    cooldown_share: float
+    divergence_factor: float
+    nonfinite_limit: int
+    overfit_percent: float
+    overfit_windows: int
+    every: int
+    criterion: str = "loss"
+
+    @classmethod
+    def from_config(
+        cls, settings: ConvergenceConfig, to_updates: Callable[[Point], int], evaluation: EvaluationConfig | None = None
+    ) -> "Rules":
+        """Fill `settings` from its preset and turn points into updates.
+
+        Args:
+            settings: the section `convergence`.
+            to_updates: the update at which a point lies.
+            evaluation: the section `evaluation`, for cadence and criterion.
+
+        Raises:
+            ConfigError: judging would begin before `start`.
+        """
+        evaluation = evaluation or EvaluationConfig()
+        every = max(1, to_updates(evaluation.every))
+        given = {key: value for key, value in asdict(settings).items() if key != "preset" and value is not None}
+        merged = {**PRESETS[settings.preset], **given}
+        start, judge_from = to_updates(merged["start"]), to_updates(merged["judge_from"])
+        if judge_from < start and "judge_from" in given:
+            raise ConfigError(
+                f"convergence.judge_from: {merged['judge_from']} lies before convergence.start {merged['start']}; "
+                "nothing is judged before start"
+            )
+        if isinstance(merged["patience"], str):
+            merged["patience"] = max(1, math.ceil(to_updates(merged["patience"]) / every))
+        return cls(
+            **{**merged, "start": start, "judge_from": max(start, judge_from)},
+            every=every,
+            criterion=evaluation.criterion,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> "Rules":
+        """Rules as a run wrote them down; DataError when a key is missing, unknown or of the wrong kind."""
+        kinds = {name: field.type for name, field in cls.__dataclass_fields__.items()}
+        unfit = sorted(kinds.keys() ^ values.keys())
+        accepted = {int: (int,), float: (int, float), str: (str,)}
+        unfit += [k for k in kinds.keys() & values.keys() if type(values[k]) not in accepted[kinds[k]]]  # type: ignore[index]
+        if unfit:
+            raise DataError(f"the recorded rules have missing, unknown or mistyped keys: {', '.join(unfit)}", where=where)
+        return cls(**values)
+
+    def needed_gain(self, reference: float) -> float:
+        """The fall below `reference` that a loss must exceed to count; the larger of the two rules."""
+        return max(self.min_gain, self.min_gain_rel * abs(reference))
+
+    def cooldown_updates(self, update: int) -> int:
+        """Length of a cooldown that begins at `update`: the stated share, rounded up to end on an evaluation."""
+        return max(1, math.ceil(self.cooldown_share * update / self.every)) * self.every
+
+    def first_judged(self, update: int = -1) -> int:
+        """The first evaluation after `update` that is judged; a run evaluates before its first update, too."""
+        return max(update // self.every + 1, -(-self.judge_from // self.every)) * self.every
+
+    def earliest_stop(self) -> int | None:
+        """The earliest update at which a run of finite losses can stop as saturated; None when it never stops for that."""
+        if self.on_saturation == "continue":
+            return None
+        first = self.first_judged()
+        # The first judged window of a run sets the reference; a best from before the judging already is one.
+        has_reference = self.anchor_rule == "best" and first > 0
+        stop = first + (self.patience - has_reference) * self.every
+        return stop + (self.cooldown_updates(stop) if self.on_saturation == "cooldown" else 0)
+
+
+def unreachable(rules: Rules, planned_updates: int, evaluation_every: int) -> list[str]:
+    """Warnings about phases that a run of `planned_updates` can never reach, each with values that would work."""
+    rules = replace(rules, every=evaluation_every)
+    last = planned_updates // evaluation_every * evaluation_every
+    saturated = replace(rules, on_saturation="stop").earliest_stop() or 0
+    stop = rules.earliest_stop() or saturated
+    if stop <= last:
+        return []
+    span = f"the last evaluation of {planned_updates} planned updates is at {last}" if last else "no evaluation comes"
+    if rules.start > last:
+        problem = f"convergence.start {rules.start} is never reached ({span}): OBSERVE and all later phases are impossible"
+    elif rules.first_judged() > last:
+        problem = f"convergence.judge_from {rules.judge_from} is never reached ({span}): nothing is ever judged"
+    elif saturated <= last:
+        problem = f"COOLDOWN can never end: the earliest possible stop is {stop}, but {span}"
+    else:
+        problem = f"SATURATED can never be reached: the earliest possible stop is {stop}, but {span}"
+    return [f"{problem}. {_remedy(rules, planned_updates)}"]
+
+
+def _remedy(rules: Rules, planned_updates: int) -> str:
+    """Options under which the machine can stop within the run, judging from its first quarter where that is possible."""
+    every, options = rules.every, ""
+    if _judgeable_windows(rules, planned_updates, every) < 3:
+        every = max(1, planned_updates // (4 * (rules.patience + 3)))
+        options = f"--evaluation.every {every} "
+    windows = _judgeable_windows(rules, planned_updates, every)
+    if windows < 3:
+        return f"A run of {planned_updates} updates is too short to be judged at all"
+    if windows > rules.patience:
+        judge_from = max(1, min(windows // 4, windows - rules.patience)) * every
+        return f"Use {options}--convergence.start {judge_from // 2} --convergence.judge_from {judge_from}"
+    return f"Use {options}--convergence.start 0 --convergence.judge_from {every} --convergence.patience {windows // 2}"
+
+
+def _judgeable_windows(rules: Rules, planned_updates: int, every: int) -> int:
+    """Windows of the run that leave room for a cooldown behind them."""
+    cools = rules.on_saturation == "cooldown"
+    return int(planned_updates // every / (1 + rules.cooldown_share * cools)) - cools

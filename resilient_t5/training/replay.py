@@ -1,0 +1,113 @@
+"""The convergence machine over a recorded curve: the verdicts it would have given, and what they cost and save."""
+
+import math
+from dataclasses import dataclass
+
+from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
+from resilient_t5.config_values import updates_at
+from resilient_t5.training.convergence import ConvergenceMachine
+from resilient_t5.training.curves import EPOCH_WINDOWS, WINDOW_UPDATES, Curve, cadence, windows_of
+from resilient_t5.training.phases import Phase
+from resilient_t5.training.presets import Rules, unreachable
+from resilient_t5.training.rivals import Outcome, lowest
+from resilient_t5.training.window import Mark, Verdict, Window
+
+
+@dataclass(frozen=True)
+class Replay:
+    """`verdicts` up to the stop, over all `windows` of the recording."""
+
+    curve: Curve
+    rules: Rules
+    windows: tuple[Window, ...]
+    verdicts: tuple[Verdict, ...]
+    best: Mark | None
+
+    @property
+    def stopped(self) -> Verdict | None:
+        """The verdict that ended the run; None when the recording ended first."""
+        return self.verdicts[-1] if self.verdicts and self.verdicts[-1].stop else None
+
+    @property
+    def outcome(self) -> Outcome:
+        """How long it trained and what it kept."""
+        updates = [window.update for window in self.windows]
+        kept = updates.index(self.best.update) if self.best else len(self.verdicts) - 1
+        return Outcome(len(self.verdicts), kept)
+
+
+def replay_rules(curve: Curve, settings: ConvergenceConfig, clock: str = "windows") -> Rules:
+    """The rules of `settings` in the clock of the recording; an epoch is what `EPOCH_WINDOWS` says."""
+    every = cadence(windows_of(curve, clock)) if clock == "updates" or curve.windows else WINDOW_UPDATES
+    epoch = EPOCH_WINDOWS * every
+    return Rules.from_config(settings, lambda point: updates_at(point, epoch, 1.0), EvaluationConfig(every=every))
+
+
+def replay(curve: Curve, rules: Rules, clock: str = "windows") -> Replay:
+    """Let a fresh machine observe the recording until it stops."""
+    machine = ConvergenceMachine(rules)
+    windows = windows_of(curve, clock)
+    verdicts: list[Verdict] = []
+    for window in windows:
+        verdicts.append(machine.observe(window))
+        if verdicts[-1].stop:
+            break
+    return Replay(curve, rules, windows, tuple(verdicts), machine.best)
+
+
+def differences(result: Replay) -> list[str]:
+    """Where the verdicts differ from those that the run itself wrote down; empty when they are the very same."""
+    found = []
+    for verdict, recorded in zip(result.verdicts, result.curve.recorded, strict=False):
+        if (verdict.phase.name, verdict.why) != (recorded.phase, recorded.why):
+            ours, theirs = f"{verdict.phase.name} {verdict.why}", f"{recorded.phase} {recorded.why}"
+            found.append(f"update {recorded.update}: the run said {theirs}; the replay says {ours}")
+    if len(result.verdicts) != len(result.curve.recorded):
+        found.append(f"the run recorded {len(result.curve.recorded)} verdicts; the replay gives {len(result.verdicts)}")
+    return found
+
+
+def story(result: Replay, *, whole: bool = False) -> list[str]:
+    """What happened, line by line.
+
+    Args:
+        result: a replay.
+        whole: every window instead of those where something happened.
+    """
+    windows, rules = result.windows, result.rules
+    finite = [window.loss for window in windows if math.isfinite(window.loss)]
+    if not finite:
+        return [f"{result.curve.name}: {len(windows)} evaluations, none of them finite"]
+    lines = [
+        f"{result.curve.name}: {len(windows)} evaluations, one window = {rules.every} updates, "
+        f"loss {finite[0]:.4g} -> lowest {min(finite):.4g} -> last {finite[-1]:.4g}",
+        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {rules.patience} windows, counted gain "
+        f"{rules.min_gain:g} or {100 * rules.min_gain_rel:g} % ({rules.anchor_rule}), at saturation: {rules.on_saturation}",
+    ]
+    lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
+    for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
+        if whole or number == 0 or verdict.events or verdict.stop:
+            events = ", ".join(event for event in verdict.events if event != "phase")
+            line = f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {verdict.why}"
+            lines.append(f"{line} [{events}]" if events else line)
+    return lines + _balance(result, min(finite), finite[0])
+
+
+def _balance(result: Replay, least: float, first: float) -> list[str]:
+    """Where it stops, what it keeps, gives up and saves."""
+    windows, done, best = result.windows, len(result.verdicts), result.best
+    if best is None:
+        return ["no evaluation became the best"]
+    last = result.verdicts[-1]
+    if last.stop:
+        lines = [f"stops at update {last.update} of {windows[-1].update} ({last.stop}), after {done} of {len(windows)} windows"]
+    else:
+        lines = [f"never stops: the recording ends in {last.phase.name} at update {windows[-1].update}"]
+    share = 100 * (best.loss - least) / (first - least) if first > least else 0.0
+    at = windows[lowest(result.curve.losses, 0, len(windows))].update
+    given_up = f"gives up {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, came at {at}"
+    lines.append(f"keeps {best.loss:.4g} of update {best.update}; {given_up if best.loss > least else 'gives up nothing'}")
+    lines.append(f"saves {len(windows) - done} windows, {100 * (1 - done / len(windows)):.0f} % of the recording")
+    if any(verdict.phase is Phase.COOLDOWN for verdict in result.verdicts):
+        lines.append("the recording did not cool down: what a falling learning rate would have gained is not in these figures")
+    return lines

@@ -1,0 +1,180 @@
+"""Files, folders and globs to documents: cleaned, without exact duplicate paragraphs, each with its side of the split.
+
+Everything streams. The only memory that lasts is that of the paragraphs seen: 64 MiB at most, fixed.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from resilient_t5.config_data import DataConfig
+from resilient_t5.data.formats import CorpusCounts, file_kind, read_records
+from resilient_t5.errors import DataError
+
+KINDS = ".txt, .md, .jsonl, .csv, .tsv, each also packed as .gz or .xz"
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of the corpus.
+
+    `key` decides the side of the split: a digest of the text as the file holds it, shared by the parts of a document
+    too long to be held whole; None stands for the digest of `text`.
+    """
+
+    text: str
+    source: str
+    target: str | None = None
+    key: int | None = None
+
+
+class SeenParagraphs:
+    """Remembers the digests of up to `limit` paragraphs; beyond it, most new ones take the place of old ones.
+
+    An open-addressing table of 8-byte digests: 64 MiB at the default size, touched only as it fills, where a Python set
+    takes several times as much. Two different paragraphs pass for the same with probability below n squared / 2**65.
+    """
+
+    def __init__(self, slots_log2: int = 23):
+        self._mask = (1 << slots_log2) - 1
+        self._slots = np.zeros(1 << slots_log2, dtype=np.uint64).data
+        self._free = (self._mask + 1) * 3 // 4  # fuller, the chains grow long
+        self.forgotten = 0
+
+    def add(self, digest: int) -> bool:
+        """Remember `digest`, from 0 to 2**64 - 1; True when it was not there before."""
+        digest = digest or 1  # 0 marks an empty slot
+        slots, mask = self._slots, self._mask
+        slot = digest & mask
+        while held := slots[slot]:
+            if held == digest:
+                return False
+            slot = (slot + 1) & mask
+        if self._free:
+            slots[slot] = digest
+            self._free -= 1
+        else:
+            self.forgotten += 1
+            if slots[digest & mask]:  # an empty slot must stay empty, or a search would never end
+                slots[digest & mask] = digest
+        return True
+
+
+def text_digest(text: str) -> int:
+    """A 64-bit digest of `text`: the same on every machine and in every process."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Path]:
+    """The files that `inputs` (files, folders, globs) name, each once, sorted by path.
+
+    Folders are searched through all their sub-folders, without hidden names and without following links to folders;
+    in folders and globs, files of other kinds are passed over.
+
+    Raises:
+        DataError: no inputs, one that is missing or holds no file of a known kind.
+    """
+    if not inputs:
+        raise DataError("no input is named", mend="Set data.train to files, folders or globs")
+    paths = sorted({path for name in inputs for path in _files_of(name)})
+    once: dict[str, Path] = {}
+    for path in paths:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
+
+
+def _files_of(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if file_kind(path) is None:
+            raise DataError("is a file of an unknown kind", where=name, mend=f"Known by their names are {KINDS}")
+        return [path]
+    if path.is_dir():
+        files = _files_under(path)
+    elif glob.has_magic(name):
+        files = []
+        for hit in map(Path, glob.glob(str(path), recursive=True)):
+            files += _files_under(hit) if hit.is_dir() else [hit]
+        files = [file for file in files if file.is_file() and file_kind(file) is not None]
+    elif path.exists():
+        raise DataError("is neither a file nor a folder", where=name, mend="Write its content into a file first")
+    else:
+        raise DataError("input is missing", where=name, mend="Check the path; it is taken from the current folder")
+    if not files:
+        raise DataError("input holds no text file", where=name, mend=f"Known by their names are {KINDS}")
+    return files
+
+
+def _files_under(folder: Path) -> list[Path]:
+    files = []
+    for directory, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(directory, name) for name in names if not name.startswith(".")]
+    return [file for file in files if file.is_file() and file_kind(file) is not None]
+
+
+def read_documents(
+    inputs: Sequence[str], settings: DataConfig, counts: CorpusCounts, *, seen: SeenParagraphs | None = None
+) -> Iterator[Document]:
+    """The documents of the inputs, in the order of the sorted files, cleaned and without exact duplicate paragraphs.
+
+    A paragraph is what stands between blank lines of a document; in a document without one, the document. A pair whose
+    source was masked elsewhere is compared whole.
+
+    Args:
+        inputs: files, folders, globs, as `find_inputs` takes them.
+        settings: encoding, field, column and what a document is.
+        counts: added to while reading.
+        seen: paragraphs to drop besides; give the same object for the validation inputs and then for the training
+            inputs, and no training paragraph is one of validation.
+
+    Raises:
+        DataError: as `find_inputs` and `read_records`; or no text at all in the inputs.
+    """
+    seen = SeenParagraphs() if seen is None else seen
+    forgotten = seen.forgotten
+    empty = True
+    for path in find_inputs(inputs):
+        for record in read_records(path, settings, counts):
+            text = record.text.strip()
+            if not text:
+                continue
+            empty = False
+            digest = text_digest(text)
+            kept, dropped = _without_duplicates(text, digest, record.target, seen)
+            counts.duplicate_paragraphs_dropped += dropped
+            if not kept:
+                continue
+            counts.documents += 1
+            counts.characters += len(kept)
+            key = digest if record.part_of is None else text_digest(record.part_of.strip())
+            yield Document(kept, f"{path}:{record.line}", record.target, key)
+    counts.paragraphs_forgotten += seen.forgotten - forgotten
+    if empty:
+        raise DataError("the inputs hold no text", where=", ".join(inputs), mend="Check that the files are the right ones")
+
+
+def _without_duplicates(text: str, digest: int, target: str | None, seen: SeenParagraphs) -> tuple[str, int]:
+    """What is left of `text`, and the paragraphs dropped."""
+    if target is not None:
+        digest = text_digest(f"{text}\0{target}")
+    elif "\n" in text:
+        paragraphs = BLANK_LINES.split(text)
+        if len(paragraphs) > 1:
+            kept = [paragraph for paragraph in paragraphs if seen.add(text_digest(paragraph.strip()))]
+            dropped = len(paragraphs) - len(kept)
+            return ("\n\n".join(kept) if dropped else text), dropped
+    return (text, 0) if seen.add(digest) else ("", 1)
+
+
+def held_out(document: Document, share: float) -> bool:
+    """True when `document` belongs to the held-out `share` (0 to 1): by its content alone, not by its place or file."""
+    key = text_digest(document.text) if document.key is None else document.key
+    return key < share * 2.0**64

@@ -1,0 +1,337 @@
+"""The file formats: plain text, .jsonl, .csv and .tsv to records of text, line by line.
+
+Memory is one record and a block, whatever the size of the file: a plain text document longer than
+`LONGEST_DOCUMENT_CHARACTERS` leaves in parts, a longer line of .jsonl or field of .csv is an error.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from resilient_t5.config_data import DataConfig
+from resilient_t5.data.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
+from resilient_t5.errors import DataError
+
+LONGEST_DOCUMENT_CHARACTERS = 1 << 20
+LONGEST_RECORD_CHARACTERS = 1 << 24
+SMALL_FILE_BYTES = 32 * 1024
+COLUMN_SAMPLE_ROWS = 200
+TEXT_COLUMN_WIDTH = 20  # mean width of a text column's fields; a wide (CJK) character counts two
+LONGEST_COLUMN_NAME = 100
+
+# C0 (tab and line feed stay), DEL, C1, and lone surrogates, which .jsonl escapes can spell and no tokenizer can read.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\U00020000-\U0003ffff]")
+STOPS = "\u3002\uff01\uff1f\uff1b.!?\n "
+
+
+@dataclass
+class CorpusCounts:
+    """What reading saw, dropped and decided; one object may count several calls."""
+
+    files: int = 0
+    bytes: int = 0
+    """Bytes of the files, unpacked."""
+    documents: int = 0
+    characters: int = 0
+    """Characters of the documents that were kept."""
+    control_characters_dropped: int = 0
+    """NUL, control characters but tab and line feed, and lone surrogates."""
+    duplicate_paragraphs_dropped: int = 0
+    empty_records_dropped: int = 0
+    """Records of .jsonl, .csv and .tsv without text."""
+    long_document_parts: int = 0
+    """Parts, after the first, of documents too long to be held whole."""
+    paragraphs_forgotten: int = 0
+    """Paragraphs beyond what the duplicate memory holds: a later copy of one of them may stay."""
+    encodings: dict[str, int] = field(default_factory=dict)
+    """Encoding -> files."""
+    columns_taken: dict[str, list[str]] = field(default_factory=dict)
+    """Path of a .csv or .tsv -> the columns its text was taken from."""
+
+    def clean(self, text: str) -> str:
+        """`text` without control characters, which are counted."""
+        cleaned, dropped = CONTROL.subn("", text)
+        self.control_characters_dropped += dropped
+        return cleaned
+
+
+class Record(NamedTuple):
+    """Text as a file holds it, before duplicates are dropped; `part_of` as for Line."""
+
+    text: str
+    line: int
+    target: str | None = None
+    part_of: str | None = None
+
+
+class Line(NamedTuple):
+    """A line and its number, from 1; `part_of` is the beginning of a long line of which this is a later part."""
+
+    text: str
+    number: int
+    part_of: str | None = None
+
+
+def file_kind(path: Path) -> str | None:
+    """`txt`, `md`, `jsonl`, `csv` or `tsv` by the name, .gz and .xz looked through; None for another."""
+    name = path.name.lower()
+    for packed in PACKED_SUFFIXES:
+        name = name.removesuffix(packed)
+    kind = name.rpartition(".")[2]
+    return kind if kind in ("txt", "md", "jsonl", "csv", "tsv") else None
+
+
+def read_records(path: Path, settings: DataConfig, counts: CorpusCounts) -> Iterator[Record]:
+    """The records of one file, cleaned of control characters.
+
+    Raises:
+        DataError: undecodable text, a malformed record, a missing field or column; names the line.
+        ConfigError, StorageError: as `resolve_encoding`.
+    """
+    encoding = resolve_encoding(path, settings.encoding)
+    counts.files += 1
+    counts.encodings[encoding] = counts.encodings.get(encoding, 0) + 1
+    kind = file_kind(path)
+    if kind == "jsonl":
+        return _json_records(path, text_lines(path, encoding, counts), settings.text_field, counts)
+    if kind in ("csv", "tsv"):
+        return _table_records(path, text_lines(path, encoding, counts), settings.column, counts)
+    return _plain_records(text_lines(path, encoding, counts, cut=True), settings.document, counts)
+
+
+def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = False) -> Iterator[Line]:
+    """The lines of a text file without their line feed, cleaned.
+
+    A line longer than `LONGEST_DOCUMENT_CHARACTERS` comes in parts of the same number when `cut`; without it a line
+    longer than `LONGEST_RECORD_CHARACTERS` is a DataError.
+    """
+    number, held = 1, ""
+    beginning: str | None = None
+    for text, size in read_text(path, encoding):
+        counts.bytes += size
+        lines = counts.clean(text).split("\n")
+        lines[0] = held + lines[0]
+        held = lines.pop()
+        for line in lines:
+            if beginning is not None or (cut and len(line) > LONGEST_DOCUMENT_CHARACTERS):
+                yield from _parts(line, number, beginning)
+                beginning = None
+            else:
+                yield Line(line, number)
+            number += 1
+        if cut and len(held) > 2 * LONGEST_DOCUMENT_CHARACTERS:
+            *parts, rest = _parts(held, number, beginning)
+            yield from parts
+            held, beginning = rest.text, rest.part_of
+        elif len(held) > LONGEST_RECORD_CHARACTERS:
+            raise DataError(
+                f"a line is longer than {LONGEST_RECORD_CHARACTERS} characters",
+                where=f"{path}:{number}",
+                mend="Write one record per line",
+            )
+    if held:
+        yield from _parts(held, number, beginning) if cut else [Line(held, number)]
+
+
+def _parts(text: str, number: int, beginning: str | None) -> Iterator[Line]:
+    """A line in parts of at most `LONGEST_DOCUMENT_CHARACTERS`, cut after the last stop that is near the limit."""
+    start = 0
+    while len(text) - start > LONGEST_DOCUMENT_CHARACTERS:
+        limit = start + LONGEST_DOCUMENT_CHARACTERS
+        near = limit - LONGEST_DOCUMENT_CHARACTERS // 8
+        end = max(text.rfind(stop, near, limit) for stop in STOPS) + 1 or limit
+        part = text[start:end]
+        yield Line(part, number, beginning)
+        start, beginning = end, beginning or part
+    yield Line(text[start:], number, beginning)
+
+
+def _plain_records(lines: Iterator[Line], document: str, counts: CorpusCounts) -> Iterator[Record]:
+    """Documents of plain text by `data.document`."""
+    if document == "auto":
+        records = _auto_records(lines)
+    elif document == "line":
+        records = (Record(line.text, line.number, None, line.part_of) for line in lines)
+    else:
+        records = _block_records(lines, at_blank_lines=document == "blank_line")
+    for record in records:
+        counts.long_document_parts += record.part_of is not None
+        yield record
+
+
+def _auto_records(lines: Iterator[Line]) -> Iterator[Record]:
+    """What stands between blank lines is one record up to `SMALL_FILE_BYTES`; above that each of its lines is one.
+
+    A file without a blank line is one such part, so no look ahead through the whole file is needed.
+    """
+    held: list[Line] = []
+    size, by_line = 0, False
+    for line in lines:
+        if not line.text or line.text.isspace():
+            if held:
+                yield Record("\n".join(part.text for part in held), held[0].number)
+            held, size, by_line = [], 0, False
+        elif by_line:
+            yield Record(line.text, line.number, None, line.part_of)
+        else:
+            held.append(line)
+            size += len(line.text.encode()) + 1
+            if size > SMALL_FILE_BYTES:
+                yield from (Record(part.text, part.number, None, part.part_of) for part in held)
+                held, by_line = [], True
+    if held:
+        yield Record("\n".join(part.text for part in held), held[0].number)
+
+
+def _block_records(lines: Iterator[Line], *, at_blank_lines: bool) -> Iterator[Record]:
+    """What stands between blank lines, or the whole file, is one record; a long one leaves in parts."""
+    held: list[Line] = []
+    size, beginning = 0, None
+    for line in lines:
+        ends = at_blank_lines and (not line.text or line.text.isspace())
+        if held and (ends or line.part_of is not None or size + len(line.text) > LONGEST_DOCUMENT_CHARACTERS):
+            text = "\n".join(part.text for part in held)
+            yield Record(text, held[0].number, None, beginning)
+            held, size, beginning = [], 0, beginning or text
+        if ends:
+            beginning = None
+        else:
+            held.append(line)
+            size += len(line.text) + 1
+    if held:
+        yield Record("\n".join(part.text for part in held), held[0].number, None, beginning)
+
+
+def _json_records(path: Path, lines: Iterator[Line], text_field: str, counts: CorpusCounts) -> Iterator[Record]:
+    for text, number, _ in lines:
+        if not text or text.isspace():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"a line is not JSON: {error}", where=where, mend="Write one JSON object per line") from None
+        if not isinstance(value, dict):
+            raise DataError("a line is not a JSON object", where=where, mend=f'Write {{"{text_field}": "..."}} on each line')
+        if text_field in value:
+            record = Record(_text_of(value, text_field, where, counts), number)
+        elif "inputs" in value and "targets" in value:
+            target = _text_of(value, "targets", where, counts)
+            source = _text_of(value, "inputs", where, counts)
+            record = Record(source if target.strip() else "", number, target)
+        else:
+            raise DataError(
+                f"a record has neither {text_field!r} nor 'inputs' and 'targets'; it has {_listed(value)}",
+                where=where,
+                mend="Set data.text_field to the field that holds the text",
+            )
+        if record.text.strip():
+            yield record
+        else:
+            counts.empty_records_dropped += 1
+
+
+def _text_of(value: dict[str, object], name: str, where: str, counts: CorpusCounts) -> str:
+    text = value[name]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(
+            f"field {name!r} holds {type(text).__name__}, not text", where=where, mend="Set data.text_field to a text"
+        )
+    return counts.clean(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [repr(name[:40]) for name in islice(names, 12)]
+    return ", ".join(shown) or "no field"
+
+
+def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts: CorpusCounts) -> Iterator[Record]:
+    """One record per row: the taken columns' fields, one under the other."""
+    rows = _table_rows(path, lines)
+    first = next(rows, None)
+    if first is None:
+        return
+    header = [name.strip() for name in first[1]]
+    if any(len(name) > LONGEST_COLUMN_NAME for name in header):
+        raise DataError(
+            "the first record does not name columns", where=f"{path}:1", mend="Put a line with the columns' names on top"
+        )
+    sample = list(islice(rows, COLUMN_SAMPLE_ROWS))
+    taken = _taken_columns(path, header, [row for _, row in sample], column)
+    counts.columns_taken[str(path)] = [header[index] or f"column {index + 1}" for index in taken]
+    for number, row in chain(sample, rows):
+        if any(extra.strip() for extra in row[len(header) :]):
+            raise DataError(
+                f"a record has {len(row)} fields, the header names {len(header)}",
+                where=f"{path}:{number}",
+                mend="Put quotation marks around fields that hold the separator",
+            )
+        text = "\n".join(row[index].strip() for index in taken if index < len(row) and row[index].strip())
+        if text:
+            yield Record(text, number)
+        else:
+            counts.empty_records_dropped += 1
+
+
+def _table_rows(path: Path, lines: Iterator[Line]) -> Iterator[tuple[int, list[str]]]:
+    """Line number at which a row starts, and its fields; rows of nothing are left out."""
+    head = next(lines, None)
+    if head is None:
+        return
+    delimiter = "\t" if file_kind(path) == "tsv" else max(",;\t", key=head.text.count)
+    # The module's limit is process-wide; a lower one would refuse long notes, and it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD_CHARACTERS))
+    reader = csv.reader((line.text + "\n" for line in chain([head], lines)), delimiter=delimiter, strict=True)
+    start = 1
+    try:
+        for row in reader:
+            if any(row):
+                yield start, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"the record cannot be read: {error}",
+            where=f"{path}:{start}",
+            mend="Check its quotation marks: one inside a quoted field is written twice",
+        ) from None
+
+
+def _taken_columns(path: Path, header: list[str], sample: list[list[str]], column: str | None) -> list[int]:
+    """Positions of the columns that hold the text: the named one, or those whose sampled fields read as text."""
+    if column is not None:
+        if column not in header:
+            raise DataError(
+                f"no column {column!r}; there are {_listed(header)}", where=str(path), mend="Set data.column to one of these"
+            )
+        return [header.index(column)]
+    columns = ([row[index].strip() for row in sample if index < len(row)] for index in range(len(header)))
+    taken = [index for index, fields in enumerate(columns) if _reads_as_text([field for field in fields if field])]
+    if not taken and sample:
+        raise DataError(
+            f"no column holds running text; there are {_listed(header)}",
+            where=str(path),
+            mend="Set data.column to the one to take",
+        )
+    return taken
+
+
+def _reads_as_text(fields: list[str]) -> bool:
+    """Long enough on average, mostly letters, words or wide characters, and not the same few values again and again."""
+    joined = "".join(fields)
+    wide = len(WIDE.findall(joined))
+    letters = sum(map(str.isalpha, joined))
+    in_words = sum(" " in field or WIDE.search(field) is not None for field in fields)
+    return (
+        len(joined) + wide >= TEXT_COLUMN_WIDTH * max(1, len(fields))
+        and 2 * letters >= len(joined)
+        and 2 * in_words >= len(fields)
+        and 5 * len(set(fields)) >= len(fields)
+    )

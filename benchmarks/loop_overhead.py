@@ -1,0 +1,102 @@
+"""What the loop costs outside forward, backward, optimizer and evaluation, as a share of an update.
+
+Two runs do the same updates on the same examples, in turns: one in the loop of bin/train, with its reader thread,
+counters, guard, metric rows, TensorBoard and console lines; one bare, its micro-batches in memory, doing nothing but the
+mathematics. What the loop takes longer is the cost of everything else. Evaluations and saves are left out on both sides.
+
+    python benchmarks/loop_overhead.py --config configs/quickstart.yaml [--section.key value ...]
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.commands.arguments import parse_config
+from resilient_t5.config import Config
+from resilient_t5.data.prepare import prepare
+from resilient_t5.training.loop import train
+from resilient_t5.training.progress import Display
+from resilient_t5.training.run import Run, build_run
+from resilient_t5.training.saving import AuditTrail
+from resilient_t5.training.signals import StopSignal
+
+ROUNDS = 7
+UPDATES = 20
+
+
+def open_run(config: Config, directory: Path) -> Run:
+    """A new run in `directory`, its store shared with the other side."""
+    directory.mkdir()
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
+    store = prepare(config, directory.parent / "store")
+    audit = AuditTrail()
+    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    return build_run(config, store, vault, None, audit, Display("quiet", directory / "train.log"))
+
+
+def loop_s(run: Run, updates: int) -> float:
+    """Seconds that the next `updates` updates take in the loop, without evaluations and saves."""
+    apart = ("evaluation", "save")
+    run.plan = dataclasses.replace(run.plan, total_updates=run.state.update + updates)
+    before_s = sum(run.timing.spent_s.get(activity, 0.0) for activity in apart)
+    begun_s = time.perf_counter()
+    with StopSignal() as stop:
+        train(run, stop)
+    spent_s = time.perf_counter() - begun_s
+    return spent_s - sum(run.timing.spent_s.get(activity, 0.0) for activity in apart) + before_s
+
+
+def bare_s(run: Run, updates: int) -> float:
+    """Seconds that the mathematics of the next `updates` updates takes."""
+    first = run.state.attempted
+    prepared = [run.batches.at(number) for number in range(first, first + updates)]
+    begun_s = time.perf_counter()
+    results = [run.updater(found, number, run.learning_rate(), lambda: False) for number, found in enumerate(prepared, first)]
+    spent_s = time.perf_counter() - begun_s
+    for result in results:
+        assert result is not None
+        run.state.count(result)
+    return spent_s
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table and one line of JSON."""
+    config = parse_config(argv, "benchmark", "Cost of the loop around the mathematics.")
+    evaluation = dataclasses.replace(config.evaluation, every=10**9, examples=1, restore_examples=0)
+    checkpoint = dataclasses.replace(config.checkpoint, every_minutes=None, every_updates=None)
+    config = dataclasses.replace(config, evaluation=evaluation, checkpoint=checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        looped, bare = open_run(config, Path(folder) / "loop"), open_run(config, Path(folder) / "bare")
+        loop_s(looped, UPDATES)
+        bare_s(bare, UPDATES)
+        waited_from_s = looped.timing.spent_s["wait"]
+        rounds = [(loop_s(looped, UPDATES), bare_s(bare, UPDATES)) for _ in range(ROUNDS)]
+        waited_s = looped.timing.spent_s["wait"] - waited_from_s
+        looped.reader.close()
+        looped.telemetry.close()
+    shares = [1.0 - bare_round_s / loop_round_s for loop_round_s, bare_round_s in rounds]
+    for (loop_round_s, bare_round_s), share in zip(rounds, shares, strict=True):
+        sys.stdout.write(
+            f"loop {1000 * loop_round_s / UPDATES:8.2f} ms/update"
+            f" | bare {1000 * bare_round_s / UPDATES:8.2f} | {100 * share:6.2f} %\n"
+        )
+    result = {
+        "benchmark": "loop_overhead",
+        "updates": UPDATES * ROUNDS,
+        "loop_update_ms": 1000 * statistics.median(r[0] for r in rounds) / UPDATES,
+        "bare_update_ms": 1000 * statistics.median(r[1] for r in rounds) / UPDATES,
+        "overhead_share": statistics.median(shares),
+        "data_wait_share": waited_s / sum(r[0] for r in rounds),
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""bin/train: prepare what is missing, train or resume, say how it ended, leave with the exit code."""
+
+import sys
+from collections.abc import Sequence
+
+from resilient_t5.commands.arguments import Arguments, parse_arguments
+from resilient_t5.commands.failure import reported
+from resilient_t5.config import check_trainable
+from resilient_t5.errors import ExitCode
+
+DESCRIPTION = "Train a T5 or mT5 to restore damaged text; an interrupted run goes on where it stopped."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `bin/train` and return its exit code."""
+    return reported(lambda: _train(sys.argv[1:] if argv is None else argv))
+
+
+def _train(argv: Sequence[str]) -> int:
+    arguments = parse_arguments(argv, "train", DESCRIPTION)
+    check_trainable(arguments.config)
+    return _run(arguments)
+
+
+def _run(arguments: Arguments) -> ExitCode:
+    # Imported late: torch and transformers take seconds, and --help and a typo must not wait for them.
+    from resilient_t5.commands.arguments import config_text, differences
+    from resilient_t5.training.session import train_in_directory
+
+    given = {key: (value, arguments.sources.get(key, "")) for key, value in differences(arguments.config).items()}
+    return train_in_directory(arguments.config, config_text(arguments.config), given)

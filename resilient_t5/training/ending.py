@@ -1,0 +1,126 @@
+"""How a run ends: the last save, the exports, summary.json, and a last line that says what to do next."""
+
+import json
+from typing import Any
+
+from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
+from resilient_t5.training.directory import write_whole
+from resilient_t5.training.evaluate import restore_terms
+from resilient_t5.training.export import export_model
+from resilient_t5.training.host import memory_mib
+from resilient_t5.training.loop import StopReason
+from resilient_t5.training.run import Run, original_tables
+from resilient_t5.training.saving import put_model_tensors
+from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.timing import readable
+
+STATUS = {
+    StopReason.MAX_UPDATES: "finished",
+    StopReason.MAX_TIME: "finished",
+    StopReason.SATURATED: "saturated",
+    StopReason.SATURATED_MAX: "saturated",
+    StopReason.OVERFIT: "finished",
+    StopReason.DIVERGED: "diverged",
+    StopReason.INTERRUPTED: "interrupted",
+}
+SUMMARY = "summary.json"
+
+
+def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
+    """Save, export unless the run was interrupted, write summary.json; returns the exit code."""
+    if reason is StopReason.INTERRUPTED:
+        run.display.line(f"stop   {stop.received.name if stop.received else 'STOP'} received; saving update {run.state.update}")
+        run.telemetry.row("signal", run.state.update, signal=stop.received.name if stop.received else "STOP")
+        run.saver.finish(run.state, "signal")
+        write_summary(run, STATUS[reason], reason, stop.exit_code)
+        run.display.line(f"saved; go on with: bin/train --config {run.directory / 'config.yaml'}")
+        return stop.exit_code
+    run.saver.finish(run.state, "final")
+    export_best_and_last(run, stop)
+    code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
+    write_summary(run, STATUS[reason], reason, code)
+    for line in closing_lines(run, reason):
+        run.display.line(line)
+    return code
+
+
+def conclude_failure(run: Run, error: ResilientError) -> None:
+    """Write summary.json for a run that an error ended; the checkpoints stay as they are."""
+    run.display.line(str(error))
+    write_summary(run, "failed", error.label, error.exit_code)
+
+
+def is_concluded(run: Run) -> bool:
+    """Whether this very state was summed up and exported before, so that there is nothing left to do."""
+    try:
+        summary = json.loads((run.directory / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    final = summary.get("status") in ("finished", "saturated") and summary.get("updates") == run.state.update
+    ended = run.state.ended is not None or run.state.update >= run.plan.total_updates
+    exported = all((run.directory / "export" / name / "config.json").exists() for name in ("best", "last"))
+    return bool(final and ended and exported)
+
+
+def export_best_and_last(run: Run, stop: StopSignal) -> None:
+    """Write export/last from the live weights and export/best from the best checkpoint, measuring what is missing."""
+    original = original_tables(run.config, run.store)
+    export_model(run, original, run.directory / "export" / "last")
+    _measure_missing(run, run.state.last, stop)
+    best = run.state.best
+    if best is not None and best["update"] != run.state.update:
+        stored = run.vault.load_best()
+        if stored is None or stored.update != best["update"]:
+            raise NoValidCheckpoint(
+                f"the checkpoint of the best update {best['update']} is gone",
+                where=str(run.vault.directory),
+                mend="export/last holds the final weights",
+            )
+        put_model_tensors(run.updater.model, stored.tensors["model"])
+    export_model(run, original, run.directory / "export" / "best")
+    _measure_missing(run, best, stop)
+
+
+def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) -> None:
+    """Fill in the restoration rate of a record that was evaluated without restoring; a stop request leaves it open."""
+    if record is None or record["term_restoration"] is not None or run.config.evaluation.restore_examples == 0:
+        return
+    report = restore_terms(run.evaluator, lambda: stop.requested)
+    record["term_restoration"] = None if report is None else report.term_rate
+
+
+def write_summary(run: Run, status: str, reason: str, code: int) -> None:
+    """Write summary.json, whole."""
+    state = run.state
+    summary = {
+        "status": status,
+        "stop_reason": str(reason),
+        "exit_code": int(code),
+        "updates": state.update,
+        "best": state.best,
+        "last": state.last,
+        "before_training": state.before,
+        "target_tokens": state.target_tokens,
+        "wall_s": run.wall_s(),
+        "peak_memory_mib": memory_mib(run.device),
+        "useful_token_share": state.useful_token_share if state.padded_tokens else None,
+    }
+    run.telemetry.row("end", state.update, status=status, stop_reason=str(reason), exit_code=int(code))
+    write_whole(run.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def closing_lines(run: Run, reason: StopReason) -> list[str]:
+    """What a person wants to know at the end: why it ended, what it reached, where the model is."""
+    state, directory = run.state, run.directory
+    lines = [f"end    {STATUS[reason]} ({reason}) at update {state.update} after {readable(run.wall_s())}"]
+    if state.before is not None and state.best is not None:
+        lines.append(
+            f"result loss {state.before['loss']:.4f} -> {state.best['loss']:.4f} at update {state.best['update']}"
+            f" | term restoration {_percent(state.before)} -> {_percent(state.best)}"
+        )
+    return [*lines, f"model  {directory / 'export' / 'best'} (best) and {directory / 'export' / 'last'} (last)"]
+
+
+def _percent(record: dict[str, Any]) -> str:
+    rate = record["term_restoration"]
+    return "?" if rate is None else f"{100 * rate:.1f} %"

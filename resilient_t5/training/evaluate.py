@@ -1,0 +1,92 @@
+"""Evaluation: loss and term restoration on fixed examples with fixed corruption.
+
+A pure reader (law 4 of the design): no global random state is drawn from, the model's mode comes back as it was, and
+nothing of the run moves. What is cut short by a stop request is dropped whole and done again later.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from resilient_t5.data.batches import EvaluationBatch
+from resilient_t5.model.loss import token_nll
+from resilient_t5.model.tables import T5Model
+from resilient_t5.restoration.measure import Restorer, measure_restoration
+from resilient_t5.restoration.report import RestorationReport
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over the fixed examples, in nats per target token; pads are not counted."""
+
+    loss: float
+    loss_se: float
+    """Standard error of `loss` over examples."""
+    token_accuracy: float
+    """Share of target tokens that are the argmax under teacher forcing."""
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The fixed examples and what is needed to score them; built once."""
+
+    accelerator: Accelerator
+    model: T5Model
+    loss_batches: Sequence[EvaluationBatch]
+    restore_batches: Sequence[EvaluationBatch]
+    restorer: Restorer
+
+
+def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluation | None:
+    """The loss of the model as it stands; None when `interrupted` between two batches."""
+    nll_sums, tokens, correct = [], [], []
+    with _reading(evaluator):
+        for batch in evaluator.loss_batches:
+            if interrupted():
+                return None
+            micro_batch, device = batch.micro_batch, evaluator.accelerator.device
+            found = token_nll(
+                evaluator.model,
+                micro_batch.source_BS.to(device),
+                micro_batch.source_mask_BS.to(device),
+                micro_batch.labels_BT.to(device),
+            )
+            nll_sums.append(found.nll_sum_B.double().cpu().numpy())
+            tokens.append(found.tokens_B.cpu().numpy())
+            correct.append(found.correct_B.cpu().numpy())
+    return summarise(np.concatenate(nll_sums), np.concatenate(tokens), np.concatenate(correct))
+
+
+def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> RestorationReport | None:
+    """Restore the fixed examples by greedy generation and score them; None when `interrupted` between two tokens."""
+    with _reading(evaluator):
+        batches = [(batch.micro_batch, batch.corrupted) for batch in evaluator.restore_batches]
+        return measure_restoration(evaluator.model, batches, evaluator.restorer, interrupted)
+
+
+def summarise(nll_sum_E: np.ndarray, tokens_E: np.ndarray, correct_E: np.ndarray) -> Evaluation:
+    """Token-weighted loss of E examples and its standard error (that of a ratio of sums, by linearisation)."""
+    total = int(tokens_E.sum())
+    loss = float(nll_sum_E.sum() / total)
+    spread = float(np.square(nll_sum_E - loss * tokens_E).sum())
+    count = len(tokens_E)
+    loss_se = math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.inf
+    return Evaluation(loss, loss_se, token_accuracy=float(correct_E.sum() / total), target_tokens=total)
+
+
+@contextmanager
+def _reading(evaluator: Evaluator) -> Iterator[None]:
+    """Evaluation mode, no gradients, the training precision; the mode comes back at the end."""
+    was_training = evaluator.model.training
+    evaluator.model.eval()
+    try:
+        with torch.no_grad(), evaluator.accelerator.autocast():
+            yield
+    finally:
+        evaluator.model.train(was_training)

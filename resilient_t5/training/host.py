@@ -1,0 +1,36 @@
+"""The machine under the run: device, memory in use, free disk."""
+
+import resource
+import sys
+
+import torch
+
+MIB = 1 << 20
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `hardware.device`; `auto` takes a GPU when there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / MIB:.0f} MiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory of this process so far, in MiB: what the GPU allocator reserved, or the resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / MIB
+    try:
+        # getrusage keeps the peak of the process that forked this one; the high-water mark of /proc does not.
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / MIB if sys.platform == "darwin" else peak / 1024

@@ -1,0 +1,70 @@
+"""The loop: evaluate, save, decide, update. Everything else is in the files it names."""
+
+from enum import StrEnum
+
+from resilient_t5.training.judge import judge
+from resilient_t5.training.report import log_updates, report_refused
+from resilient_t5.training.run import Run
+from resilient_t5.training.signals import StopSignal
+
+
+class StopReason(StrEnum):
+    """Why the loop came back. All but INTERRUPTED are final: a resume finds nothing left to do."""
+
+    MAX_UPDATES = "max_updates"
+    MAX_TIME = "max_time"
+    SATURATED = "saturated"
+    SATURATED_MAX = "saturated_max"
+    OVERFIT = "overfit"
+    DIVERGED = "diverged"
+    INTERRUPTED = "interrupted"
+
+
+def train(run: Run, stop: StopSignal) -> StopReason:
+    """Train until there is a reason to stop. One pass is one optimizer update; nothing else advances training.
+
+    Evaluation comes before the save of the same update, so a checkpoint holds its own verdict; the reason to stop is
+    looked for before the next update, so resuming a finished run does nothing.
+
+    Raises:
+        Diverged: the guard gave up.
+        StorageError: a save failed for a reason that waiting does not mend.
+    """
+    while True:
+        if evaluation_due(run):
+            judge(run, stop)
+        if (cause := run.saver.due(run.state, stop)) is not None:
+            run.saver.save(run.state, cause)
+        if (reason := why_stop(run, stop)) is not None:
+            return reason
+        with run.timing.measure("wait"):
+            micro_batches = run.reader.take()
+        with run.timing.measure("update"):
+            result = run.updater(micro_batches, run.state.attempted, run.learning_rate(), lambda: stop.requested)
+        if result is None:
+            continue
+        run.state.count(result)
+        if not result.applied:
+            report_refused(run, result)
+        elif run.state.update % run.config.telemetry.log_every == 0:
+            log_updates(run)
+
+
+def why_stop(run: Run, stop: StopSignal) -> StopReason | None:
+    """The only place that ends a run."""
+    if run.state.ended is not None:
+        return StopReason(run.state.ended)
+    if stop.requested:
+        return StopReason.INTERRUPTED
+    if run.state.update >= run.plan.total_updates:
+        return StopReason.MAX_UPDATES
+    if run.plan.max_time_s is not None and run.wall_s() >= run.plan.max_time_s:
+        return StopReason.MAX_TIME
+    return None
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether this update is to be evaluated and has not been; a cut-short evaluation is due again after a resume."""
+    update = run.state.update
+    planned = update % run.plan.evaluate_every == 0 or update >= run.plan.total_updates
+    return planned and run.state.evaluated_update != update

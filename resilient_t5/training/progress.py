@@ -1,0 +1,122 @@
+"""The console: a live bar on a terminal, stable plain lines elsewhere; the same lines go to train.log.
+
+Our own text is ASCII; text from data is printed without markup and with unknown characters replaced, so a narrow or
+legacy terminal survives it.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from resilient_t5.training.timing import readable
+
+
+class Display:
+    """Prints the lines of a run and, on a terminal, keeps one live bar below them.
+
+    Args:
+        mode: `auto`, `live`, `plain` or `quiet`, as in the configuration.
+        log: file that gets every line, with a time stamp; None writes no file.
+    """
+
+    def __init__(self, mode: str, log: Path | None):
+        self.quiet = mode == "quiet"
+        self.console = Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
+        self._live = not self.quiet and (mode == "live" or (mode == "auto" and self.console.is_terminal))
+        self._log = None if log is None else log.open("a", encoding="utf-8")
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def line(self, text: str) -> None:
+        """Print one line, with the time of day; a terminal or disk that is gone never ends a run."""
+        stamped = f"{time.strftime('%H:%M:%S')} {text}"
+        try:
+            if not self.quiet:
+                encoding = self.console.encoding or "ascii"
+                self.console.print(stamped.encode(encoding, errors="replace").decode(encoding))
+            if self._log is not None:
+                self._log.write(stamped + "\n")
+                self._log.flush()
+        except OSError:
+            self.quiet = True
+
+    def begin(self, update: int, total_updates: int) -> None:
+        """Show the live bar of a run that stands at `update`, where there is a terminal for it."""
+        if self._live:
+            self._bar = _make_bar(self.console)
+            self._task = self._bar.add_task("train", total=total_updates, completed=update, note="")
+            self._bar.start()
+
+    def advance(self, update: int, note: str, left_s: float) -> None:
+        """Move the live bar, if there is one."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=update, note=f"{note} | eta {readable(left_s)}")
+
+
+def _make_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("update {task.completed:>6.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>5.1f}%"),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        refresh_per_second=2,
+        transient=True,
+    )
+
+
+def train_line(row: Mapping[str, Any], total_updates: int, left_s: float) -> str:
+    """The console line of a training row."""
+    update = row["update"]
+    return (
+        f"update {update:>6}/{total_updates} {100 * update / total_updates:5.1f}% ep {row['epoch']:.2f}"
+        f" | loss {row['loss']:.4f} | lr {row['learning_rate']:.2e} | grad {row['gradient_norm']:.2f}"
+        f" | {tokens_text(row['tokens_per_s'])} tok/s {row['update_s']:.3g} s/update"
+        f" | mem {row['memory_mib']:.0f} MiB | eta {readable(left_s)}"
+    )
+
+
+def evaluation_line(row: Mapping[str, Any], is_best: bool) -> str:
+    """The console line of an evaluation row."""
+    mark = " (best)" if is_best else ""
+    return (
+        f"eval   {row['update']:>6} loss {row['loss']:.4f}{mark} token accuracy {row['token_accuracy']:.3f}"
+        f" | best {row['best']:.4f} at {row['best_update']} | {readable(row['evaluation_s'])}"
+    )
+
+
+def restoration_line(row: Mapping[str, Any]) -> str:
+    """The console line of a restoration row."""
+    if row["term_rate"] is None:
+        return f"restore{row['update']:>6} no masked term among {row['n_examples']} examples | span match {row['span_match']}"
+    majority = row["majority_rate"]
+    return (
+        f"restore{row['update']:>6} term restoration {row['term_rate']:.3f}"
+        f" [{row['term_rate_low']:.3f}, {row['term_rate_high']:.3f}] n={row['n']}"
+        f" | majority guess {'?' if majority is None else f'{majority:.3f}'} | {readable(row['restoration_s'])}"
+    )
+
+
+def phase_line(phase: str, why: str) -> str:
+    """The console line of a verdict: the phase and why the run goes on or stops."""
+    return f"phase  {phase} {why}"
+
+
+def tokens_text(tokens_per_s: float) -> str:
+    """Tokens a second in at most five characters."""
+    return f"{tokens_per_s:.0f}" if tokens_per_s < 1000 else f"{tokens_per_s / 1000:.1f}k"

@@ -1,0 +1,279 @@
+"""Run: all the parts of one training run; `build_run` is the only place that constructs them."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, GradScalerKwargs
+
+from resilient_t5.checkpoint.fsops import FileSystem
+from resilient_t5.checkpoint.reading import read_or_refuse
+from resilient_t5.checkpoint.vault import Loaded, Vault
+from resilient_t5.checkpoint.writer import Writer
+from resilient_t5.config import Config
+from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
+from resilient_t5.data.full_ids import in_full_ids
+from resilient_t5.data.store import Split, Store
+from resilient_t5.data.token_table import TokenTable, build_token_table
+from resilient_t5.errors import ConfigError
+from resilient_t5.model.load import SpecialIds, build_model, load_model
+from resilient_t5.model.numerics import (
+    FIRST_LOSS_SCALE,
+    Precision,
+    choose_precision,
+    install_float32_islands,
+    keep_cudnn_attention_out,
+)
+from resilient_t5.model.optim import build_optimizer
+from resilient_t5.model.tables import T5Model
+from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_from, tables_of
+from resilient_t5.restoration.baselines import MajorityBaseline
+from resilient_t5.restoration.measure import Restorer
+from resilient_t5.restoration.metrics import Glossary, count_terms
+from resilient_t5.restoration.report import RestorationReport
+from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
+from resilient_t5.training.evaluate import Evaluator
+from resilient_t5.training.guard import Guard
+from resilient_t5.training.host import choose_device
+from resilient_t5.training.progress import Display
+from resilient_t5.training.saving import AuditTrail, Saver
+from resilient_t5.training.schedule import Plan, lr_at, make_plan
+from resilient_t5.training.state import RunState
+from resilient_t5.training.telemetry import Telemetry
+from resilient_t5.training.timing import Timing
+from resilient_t5.training.update import Updater
+
+# Padded tokens of a micro-batch where the configuration says auto: about what 4 GB hold for mT5-base at full length.
+MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}
+# A GPU's attention kernels want lengths in eights; a CPU only pays for the padding.
+PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
+FP16_REFUSALS = 20
+ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass
+class Run:
+    """The parts of a run. What moves is in `state`, `convergence` and `guard`, and in the tensors of `updater`."""
+
+    config: Config
+    directory: Path
+    device: torch.device
+    precision: Precision
+    store: Store
+    trained_ids: np.ndarray
+    """Full ids of the model's vocabulary rows, ascending."""
+    batches: Batches
+    plan: Plan
+    updater: Updater
+    evaluator: Evaluator
+    convergence: ConvergenceMachine
+    guard: Guard
+    state: RunState
+    vault: Vault
+    saver: Saver
+    reader: Reader
+    telemetry: Telemetry
+    display: Display
+    timing: Timing
+
+    def learning_rate(self) -> float:
+        """Rate of the update about to be done: the schedule, times the cooldown once there is one."""
+        machine, update = self.convergence, self.state.update
+        factor = cooldown_factor(update, machine.cooldown_start, machine.cooldown_updates)
+        return factor * lr_at(update, self.plan, self.config.schedule, self.config.optim)
+
+    def wall_s(self) -> float:
+        """Wall-clock seconds that this run has trained, over all its resumes."""
+        return self.state.wall_s + self.timing.elapsed_s
+
+    def left_s(self) -> float:
+        """Seconds to the planned end, with the evaluations and saves that are still to come."""
+        updates = self.plan.total_updates - self.state.update
+        evaluations = -(-updates // self.plan.evaluate_every)
+        minutes = self.config.checkpoint.every_minutes
+        return self.timing.left_s(updates, evaluations, None if minutes is None else minutes * 60)
+
+    def show_samples(self, report: RestorationReport) -> None:
+        """Print one restored example and show all of them in TensorBoard."""
+        if not report.samples:
+            return
+        rows = [f"| {_cell(s.source)} | {_cell(s.gold)} | {_cell(s.restored)} |" for s in report.samples]
+        table = "\n".join(["| source | gold | restored |", "| --- | --- | --- |", *rows])
+        self.telemetry.text("samples/probe", table, self.state.update)
+        self.display.line(f"sample {self.state.update:>6} {report.samples[0].restored}")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A store as this run sees it: in active ids, or in full ids when the whole vocabulary is trained."""
+
+    store: Store
+    train: Split
+    validation: Split
+    active_to_full: np.ndarray
+    table: TokenTable
+
+    @classmethod
+    def over(cls, store: Store, config: Config) -> "Corpus":
+        """The corpus of `store` in the ids of `model.active_vocabulary`."""
+        confusions = None if config.corruption.confusions is None else Path(config.corruption.confusions)
+        if config.model.active_vocabulary == "corpus":
+            table = build_token_table(store.tokenizer, store.active_to_full, confusions)
+            return cls(store, store.train, store.validation, store.active_to_full, table)
+        identity = np.arange(store.tokenizer.size, dtype=np.int32)
+        train, validation = (in_full_ids(split, store.active_to_full) for split in (store.train, store.validation))
+        return cls(store, train, validation, identity, build_token_table(store.tokenizer, identity, confusions))
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of ids of this corpus; marks are left out, and so is an id that no piece has (rows beyond the tokenizer)."""
+        known = np.asarray(ids)[np.asarray(ids) < len(self.active_to_full)]
+        return self.store.tokenizer.decode(self.active_to_full[known].tolist())
+
+
+def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None, audit: AuditTrail, display: Display) -> Run:
+    """Construct every part of a run over a prepared store, as it stands in `loaded`, or at update 0.
+
+    Raises:
+        ConfigError, DataError: a part cannot be built as it is configured.
+        ResumeMismatch: `loaded` belongs to another run.
+    """
+    directory = Path(config.run.dir)
+    device, precision, accelerator = build_device(config)
+    corpus = Corpus.over(store, config)
+    model = build_trained_model(config, corpus, device, precision)
+    updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed)
+    sizes = batch_sizes(config, device)
+    batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
+    plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
+    convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
+    guard = Guard(tolerated=FP16_REFUSALS if precision.name == "fp16" else 0)
+    writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
+    ids = trained_ids(corpus, model)
+    fingerprints = {"data": store.fingerprint, "vocabulary": vocabulary_sha256(store, ids)}
+    saver = Saver(writer, config, fingerprints, updater, convergence, guard, timing)
+    if loaded is None and config.run.fork is not None:
+        saver.take_weights(read_or_refuse(FileSystem(), Path(config.run.fork), None))
+    state = RunState() if loaded is None else saver.restore(loaded)
+    telemetry = Telemetry(directory, from_update=state.update, tensorboard=config.telemetry.tensorboard)
+    audit.attach(telemetry, display)
+    return Run(
+        config=config,
+        directory=directory,
+        device=device,
+        precision=precision,
+        store=store,
+        trained_ids=ids,
+        batches=batches,
+        plan=plan,
+        updater=updater,
+        evaluator=build_evaluator(config, corpus, accelerator, model, sizes),
+        convergence=convergence,
+        guard=guard,
+        state=state,
+        vault=vault,
+        saver=saver,
+        reader=Reader(batches, state.attempted, config.batch.readers),
+        telemetry=telemetry,
+        display=display,
+        timing=timing,
+    )
+
+
+def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
+    """The device, the number format and why, and Accelerate for both.
+
+    Raises:
+        ConfigError: fp16 on a CPU, or bf16 on a GPU that only emulates it.
+    """
+    if config.hardware.threads != "auto":
+        torch.set_num_threads(config.hardware.threads)
+    device = choose_device(config.hardware.device)
+    precision = choose_precision(config.hardware.precision, device)
+    if precision.name == "fp16" and device.type == "cpu":
+        raise ConfigError("hardware.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    keep_cudnn_attention_out()
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_PRECISION[precision.name],
+        cpu=device.type == "cpu",
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=FIRST_LOSS_SCALE)],
+    )
+    return accelerator.device, precision, accelerator
+
+
+def build_trained_model(config: Config, corpus: Corpus, device: torch.device, precision: Precision) -> T5Model:
+    """The model with the rows that are trained, float32, on the device, in training mode."""
+    model = build_full_model(config, corpus.store)
+    if config.model.active_vocabulary == "corpus":
+        cut_vocabulary(model, corpus.active_to_full)
+    if config.model.gradient_checkpointing is True:
+        model.gradient_checkpointing_enable()
+    if precision.name == "fp16":
+        install_float32_islands(model)
+    model.to(device)  # type: ignore[arg-type]  # transformers types this method for pipelines only
+    model.train()
+    return model
+
+
+def trained_ids(corpus: Corpus, model: T5Model) -> np.ndarray:
+    """Full ids of the model's rows; a whole checkpoint may have more rows than its tokenizer has ids."""
+    rows = model.shared.weight.shape[0]
+    return corpus.active_to_full if rows == len(corpus.active_to_full) else np.arange(rows)
+
+
+def vocabulary_sha256(store: Store, ids: np.ndarray) -> str:
+    """Hash of what each vocabulary row of the model means."""
+    return hashlib.sha256(store.tokenizer.fingerprint().encode() + ids.astype("<i8").tobytes()).hexdigest()
+
+
+def build_full_model(config: Config, store: Store) -> T5Model:
+    """The checkpoint, or the model from scratch, with every row that the tokenizer has ids for."""
+    if config.model.name_or_path is not None:
+        return load_model(config.model.name_or_path, config.model)
+    tokenizer = store.tokenizer
+    special = SpecialIds(tokenizer.pad_id, tokenizer.eos_id, decoder_start_id=tokenizer.pad_id)
+    return build_model(config.model, vocabulary_rows=tokenizer.size, special=special, seed=config.run.seed)
+
+
+def original_tables(config: Config, store: Store) -> FullTables:
+    """The vocabulary tables from before training, for the rows that an export takes over unchanged."""
+    if config.model.name_or_path is not None:
+        return tables_from(config.model.name_or_path)
+    return tables_of(build_full_model(config, store))
+
+
+def batch_sizes(config: Config, device: torch.device) -> dict[str, int]:
+    """Micro-batch budget and padding in tokens, `auto` resolved for the device."""
+    micro, multiple = config.batch.micro_tokens, config.batch.pad_multiple
+    return {
+        "micro_tokens": MICRO_TOKENS[device.type] if micro == "auto" else micro,
+        "pad_multiple": PAD_MULTIPLE[device.type] if multiple == "auto" else multiple,
+    }
+
+
+def build_evaluator(
+    config: Config, corpus: Corpus, accelerator: Accelerator, model: T5Model, sizes: dict[str, int]
+) -> Evaluator:
+    """The fixed evaluation examples, in the order of their lengths, and what scores them."""
+
+    def fixed(examples: int) -> list[EvaluationBatch]:
+        return evaluation_batches(corpus.validation, corpus.table, config, examples=examples, seed=config.run.seed, **sizes)
+
+    counts = count_terms(corpus.train.terms, len(corpus.store.terms))
+    restorer = Restorer(
+        split=corpus.validation,
+        table=corpus.table,
+        glossary=Glossary(corpus.store.terms, counts, corpus.decode),
+        majority=MajorityBaseline.fit(corpus.train),
+        task=config.corruption.task,
+        max_target_tokens=config.data.max_target_tokens,
+        samples=config.telemetry.samples,
+    )
+    return Evaluator(accelerator, model, fixed(config.evaluation.examples), fixed(config.evaluation.restore_examples), restorer)
+
+
+def _cell(text: str) -> str:
+    """Text as one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,202 @@
+"""When a checkpoint is due, what goes into it, and how a run takes it back.
+
+`capture` and `restore` are the one list of what a run's state is: parameters, optimizer, random state, counters, the
+convergence machine, the guard and the loss scaler. The checkpoint package stores named parts and knows none of them.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from resilient_t5.checkpoint import rng
+from resilient_t5.checkpoint.vault import Committed, Loaded, Parts
+from resilient_t5.checkpoint.writer import Writer
+from resilient_t5.config import Config, mathematics, mathematics_sha256
+from resilient_t5.errors import ResumeMismatch
+from resilient_t5.model.optim import load_named_state, named_state
+from resilient_t5.model.tables import T5Model
+from resilient_t5.training.convergence import ConvergenceMachine
+from resilient_t5.training.directory import changed_keys
+from resilient_t5.training.guard import Guard
+from resilient_t5.training.progress import Display
+from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.state import RunState
+from resilient_t5.training.telemetry import Telemetry
+from resilient_t5.training.timing import Timing
+from resilient_t5.training.update import Updater
+
+QUIET_EVENTS = ("delete", "sweep")
+
+
+@dataclass
+class Saver:
+    """Saves what moves in a run, and puts it back into freshly built parts."""
+
+    writer: Writer
+    config: Config
+    fingerprints: dict[str, str]
+    """What the state belongs to: `data` (the store) and `vocabulary` (tokenizer and trained rows)."""
+    updater: Updater
+    convergence: ConvergenceMachine
+    guard: Guard
+    timing: Timing
+    submitted_update: int = -1
+    committed_update: int = -1
+    submitted_at_s: float = field(default_factory=time.monotonic)
+
+    def due(self, state: RunState, stop: StopSignal) -> str | None:
+        """Why a checkpoint is due at this update, or None: a new best, asked for, the first, by count, by clock."""
+        settings, update = self.config.checkpoint, state.update
+        asked, stop.save_requested = stop.save_requested, False
+        if update == self.submitted_update:
+            return None
+        if state.best is not None and state.best["update"] == update == state.evaluated_update:
+            return "best"
+        if asked:
+            return "signal"
+        if update == 0 or (settings.every_updates is not None and update % settings.every_updates == 0):
+            return "periodic"
+        waited_s = time.monotonic() - self.submitted_at_s
+        return "periodic" if settings.every_minutes is not None and waited_s >= 60 * settings.every_minutes else None
+
+    def save(self, state: RunState, reason: str) -> None:
+        """Save this update; a periodic save is left out while the one before is still being written."""
+        begun_s = time.monotonic()
+        must = reason != "periodic"
+        if self.writer.submit(self.capture(state, reason), best=reason == "best", must=must):
+            self.submitted_update, self.submitted_at_s = state.update, time.monotonic()
+        self._note(self.writer.poll())
+        self.timing.add("save", time.monotonic() - begun_s)
+
+    def finish(self, state: RunState, reason: str) -> None:
+        """Make sure that this update is on disk before the process leaves."""
+        begun_s = time.monotonic()
+        self._note(self.writer.drain())
+        if self.committed_update != state.update:
+            self.save(state, reason)
+            self._note(self.writer.drain())
+        self.timing.add("save", time.monotonic() - begun_s)
+
+    def capture(self, state: RunState, reason: str) -> Parts:
+        """Everything that moves in a run, by name; the tensors are the live ones."""
+        updater, scaler = self.updater, self.updater.accelerator.scaler
+        optimizer_tensors, optimizer_values = named_state(updater.optimizer, updater.model)
+        random_tensors, random_values = rng.capture()
+        loss = None if state.last is None else state.last["loss"]
+        return Parts(
+            update=state.update,
+            tensors={"model": model_tensors(updater.model), "optimizer": optimizer_tensors, "rng": random_tensors},
+            state={
+                "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
+                "convergence": self.convergence.state(),
+                "guard": self.guard.to_json(),
+                "optimizer": optimizer_values,
+                "rng": random_values,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "mathematics": mathematics(self.config),
+            },
+            reason=reason,
+            health={"finite": self.guard.consecutive == 0, "loss": loss},
+            metric=loss,
+            fingerprints={"config": mathematics_sha256(self.config), **self.fingerprints},
+        )
+
+    def restore(self, loaded: Loaded) -> RunState:
+        """Put `loaded` into the parts; returns the counters.
+
+        Raises:
+            ResumeMismatch: the checkpoint belongs to other settings, other data or another model; every key is named.
+        """
+        wanted = mathematics(self.config)
+        changed = changed_keys({key: value for key, value in loaded.state["mathematics"].items() if key in wanted}, wanted)
+        if loaded.manifest.fingerprints["data"] != self.fingerprints["data"]:
+            changed.append("the prepared corpus: its fingerprint differs")
+        if changed:
+            raise ResumeMismatch(
+                f"resuming {loaded.name} with these settings would change the mathematics of the run",
+                where="; ".join(changed),
+                mend="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
+            )
+        updater, scaler = self.updater, self.updater.accelerator.scaler
+        put_model_tensors(updater.model, loaded.tensors["model"])
+        load_named_state(updater.optimizer, updater.model, loaded.tensors["optimizer"], loaded.state["optimizer"])
+        rng.restore(loaded.tensors["rng"], loaded.state["rng"])
+        if scaler is not None and loaded.state["scaler"] is not None:
+            scaler.load_state_dict(loaded.state["scaler"])
+        self.convergence.restore(loaded.state["convergence"])
+        self.guard.restore(loaded.state["guard"])
+        self.submitted_update = self.committed_update = loaded.update
+        return RunState.from_json(loaded.state["run"])
+
+    def take_weights(self, loaded: Loaded) -> None:
+        """Start a new run from the weights of another run's checkpoint, and from nothing else of it.
+
+        Raises:
+            ResumeMismatch: it was trained with another vocabulary or another shape.
+        """
+        if loaded.manifest.fingerprints.get("vocabulary") != self.fingerprints["vocabulary"]:
+            raise ResumeMismatch(
+                f"{loaded.name} was trained with another vocabulary, so its rows mean other pieces",
+                where="run.fork",
+                mend="Fork with the same tokenizer and the same active vocabulary, or start from export/ by model.name_or_path",
+            )
+        put_model_tensors(self.updater.model, loaded.tensors["model"])
+
+    def _note(self, committed: list[Committed]) -> None:
+        for checkpoint in committed:
+            self.committed_update = checkpoint.update
+
+
+class AuditTrail:
+    """What the vault did, as `save` rows and console lines; kept until there is a log to write it to."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[str, dict[str, Any]]] = []
+        self._log: tuple[Telemetry, Display] | None = None
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """Note one event of the vault."""
+        if self._log is None:
+            self._kept.append((event, fields))
+            return
+        telemetry, display = self._log
+        update = fields.get("update", 0)
+        telemetry.row("save", update, event=event, **{key: value for key, value in fields.items() if key != "update"})
+        if event == "save":
+            size_mib = fields["bytes"] / (1 << 20)
+            display.line(
+                f"saved  {update:>6} {fields['name']} ({fields['reason']}) {size_mib:.1f} MiB in {fields['save_s']:.2f} s"
+            )
+        elif event not in QUIET_EVENTS:
+            display.line(f"checkpoint {event}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
+
+    def attach(self, telemetry: Telemetry, display: Display) -> None:
+        """Open the log, and tell what was kept."""
+        self._log = (telemetry, display)
+        kept, self._kept = self._kept, []
+        for event, fields in kept:
+            self(event, fields)
+
+
+def model_tensors(model: T5Model) -> dict[str, torch.Tensor]:
+    """Parameters under their own names; a tied matrix stands under each of its names and is stored once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def put_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy saved parameters into the live model.
+
+    Raises:
+        ResumeMismatch: names or shapes are not exactly the model's own.
+    """
+    live = model_tensors(model)
+    if live.keys() != tensors.keys():
+        odd = sorted(live.keys() ^ tensors.keys())[:5]
+        raise ResumeMismatch("the checkpoint's parameters are not this model's", where=", ".join(odd))
+    for name, parameter in live.items():
+        if parameter.shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} -> {tuple(parameter.shape)}"
+            raise ResumeMismatch(f"the shape of {name} differs from the checkpoint's", where=shapes)
+        parameter.copy_(tensors[name])

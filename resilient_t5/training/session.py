@@ -1,0 +1,132 @@
+"""One process over one run directory: lock, store, run, resume, train, ending.
+
+Whatever is wrong with the settings, the directory or the text is found before anything is written into the run.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resilient_t5.checkpoint.lock import RunLock
+from resilient_t5.checkpoint.vault import Loaded, Vault
+from resilient_t5.config import Config
+from resilient_t5.data.prepare import prepare
+from resilient_t5.data.store import Store
+from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
+from resilient_t5.training.banner import banner_lines
+from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
+from resilient_t5.training.ending import conclude, conclude_failure, is_concluded
+from resilient_t5.training.host import choose_device, describe
+from resilient_t5.training.loop import train
+from resilient_t5.training.progress import Display
+from resilient_t5.training.run import Run, build_run
+from resilient_t5.training.saving import AuditTrail
+from resilient_t5.training.signals import Stopped, StopSignal, die_by
+
+PROGRESS_EVERY_S = 5.0
+Given = Mapping[str, tuple[Any, str]]
+"""{"section.key": (value, where it came from)} of the settings that differ from the defaults."""
+
+
+def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCode:
+    """Start or continue the run of `config.run.dir` and train it to its end.
+
+    Args:
+        config: the checked configuration.
+        config_yaml: its text, for config.yaml.
+        given: settings that differ from the defaults, for the banner.
+
+    Returns:
+        The exit code. After a stopping signal the process dies by that signal instead, with the state saved.
+
+    Raises:
+        ResilientError: what a user can mend; summary.json says the same once there is a run.
+    """
+    path = Path(config.run.dir)
+    refuse_foreign_files(path)
+    path.mkdir(parents=True, exist_ok=True)
+    # Accelerate and transformers warn about things that this loop does itself.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with StopSignal(path) as stop, RunLock(path), Display(config.telemetry.progress, path / "train.log") as display:
+        (path / "STOP").unlink(missing_ok=True)
+        try:
+            code = _train_locked(config, config_yaml, given, stop, display)
+        except Stopped:
+            display.line("stopped before training began; nothing is lost, start again")
+            code = stop.exit_code
+    if stop.received is not None and code == stop.exit_code:
+        die_by(stop.received)
+    return code
+
+
+def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSignal, display: Display) -> ExitCode:
+    directory = inspect(config)
+    audit = AuditTrail()
+    vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=audit)
+    vault.sweep()
+    store = _prepared(config, stop, display)
+    loaded = _resumed(config, directory, vault)
+    run = build_run(config, store, vault, loaded, audit, display)
+    claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
+    for line in banner_lines(run, given, None if loaded is None else loaded.name):
+        display.line(line)
+    if is_concluded(run):
+        display.line(f"nothing left to do: {directory.path / 'summary.json'} says how this run ended")
+        return ExitCode.OK
+    rules = dataclasses.asdict(run.convergence.rules)
+    run.telemetry.row("start", run.state.update, resumed_from=None if loaded is None else loaded.name, rules=rules)
+    return _train_to_the_end(run, stop)
+
+
+def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
+    run.display.begin(run.state.update, run.plan.total_updates)
+    try:
+        reason = train(run, stop)
+        return conclude(run, reason, stop)
+    except ResilientError as error:
+        conclude_failure(run, error)
+        raise
+    finally:
+        run.reader.close()
+        run.saver.writer.close()
+        run.telemetry.close()
+
+
+def _prepared(config: Config, stop: StopSignal, display: Display) -> Store:
+    """The store of this run, made when it is missing."""
+    told_s = time.monotonic()
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal told_s
+        if stop.requested:
+            raise Stopped
+        if time.monotonic() - told_s >= PROGRESS_EVERY_S:
+            told_s = time.monotonic()
+            display.line(f"prepare {100 * done_bytes / max(1, total_bytes):5.1f}% of {total_bytes / 1e6:.1f} MB")
+
+    return prepare(config, store_directory(config), on_progress)
+
+
+def store_directory(config: Config) -> Path:
+    """Where the prepared corpus of a run lies: `data.store`, or `store` in the run directory."""
+    return Path(config.data.store) if config.data.store is not None else Path(config.run.dir) / "store"
+
+
+def _resumed(config: Config, directory: RunDirectory, vault: Vault) -> Loaded | None:
+    """The checkpoint to go on from: the newest valid one, or the one that `run.resume` names; None for a new run.
+
+    Raises:
+        NoValidCheckpoint: there are checkpoints and none of them is whole.
+    """
+    if config.run.resume in ("auto", "none"):
+        return vault.load_newest()
+    name = Path(config.run.resume).name
+    if name not in {committed.name for committed in vault.committed()}:
+        raise NoValidCheckpoint(
+            f"run.resume: {name} is no checkpoint of this run", where=str(directory.path / "checkpoints"), mend="Use auto"
+        )
+    return vault.load(name)

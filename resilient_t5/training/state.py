@@ -1,0 +1,113 @@
+"""Everything that moves during a run, beside the tensors: plain values that become state.json."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one attempted update did; sums and counts, never means.
+
+    `nll_sum` is in nats over `target_tokens`; `gradient_norm` is the global norm before clipping; `applied` is False
+    when the gradient or the loss was not finite and the weights were left alone.
+    """
+
+    nll_sum: float
+    gradient_norm: float
+    learning_rate: float
+    applied: bool
+    clipped: bool
+    target_tokens: int
+    source_tokens: int
+    useful_tokens: int
+    padded_tokens: int
+    micro_batches: int
+    examples: int
+
+
+@dataclass
+class SinceLog:
+    """Sums since the last training row."""
+
+    nll_sum: float = 0.0
+    target_tokens: int = 0
+    source_tokens: int = 0
+    useful_tokens: int = 0
+    padded_tokens: int = 0
+    updates: int = 0
+    clipped: int = 0
+    gradient_norm_sum: float = 0.0
+    gradient_norm_max: float = 0.0
+    learning_rate: float = 0.0
+
+
+@dataclass
+class RunState:
+    """Counters and sums. `count` is the only place where they move (law 2 of the design).
+
+    `update` counts optimizer updates that were applied and drives schedule and cadence; `attempted` also counts those
+    that the guard refused and drives the data cursor, so a refused update never sees its examples again.
+    """
+
+    update: int = 0
+    attempted: int = 0
+    micro_batches: int = 0
+    examples: int = 0
+    target_tokens: int = 0
+    useful_tokens: int = 0
+    padded_tokens: int = 0
+    window_nll_sum: float = 0.0
+    window_tokens: int = 0
+    since_log: SinceLog = field(default_factory=SinceLog)
+    evaluated_update: int = -1
+    evaluations: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None
+    ended: str | None = None
+    wall_s: float = 0.0
+
+    def count(self, result: UpdateResult) -> None:
+        """Account for one attempted update."""
+        self.attempted += 1
+        self.examples += result.examples
+        if not result.applied:
+            return
+        self.update += 1
+        self.micro_batches += result.micro_batches
+        self.target_tokens += result.target_tokens
+        self.useful_tokens += result.useful_tokens
+        self.padded_tokens += result.padded_tokens
+        self.window_nll_sum += result.nll_sum
+        self.window_tokens += result.target_tokens
+        since = self.since_log
+        since.nll_sum += result.nll_sum
+        since.target_tokens += result.target_tokens
+        since.source_tokens += result.source_tokens
+        since.useful_tokens += result.useful_tokens
+        since.padded_tokens += result.padded_tokens
+        since.updates += 1
+        since.clipped += result.clipped
+        since.gradient_norm_sum += result.gradient_norm
+        since.learning_rate = result.learning_rate
+        since.gradient_norm_max = max(since.gradient_norm_max, result.gradient_norm)
+
+    @property
+    def useful_token_share(self) -> float:
+        """Share of the encoder and decoder positions so far that were no padding."""
+        return self.useful_tokens / self.padded_tokens if self.padded_tokens else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """All values, ready for state.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RunState":
+        """The state that `to_json` wrote; TypeError when a value is missing or unknown."""
+        since_log = SinceLog(**values["since_log"])
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise TypeError(f"state.json: {sorted(names ^ set(values))} missing or unknown")
+        return cls(**{**values, "since_log": since_log})

@@ -1,0 +1,56 @@
+"""What the tests share: tiny real runs, a warm process that starts them, and the folder of real text."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.forkserver import ForkServer
+
+ROOT = Path(__file__).parents[1]
+
+TINY_RUN = """
+data: {train: "builtin:clinical", sample_notes: 120, max_source_tokens: 96, max_target_tokens: 48, validation_share: 0.2}
+tokenizer: {train_vocab_size: 700}
+corruption: {max_sentinels: 10}
+model: {preset: tiny, dropout: 0.1}
+batch: {examples_per_update: 8, micro_tokens: 300, window_updates: 3}
+optim: {lr: 0.002}
+schedule: {max_updates: 12}
+convergence: {preset: short}
+evaluation: {every: 4, examples: 12, restore_examples: 4}
+checkpoint: {every_minutes: null, every_updates: 3}
+telemetry: {log_every: 1, progress: plain, samples: 1}
+hardware: {threads: 1}
+run: {seed: 7}
+"""
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """The warm process; one for all tests."""
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory):
+    """A configuration file of a run that takes a few seconds, dropout and accumulation included."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY_RUN, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real text that RESILIENT_T5_SHARED names (default: ../shared beside the repository)."""
+    folder = Path(os.environ.get("RESILIENT_T5_SHARED", ROOT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip("no real text: set RESILIENT_T5_SHARED to a folder with data/")
+    return folder
+
+
+def read_summary(run_directory):
+    """summary.json of a run."""
+    return json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))

@@ -1,0 +1,97 @@
+"""A process that has imported the training command once and forks a child for every run.
+
+A run in a fresh interpreter spends seconds on importing torch; a forked one starts at once, so a test can afford many
+real processes and real signals. The server runs no torch operation itself: its children begin without threads.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class ForkServer:
+    """Starts runs of bin/train as children of one warm process. Use it as a context manager."""
+
+    def __enter__(self):
+        root = Path(__file__).parents[1]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self._process.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *error):
+        self._process.stdin.close()
+        self._process.wait(10)
+
+    def _ask(self, request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, argv, output):
+        """Start a run; its console goes to the file `output`. Returns its process id."""
+        return self._ask({"argv": [str(item) for item in argv], "output": str(output)})
+
+    def poll(self, pid):
+        """None while the run goes on, else its exit status: minus the number of the signal that ended it, or its code."""
+        return self._ask({"poll": pid})
+
+    def wait(self, pid, seconds=60.0):
+        """The exit status of a run."""
+        until = time.monotonic() + seconds
+        while (status := self.poll(pid)) is None:
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                raise TimeoutError(f"run {pid} did not end in {seconds} s")
+            time.sleep(0.02)
+        return status
+
+    def run(self, argv, output):
+        """Run to the end and return the exit status."""
+        return self.wait(self.start(argv, output))
+
+
+def serve():
+    """Answer requests on stdin until it closes."""
+    import resilient_t5.training.session  # noqa: F401  the import that every child is to find done
+    from resilient_t5.commands.train import main
+
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "argv" in request:
+            pid = os.fork()
+            if pid == 0:
+                run_child(main, request["argv"], request["output"])
+            answer = pid
+        else:
+            done, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if done else None
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def run_child(main, argv, output):
+    """The forked child: own console, own standard input, then the command."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    code = 1
+    try:
+        code = main(argv)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

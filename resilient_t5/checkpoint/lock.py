@@ -1,0 +1,102 @@
+"""One process per run directory: an flock that the kernel frees however its holder dies, so no stale lock exists."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from resilient_t5.checkpoint import strict_json
+from resilient_t5.checkpoint.fsops import FileSystem, make_directories
+from resilient_t5.checkpoint.reading import reporting
+from resilient_t5.errors import RunHeld
+
+LOCK = "run.lock"
+BODY_LIMIT_BYTES = 4096
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+HELD = (errno.EAGAIN, errno.EACCES)
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+class RunLock:
+    """Holds `run.lock` of a run directory for the length of a with block; the file is never deleted.
+
+    The directory is created when it is missing. A forked child gives its copy of the lock up at once, so that it cannot
+    keep the run held after its parent was killed. `is_exclusive` is False where the file system knows no locks (some
+    network file systems); the caller should say so.
+
+    Raises:
+        RunHeld: another process holds it; names its pid and host as far as known.
+        StorageError: the lock file cannot be opened or written.
+    """
+
+    def __init__(self, run_directory: Path):
+        self.path = Path(run_directory) / LOCK
+        self.is_exclusive = False
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        with reporting(f"{self.path} cannot be locked"):
+            make_directories(FileSystem(), self.path.parent)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                self.is_exclusive = self._lock(descriptor)
+                self._describe(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        self._descriptor = descriptor
+        this = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _close_in_child(this))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock up; in a forked child this only closes the child's copy."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS_HERE:
+                return False
+            if error.errno not in HELD:
+                raise
+            raise RunHeld(
+                f"{self.path.parent} is held by {_holder(descriptor)}",
+                where=str(self.path),
+                mend="Wait for it, stop it with SIGTERM, or choose another --run.dir",
+            ) from None
+        return True
+
+    def _describe(self, descriptor: int) -> None:
+        """For the message to others only; whoever reads it must not rely on it."""
+        boot_id = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else ""
+        body = {"pid": os.getpid(), "host": platform.node(), "boot_id": boot_id, "started": time.time()}
+        data = json.dumps(body).encode("ascii") + b"\n"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, data, 0)
+
+
+def _close_in_child(reference: "weakref.ref[RunLock]") -> None:
+    lock = reference()
+    if lock is not None:
+        lock.close()
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        body: Any = strict_json.load(os.pread(descriptor, BODY_LIMIT_BYTES, 0))
+        return f"process {int(body['pid'])} on {str(body['host'])[:80]!r}"
+    except (ValueError, TypeError, KeyError):
+        return "another process"

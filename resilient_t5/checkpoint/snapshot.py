@@ -1,0 +1,101 @@
+"""Copies of the parts in host memory, whether there is room for one, and whether every number in them is finite."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from resilient_t5.checkpoint.tensors import split_shared, tensor_bytes
+from resilient_t5.errors import Diverged
+
+TensorFiles = dict[str, dict[str, torch.Tensor]]
+"""File stem -> tensor name -> tensor."""
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class NonFiniteState(Diverged):
+    """The state holds NaN or infinity; it was not saved, and the older checkpoints are intact."""
+
+
+def snapshot_bytes(tensors: TensorFiles) -> int:
+    """Host memory that `take_snapshot` allocates."""
+    return sum(tensor_bytes(tensor) for part in tensors.values() for tensor in split_shared(part)[0].values())
+
+
+def take_snapshot(tensors: TensorFiles) -> TensorFiles:
+    """Copy every tensor to new host memory, shared ones once; complete on return (one device sync per tensor)."""
+    return {stem: _copy(part) for stem, part in tensors.items()}
+
+
+def _copy(part: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    unique, shared = split_shared(part)
+    copies = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in unique.items()}
+    return {**copies, **{alias: copies[name] for alias, name in shared.items()}}
+
+
+def refuse_non_finite(tensors: TensorFiles) -> None:
+    """Check all floating-point tensors; the sums of one device are read with one sync.
+
+    Raises:
+        NonFiniteState: naming the first tensors that hold NaN or infinity.
+    """
+    bad = [f"{stem}/{name}" for stem, part in tensors.items() for name in _non_finite(part)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteState(
+            "the state holds NaN or infinity and was not saved; older checkpoints are intact",
+            where=", ".join(bad[:3]) + more,
+            mend="Lower optim.lr, or use another hardware.precision",
+        )
+
+
+def _non_finite(part: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in split_shared(part)[0].items():
+        if tensor.is_floating_point() and tensor.numel():
+            by_device.setdefault(tensor.device, []).append((name, _sum(tensor.detach())))
+    for sums in by_device.values():
+        finite = torch.stack([total for _, total in sums]).isfinite().tolist()
+        # A sum of finite numbers can overflow, so a suspect is looked at element by element.
+        suspects = [name for (name, _), good in zip(sums, finite, strict=True) if not good]
+        yield from (name for name in suspects if not _all_finite(part[name]))
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.element_size() == 1:
+        tensor = tensor.to(torch.float32)
+    return tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).to(torch.float32)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    values = tensor.detach().to(torch.float32) if tensor.element_size() == 1 else tensor.detach()
+    return bool(torch.isfinite(values).all())
+
+
+def available_memory_bytes() -> int | None:
+    """Host memory that may still be allocated, by the machine and by the container's limit; None when unknown."""
+    known = [amount for amount in (_machine_available(), _container_available()) if amount is not None]
+    return min(known) if known else None
+
+
+def _machine_available() -> int | None:
+    if not MEMINFO.exists():
+        return None
+    for line in MEMINFO.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _container_available() -> int | None:
+    limit, current, details = (CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
+    if not (limit.exists() and current.exists() and details.exists()):
+        return None
+    words = limit.read_text(encoding="ascii").split()
+    if words == ["max"]:
+        return None
+    counts = dict(line.split() for line in details.read_text(encoding="ascii").splitlines())
+    # Pages of files that nobody uses count as current, and are given back on demand.
+    return int(words[0]) - int(current.read_text(encoding="ascii")) + int(counts.get("inactive_file", 0))

@@ -1,0 +1,192 @@
+"""Tensors to and from the safetensors format, streamed: one pass that hashes what it writes or reads.
+
+The format is 8 bytes of header length, a JSON header, and the raw buffers without gaps. The library that owns it cannot
+write through a hash, reads a file a second time to verify it, and accepts a flipped bit; the streams here do neither, and
+what was hashed is what is returned. Any safetensors reader opens the files.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from resilient_t5.checkpoint import strict_json
+
+# A chunk stays in the CPU's cache between hashing and writing, and bounds the host memory of a device tensor.
+CHUNK_BYTES = 8 * 2**20
+HEADER_LIMIT_BYTES = 64 * 2**20
+MOST_DIMENSIONS = 16
+METADATA = "__metadata__"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class ByteSource(Protocol):
+    """What `read_tensors` reads from."""
+
+    def fill(self, buffer: memoryview) -> None:
+        """Fill the whole buffer, or raise."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file before it is written: its header, the tensors in the order of their buffers, and names that share one."""
+
+    header: bytes
+    tensors: list[torch.Tensor]
+    shared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(tensor_bytes(tensor) for tensor in self.tensors)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the elements of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def split_shared(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors to write once each, and {alias: name} for those that are the same memory under another name.
+
+    The first name in sorted order owns the memory, so that the same model always gives the same file.
+    """
+    owners: dict[tuple[Any, ...], str] = {}
+    unique: dict[str, torch.Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in sorted(tensors.items()):
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        owner = owners.setdefault(memory, name) if tensor.numel() else name
+        if owner == name:
+            unique[name] = tensor
+        else:
+            shared[name] = owner
+    return unique, shared
+
+
+def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """Plan the file of `tensors` (any device, any shape, zero-dimensional and empty ones too).
+
+    Raises:
+        TypeError: a tensor that is not dense, or of a dtype that the format does not know; an unusable name.
+    """
+    for name, tensor in tensors.items():
+        if name in ("", METADATA, strict_json.FLOAT_KEY):
+            raise TypeError(f"{name!r} cannot name a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be saved")
+    unique, shared = split_shared(tensors)
+    # Wide elements first keeps every buffer aligned for readers that map the file.
+    ordered = sorted(unique.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    entries: dict[str, Any] = {METADATA: {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor_bytes(tensor)
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT_BYTES:
+        raise TypeError(f"the names of {len(entries)} tensors do not fit into a header of {HEADER_LIMIT_BYTES} bytes")
+    return Layout(len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered], shared)
+
+
+def chunks(layout: Layout) -> Iterator[memoryview]:
+    """The bytes of the file in order, at most CHUNK_BYTES at a time; a device tensor crosses to the host chunk by chunk."""
+    yield memoryview(layout.header)
+    for tensor in layout.tensors:
+        flat = tensor.detach().reshape(-1)
+        if flat.stride(0) != 1:  # an expanded tensor, or one element of a strided one, has no bytes of its own to view
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        data = flat.view(torch.uint8)
+        for start in range(0, data.numel(), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES].cpu().numpy().data
+
+
+def read_tensors(source: ByteSource, size: int, shared: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors of a file of `size` bytes, on the CPU, each in memory of its own so that it can be freed alone.
+
+    Args:
+        source: gives the bytes in order; it must refuse a wrong hash itself once all is read.
+        size: bytes of the file, which bounds every allocation.
+        shared: {alias: name}; an alias is the same tensor object as its owner.
+
+    Raises:
+        ValueError: the bytes are no safetensors file of this size, or `shared` does not fit.
+    """
+    entries = _read_header(source, size)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, dtype, shape, _, _ in entries:
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            source.fill(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        tensors[name] = tensor
+    for alias, name in shared.items():
+        if name not in tensors or alias in tensors:
+            raise ValueError(f"shared tensor {alias!r} -> {name!r} does not fit the file")
+    return {**tensors, **{alias: tensors[name] for alias, name in shared.items()}}
+
+
+Entry = tuple[str, torch.dtype, list[int], int, int]
+
+
+def _read_header(source: ByteSource, size: int) -> list[Entry]:
+    prefix = bytearray(8)
+    if size < len(prefix):
+        raise ValueError("shorter than a header")
+    source.fill(memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    if length > min(HEADER_LIMIT_BYTES, size - len(prefix)):
+        raise ValueError(f"header of {length} bytes in a file of {size}")
+    header = bytearray(length)
+    source.fill(memoryview(header))
+    fields = strict_json.load(bytes(header))
+    if not isinstance(fields, dict):
+        raise ValueError("the header is no object")
+    entries = sorted((_entry(name, value) for name, value in fields.items() if name != METADATA), key=lambda e: (e[3], e[4]))
+    position = 0
+    for name, _, _, start, end in entries:
+        if start != position:
+            raise ValueError(f"tensor {name!r} begins at {start}, not at {position}")
+        position = end
+    if len(prefix) + length + position != size:
+        raise ValueError(f"the tensors end at {len(prefix) + length + position}, the file at {size}")
+    return entries
+
+
+def _entry(name: str, value: Any) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} is not described as it must be")
+    dtype, shape, offsets = DTYPES.get(str(value["dtype"])), value["shape"], value["data_offsets"]
+    if dtype is None or not _sizes(shape) or len(shape) > MOST_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has an unusable dtype, shape or place")
+    start, end = offsets
+    if math.prod(max(length, 1) for length in shape) >= 2**48:
+        raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name!r} of shape {shape} does not fill {start} to {end}")
+    return name, dtype, shape, start, end
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)

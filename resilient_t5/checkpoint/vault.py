@@ -1,0 +1,347 @@
+"""The checkpoints of one run: save, scan, load, fall back, quarantine, retain.
+
+A save writes into `.tmp-*` beside its place, every file hashed and fsynced, the manifest last; then the directory is
+fsynced, renamed once to a name that was never used before, and the parent is fsynced. Only then is it acknowledged, only
+then do the pointers move, and only then is anything deleted. A directory is deleted by renaming it away first. So after a
+kill or a power loss at any moment every directory under a live name is whole, and every acknowledged one that retention
+keeps is there. An fsync that failed is never repeated: the next save writes everything again from memory.
+
+All methods but the constructor expect that this process holds the run lock, and one of them runs at a time.
+"""
+
+import math
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from resilient_t5.checkpoint import strict_json
+from resilient_t5.checkpoint.disposal import QUARANTINE, TEMPORARY, TRASH, delete, quarantine, remove, take_back
+from resilient_t5.checkpoint.fsops import FileSystem, make_directories
+from resilient_t5.checkpoint.manifest import STATE_LIMIT_BYTES, Damaged, Manifest, parse_name, write_checkpoint
+from resilient_t5.checkpoint.parts import Committed, Loaded, Parts
+from resilient_t5.checkpoint.pointers import BEST, LAST, TEMPORARY_PREFIXES, pointed_q, write_pointer
+from resilient_t5.checkpoint.reading import describe, read_directory, read_or_refuse, read_stored, reporting
+from resilient_t5.checkpoint.retention import FEWEST, Stored, find_best, surplus
+from resilient_t5.checkpoint.snapshot import refuse_non_finite
+from resilient_t5.checkpoint.tensors import lay_out
+from resilient_t5.config import CheckpointConfig
+from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
+
+__all__ = ["Committed", "Loaded", "Parts", "Vault"]
+
+RESERVE_BYTES = 32 * 2**20
+PINNED_COMMITS = 2
+"""Commits after which the checkpoint that this process resumed from may be deleted."""
+
+
+class Vault:
+    """The checkpoints below `run_directory`.
+
+    Args:
+        run_directory: the run; `checkpoints/`, `best.json` and `last.json` are below it.
+        run_id: checkpoints of any other run are refused.
+        settings: how many are kept.
+        fs: the calls that everything goes through.
+        audit: told of `save`, `delete`, `fallback`, `quarantine`, `sweep`, `space`, `best_lost` and of what is not fatal
+            (`delete_failed`, `pointer_failed`, `quarantine_failed`), always in the thread that made the vault.
+        reserve_bytes: room left free on the disk beside the checkpoint.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        *,
+        run_id: str,
+        settings: CheckpointConfig,
+        audit: Callable[[str, dict[str, Any]], None],
+        fs: FileSystem | None = None,
+        reserve_bytes: int = RESERVE_BYTES,
+    ):
+        self.run_directory = Path(run_directory)
+        self.directory = self.run_directory / "checkpoints"
+        self.settings = settings
+        self._run_id, self._fs, self._reserve_bytes = run_id, fs or FileSystem(), reserve_bytes
+        self._audit, self._audit_thread = audit, threading.get_ident()
+        self._untold: deque[tuple[str, dict[str, Any]]] = deque()
+        self._parent: Manifest | None = None
+        self.newest: Committed | None = None  # the last one this process committed or went on from
+        self._resumed_q: int | None = None
+        self._commits = 0
+        self._last_q = 0
+        self._best_named = ""
+
+    # Events
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Pass one event to `audit`, or keep it until `tell_pending` when this is not the audit's thread."""
+        self._untold.append((kind, fields))
+        if threading.get_ident() == self._audit_thread:
+            self.tell_pending()
+
+    def tell_pending(self) -> None:
+        """Pass on the events of other threads, oldest first."""
+        while self._untold:
+            self._audit(*self._untold.popleft())
+
+    # What is there
+
+    def committed(self) -> list[Stored]:
+        """Checkpoints whose manifest is whole and whose files have the right sizes, newest first; contents are not read.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        with reporting(f"{self.directory} cannot be read"):
+            return self._scan()
+
+    def _scan(self) -> list[Stored]:
+        found = []
+        for name in self._names():
+            with suppress(Damaged):  # the business of the next load; here it only must not count as kept
+                found.append(Stored(*read_stored(self._fs, self.directory / name, self._run_id)))
+        return found
+
+    def sweep(self) -> None:
+        """Remove what dead processes left: half-written saves and half-deleted checkpoints. Failures are only told.
+
+        Raises:
+            StorageError: the directories cannot be listed.
+        """
+        for parent, prefixes in (
+            (self.directory, (TEMPORARY, TRASH)),
+            (self.run_directory, TEMPORARY_PREFIXES),
+        ):
+            with reporting(f"{parent} cannot be read"):
+                names = self._fs.names(parent)
+            for name in names:
+                if name.startswith(prefixes) and remove(self._fs, parent / name, self.tell):
+                    self.tell("sweep", file=name)
+
+    # Loading
+
+    def load(self, name: str) -> Loaded:
+        """Load one checkpoint by name and go on from it.
+
+        Raises:
+            NoValidCheckpoint: there is none of that name, or it is damaged; it is not moved.
+            StorageError: it cannot be read.
+        """
+        if parse_name(name) is None:
+            raise NoValidCheckpoint(f"{name!r} is not the name of a checkpoint", where=str(self.directory))
+        return self._adopt(read_or_refuse(self._fs, self.directory / name, self._run_id))
+
+    def load_newest(self, *, healthy: bool = False) -> Loaded | None:
+        """Load the newest valid checkpoint and go on from it; damaged ones go into quarantine on the way.
+
+        Args:
+            healthy: pass over those whose health says no, as a rollback does.
+
+        Returns:
+            None only when this run never committed a checkpoint.
+
+        Raises:
+            NoValidCheckpoint: there were checkpoints and none is valid; nothing was deleted.
+            StorageError: the file system failed in a way that says nothing about the checkpoints; nothing was moved.
+        """
+        with reporting(f"the checkpoints in {self.directory} cannot be read"):
+            names = self._names()
+            loaded = self._first_valid(names, healthy)
+            if loaded is not None:
+                return self._adopt(loaded)
+            quarantined = self._fs.names(self.directory / QUARANTINE)
+            if not names and not quarantined and pointed_q(self._fs, self.run_directory / LAST) == 0:
+                return None
+        raise NoValidCheckpoint(
+            f"no {'healthy' if healthy else 'valid'} checkpoint is left in {self.directory}; nothing was deleted",
+            where=", ".join(names[:3]),
+            mend=f"Look into {self.directory / QUARANTINE}; a new run needs another --run.dir",
+        )
+
+    def _first_valid(self, names: list[str], healthy: bool) -> Loaded | None:
+        """Read names in order until one is valid; of the others only manifest and sizes are looked at."""
+        loaded, damaged = None, 0
+        for name in names:
+            directory = self.directory / name
+            try:
+                manifest, _ = read_stored(self._fs, directory, self._run_id)
+                if loaded is None and (manifest.healthy or not healthy):
+                    loaded = read_directory(self._fs, directory, self._run_id)
+            except Damaged as damage:
+                damaged += loaded is None
+                quarantine(self._fs, self.directory, name, damage, self.tell)
+        if loaded is not None and damaged:
+            self.tell("fallback", name=loaded.name, q=loaded.q, update=loaded.update, newest=names[0])
+        return loaded
+
+    def load_best(self) -> Loaded | None:
+        """Load the best checkpoint without going on from it; when it is damaged the next best that exists is the best.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        with reporting(f"the best checkpoint in {self.directory} cannot be read"):
+            while (best := find_best(self._scan(), self._best_q())) is not None:
+                if self._best_q() not in (None, best.q):
+                    self.tell("best_lost", q=self._best_q(), name=best.name)
+                try:
+                    return read_directory(self._fs, self.directory / best.name, self._run_id)
+                except Damaged as damage:
+                    if not quarantine(self._fs, self.directory, best.name, damage, self.tell):
+                        return None
+        return None
+
+    # Saving
+
+    def save(self, parts: Parts, *, best: bool) -> Committed:
+        """Save and return once it is durable. Nothing is saved twice at one update, except a new best or a rollback.
+
+        Args:
+            best: this is the best model so far; ignored when `parts.metric` is not finite.
+
+        Raises:
+            NonFiniteState: a tensor holds NaN or infinity.
+            DiskFull, StorageError: not saved; names the first errno. Older checkpoints are intact, and a later save may
+                succeed.
+        """
+        is_best = best and (parts.metric is None or math.isfinite(parts.metric))
+        if self.newest is not None and self._is_saved(parts, is_best):
+            return self.newest
+        refuse_non_finite(parts.tensors)
+        with reporting(f"the checkpoint of update {parts.update} was not saved; older ones are intact"):
+            manifest, committed = self._commit(parts, is_best)
+        self._parent, self.newest = manifest, committed
+        self._commits += 1
+        what = {"name": committed.name, "q": committed.q, "update": committed.update, "reason": parts.reason}
+        self.tell("save", **what, best=is_best, metric=parts.metric, bytes=committed.bytes, save_s=committed.seconds)
+        self._tidy(manifest)
+        return committed
+
+    def _is_saved(self, parts: Parts, is_best: bool) -> bool:
+        saved, parent = self.newest, self._parent
+        if saved is None or parent is None or saved.update != parts.update or parts.reason == "rollback":
+            return False
+        return parent.is_best or not is_best
+
+    def _commit(self, parts: Parts, is_best: bool) -> tuple[Manifest, Committed]:
+        started_s = time.monotonic()
+        make_directories(self._fs, self.directory)
+        layouts = {stem: lay_out(tensors) for stem, tensors in sorted(parts.tensors.items())}
+        state = strict_json.dump(parts.state)
+        if len(state) > STATE_LIMIT_BYTES:
+            raise ValueError(f"a state of {len(state)} bytes; at most {STATE_LIMIT_BYTES} can be loaded again")
+        self._require_room(parts.update, sum(layout.size for layout in layouts.values()) + len(state))
+        draft = self._draft(parts, is_best, {stem: layout.shared for stem, layout in layouts.items() if layout.shared})
+        if parse_name(draft.name) is None:
+            raise StorageError(
+                f"{draft.name} is past the last commit number", where=str(self.directory), mend="Start a new run"
+            )
+        temporary = self.directory / f"{TEMPORARY}{draft.q:04d}-{os.getpid()}-{secrets.token_hex(4)}"
+        final = self.directory / draft.name
+        try:
+            manifest = write_checkpoint(self._fs, temporary, draft, layouts, state)
+            self._fs.rename(temporary, final)
+            self._fs.fsync_directory(self.directory)
+        except OSError:
+            take_back(self._fs, temporary, final)
+            raise
+        seconds = time.monotonic() - started_s
+        return manifest, Committed(manifest.name, manifest.q, manifest.update, final, seconds, manifest.bytes)
+
+    def _draft(self, parts: Parts, is_best: bool, shared: dict[str, dict[str, str]]) -> Manifest:
+        q, parent = self._next_q(), self._parent
+        earlier = find_best(self._scan(), self._best_q())
+        return Manifest(
+            run_id=self._run_id,
+            q=q,
+            parent_q=parent.q if parent else None,
+            update=parts.update,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            reason=parts.reason,
+            metric=parts.metric,
+            is_best=is_best,
+            best_q=q if is_best else (earlier.q if earlier else None),
+            health=parts.health,
+            fingerprints=parts.fingerprints,
+            shared=shared,
+            files={},
+        )
+
+    # After the commit: hints, and what is not kept
+
+    def _tidy(self, manifest: Manifest) -> None:
+        try:
+            stored = self._scan()
+        except OSError as error:  # without knowing what is there, nothing may go
+            self.tell("delete_failed", file=Path(str(error.filename)).name, error=describe(error))
+            return
+        self._point(stored, manifest)
+        victims = surplus(stored, self.settings.keep_last, manifest.best_q, self._pinned_q())
+        delete(self._fs, self.directory, [item.name for item in victims], self.tell)
+
+    def _point(self, stored: list[Stored], manifest: Manifest) -> None:
+        own = next((item for item in stored if item.q == manifest.q), None)
+        best = find_best(stored, manifest.best_q)
+        try:
+            if own is not None:
+                write_pointer(self._fs, self.run_directory / LAST, own)
+            if best is not None and best.name != self._best_named:
+                write_pointer(self._fs, self.run_directory / BEST, best)
+                self._best_named = best.name
+        except OSError as error:
+            self.tell("pointer_failed", file=Path(str(error.filename)).name, error=describe(error))
+
+    def _best_q(self) -> int | None:
+        return self._parent.best_q if self._parent else None
+
+    def _pinned_q(self) -> int | None:
+        return self._resumed_q if self._commits < PINNED_COMMITS else None
+
+    def _adopt(self, loaded: Loaded) -> Loaded:
+        manifest = loaded.manifest
+        self._parent, self._resumed_q, self._commits = manifest, manifest.q, 0
+        self.newest = Committed(loaded.name, loaded.q, loaded.update, self.directory / loaded.name, 0.0, manifest.bytes)
+        return loaded
+
+    # Names and room
+
+    def _names(self) -> list[str]:
+        parsed = [(parse_name(name), name) for name in self._fs.names(self.directory)]
+        return [name for _, name in sorted(((key[1], key[0]), name) for key, name in parsed if key is not None)][::-1]
+
+    def _next_q(self) -> int:
+        """One more than every commit number in sight, quarantined and pointed at ones too: no name is ever used twice."""
+        held = self._fs.names(self.directory) + self._fs.names(self.directory / QUARANTINE)
+        parsed = [parse_name(name.removeprefix(TRASH).split(".")[0]) for name in held]
+        known = [key[1] for key in parsed if key is not None]
+        hints = [pointed_q(self._fs, self.run_directory / name) for name in (LAST, BEST)]
+        self._last_q = 1 + max([self._last_q, *known, *hints])
+        return self._last_q
+
+    def _require_room(self, update: int, size: int) -> None:
+        """Raise DiskFull unless the checkpoint fits with a reserve; what may go for it goes first, if that is enough."""
+        need = size + size // 20 + self._reserve_bytes
+        if self._fs.free_bytes(self.directory) >= need:
+            return
+        self.sweep()
+        stored = self._scan()
+        best = find_best(stored, self._best_q())
+        victims = surplus(stored, FEWEST, best.q if best else None, self._pinned_q())
+        names = [item.name for item in victims]
+        free = self._fs.free_bytes(self.directory)
+        if free < need <= free + sum(item.manifest.bytes for item in victims):
+            self.tell("space", need_bytes=need, free_bytes=free, deleted=names)
+            delete(self._fs, self.directory, names, self.tell)
+            free = self._fs.free_bytes(self.directory)
+        if free < need:
+            raise DiskFull(
+                f"no room for the checkpoint of update {update}: {need / 2**20:.0f} MiB are needed, {free / 2**20:.0f} free",
+                where=str(self.directory),
+                mend="Free some space, then start again: the run goes on where it was saved last",
+            )

@@ -1,0 +1,227 @@
+"""Build a T5 or mT5 from scratch, load one, save one: float32, and what is untied stays untied.
+
+transformers' own loading is not used: it takes the dtype of the file, ties what the file keeps apart when asked in the
+wrong order, and reads a missing embedding from the head. Here a skeleton without memory is made from the configuration,
+and every parameter is put into it from the file, by name, after its shape was compared.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from resilient_t5.config_data import ModelConfig
+from resilient_t5.errors import DataError
+from resilient_t5.model.presets import fill_with_first_weights, shape_of
+from resilient_t5.model.tables import ALIASES, HEAD, SHARED, SpecialIds, T5Model, is_tied, scales_decoder_output, set_tables
+from resilient_t5.model.weights import (
+    CONFIG_FILE,
+    WeightFiles,
+    find_weights,
+    read_json,
+    resolve_directory,
+    write_directory,
+)
+
+__all__ = ["SpecialIds", "build_model", "config_of", "generation_of", "load_model", "read_tables", "save_model"]
+
+CLASSES = {"t5": (T5Config, T5ForConditionalGeneration), "mt5": (MT5Config, MT5ForConditionalGeneration)}
+# Old T5 files hold it; no T5 ever used it.
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+SIZES = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_decoder_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+NEEDED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+LARGEST_SIZE = 2**24
+NUMBERS = ("dropout_rate", "layer_norm_epsilon")
+SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+ACTIVATIONS = re.compile(r"(gated-)?(relu|gelu|gelu_new|silu|swish)")
+
+
+def build_model(settings: ModelConfig, *, vocabulary_rows: int, special: SpecialIds, seed: int) -> T5Model:
+    """A model from scratch, in float32 on the CPU, whose loss starts near ln(vocabulary_rows).
+
+    Args:
+        settings: `preset`, the sizes that replace the preset's, `dropout`.
+        vocabulary_rows: rows of the embedding; every id of the tokenizer is below.
+        special: ids of the tokenizer.
+        seed: the weights are a function of it and of the sizes; no global random stream is read or moved.
+
+    Raises:
+        ConfigError: no preset is set.
+    """
+    shape = shape_of(settings)
+    config_class = CLASSES["mt5" if shape.mt5 else "t5"][0]
+    config = config_class(
+        **shape.config(settings.dropout),
+        vocab_size=vocabulary_rows,
+        pad_token_id=special.pad_id,
+        eos_token_id=special.eos_id,
+        decoder_start_token_id=special.decoder_start_id,
+        tie_word_embeddings=not shape.mt5,
+    )
+    model = _skeleton(config)
+    for name, parameter in list(model.named_parameters()):
+        if name not in (SHARED, HEAD):
+            _put(model, name, nn.Parameter(torch.empty(parameter.shape)))
+    table_VD = (vocabulary_rows, shape.d_model)
+    set_tables(model, nn.Parameter(torch.empty(table_VD)), nn.Parameter(torch.empty(table_VD)) if shape.mt5 else None)
+    fill_with_first_weights(model, seed)
+    return model
+
+
+def load_model(name_or_path: str, settings: ModelConfig) -> T5Model:
+    """A T5 or mT5 checkpoint as a float32 model on the CPU, tied or untied as its file is.
+
+    Args:
+        name_or_path: a directory with config.json and safetensors (one file or shards), else a hub name.
+        settings: `dropout` replaces the checkpoint's.
+
+    Raises:
+        DataError: the directory is not a whole, undamaged T5 or mT5 checkpoint; the message says what it lacks.
+    """
+    directory = resolve_directory(name_or_path)
+    config, declared_untied = _read_config(directory)
+    if settings.dropout is not None:
+        config.dropout_rate = settings.dropout
+    files = find_weights(directory)
+    _check_layers(files, config)
+    model = _skeleton(config)
+    _check_names_and_shapes(files, model, declared_untied)
+    for name, _ in list(model.named_parameters()):
+        if name not in (SHARED, HEAD):
+            _put(model, name, nn.Parameter(files.read(name)))
+    shared_VD, head_VD = read_tables(files, declared_untied)
+    set_tables(model, nn.Parameter(shared_VD), None if head_VD is None else nn.Parameter(head_VD))
+    return model
+
+
+def read_tables(files: WeightFiles, declared_untied: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The input embedding (V, D) and the head (V, D) in float32; the head is None where it is the embedding.
+
+    Old tied files hold the same matrix under several names. A file whose embeddings of the two stacks differ is refused:
+    it has no single input embedding.
+    """
+    shared_VD = files.read(SHARED)
+    for alias in ALIASES:
+        if alias in files.file_of and not torch.equal(files.read(alias), shared_VD):
+            raise DataError(f"{alias} differs from {SHARED}", where=str(files.directory), mend="take an undamaged checkpoint")
+    if HEAD not in files.file_of:
+        return shared_VD, None
+    head_VD = files.read(HEAD)
+    return shared_VD, None if not declared_untied and torch.equal(head_VD, shared_VD) else head_VD
+
+
+def config_of(model: T5Model) -> dict[str, Any]:
+    """The content of config.json that every transformers version reads as this model is.
+
+    transformers 5 writes `tie_word_embeddings: true` for every T5, and 4 believes it and drops the head.
+    """
+    config = model.config.to_dict() | {"tie_word_embeddings": is_tied(model), "architectures": [type(model).__name__]}
+    if model.config.model_type == "t5":
+        config["scale_decoder_outputs"] = scales_decoder_output(model)
+    return config | {"dtype": "float32"}
+
+
+def save_model(model: T5Model, directory: Path) -> None:
+    """Write an export that `from_pretrained` of transformers 4 and 5 loads as this model is, weights in float32.
+
+    Args:
+        model: with all rows of its vocabulary; a cut model goes through `vocabulary.write_back`.
+        directory: holds no model yet; the caller publishes it by a rename.
+
+    Raises:
+        RunDirectoryError: a model already lies there.
+        DiskFull, StorageError: the file system refuses.
+    """
+    write_directory(directory, config_of(model), generation_of(model), dict(model.named_parameters()))
+
+
+def generation_of(model: T5Model) -> dict[str, Any]:
+    """The content of generation_config.json: the special ids."""
+    return {key: getattr(model.config, key) for key in SPECIAL_IDS}
+
+
+def _skeleton(config: T5Config | MT5Config) -> T5Model:
+    # On the meta device nothing is allocated, nothing is drawn, and no weight is initialised twice.
+    with torch.device("meta"):
+        return CLASSES[config.model_type][1](config)
+
+
+def _put(model: T5Model, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, parameter)
+
+
+def _read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
+    """The configuration from the keys that are known and checked, and whether the file declares the tables untied."""
+    raw, where = read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE)
+    kind = raw.get("model_type")
+    if kind not in CLASSES:
+        raise DataError(f"model_type is {kind!r}, not t5 or mt5", where=where, mend="name a T5 or mT5 checkpoint")
+    sizes = {key: raw[key] for key in SIZES if raw.get(key) is not None}
+    numbers = {key: raw[key] for key in NUMBERS if raw.get(key) is not None}
+    ids = {key: raw[key] for key in SPECIAL_IDS if raw.get(key) is not None}
+    gate = raw.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+    rows = sizes.get("vocab_size", 0)
+    wrong = [key for key, value in sizes.items() if type(value) is not int or not 1 <= value <= LARGEST_SIZE]
+    wrong += [key for key, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < 1]
+    wrong += [key for key, value in ids.items() if type(value) is not int or not 0 <= value < rows]
+    wrong += [] if isinstance(gate, str) and ACTIVATIONS.fullmatch(gate) else ["feed_forward_proj"]
+    wrong += [key for key in NEEDED if key not in sizes]
+    if wrong:
+        raise DataError(f"not usable in a T5 configuration: {', '.join(wrong)}", where=where, mend="fetch the file again")
+    ids.setdefault("pad_token_id", 0)
+    ids.setdefault("decoder_start_token_id", ids["pad_token_id"])
+    untied = raw.get("tie_word_embeddings") is False
+    kept = {"tokenizer_class": raw["tokenizer_class"]} if isinstance(raw.get("tokenizer_class"), str) else {}
+    config = CLASSES[kind][0](**sizes, **numbers, **ids, **kept, feed_forward_proj=gate)
+    if kind == "t5":
+        # A file that transformers 5 wrote says so itself; an older one only by whether it is tied.
+        config.scale_decoder_outputs = bool(raw.get("scale_decoder_outputs", not untied))
+    return config, untied
+
+
+def _check_layers(files: WeightFiles, config: T5Config | MT5Config) -> None:
+    # Before the skeleton is built: a configuration that promises a million layers must not cost their memory.
+    for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers or config.num_layers)):
+        last = f"{stack}.block.{layers - 1}.layer.0.SelfAttention.q.weight"
+        beyond = f"{stack}.block.{layers}.layer.0.SelfAttention.q.weight"
+        if last not in files.file_of or beyond in files.file_of:
+            raise DataError(
+                f"the weights do not have the {layers} {stack} layers that {CONFIG_FILE} promises",
+                where=str(files.directory),
+                mend="take config.json and weights from one checkpoint",
+            )
+
+
+def _check_names_and_shapes(files: WeightFiles, model: T5Model, declared_untied: bool) -> None:
+    where, mend = str(files.directory), "take config.json and weights from one whole T5 or mT5 checkpoint"
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    table = expected[SHARED]
+    if declared_untied and HEAD not in files.file_of:
+        raise DataError(f"{CONFIG_FILE} says that the head is untied, but the weights lack {HEAD}", where=where, mend=mend)
+    # A missing embedding too is an error here; transformers 5 would take the head for it without a word.
+    absent = sorted(set(expected) - set(files.file_of))
+    if absent:
+        raise DataError(f"the weights lack {len(absent)} tensors of the model, {absent[0]} first", where=where, mend=mend)
+    for alias in (*ALIASES, HEAD):
+        if alias in files.file_of:
+            expected[alias] = table
+    unknown = sorted(set(files.file_of) - set(expected) - {UNUSED})
+    if unknown:
+        raise DataError(f"the weights hold {len(unknown)} tensors of no T5, {unknown[0]} first", where=where, mend=mend)
+    for name, shape in expected.items():
+        if files.shape_of[name] != shape:
+            raise DataError(f"{name} has shape {files.shape_of[name]}, {CONFIG_FILE} promises {shape}", where=where, mend=mend)

@@ -1,0 +1,151 @@
+"""The loss of a T5 or mT5 as a sum over target tokens, with the gradients of the vocabulary tables added in place.
+
+Encoder and decoder are called with embedded inputs, and the head only on the positions that have a label: no padding
+position and no whole matrix of logits ever exists. A sum divided once by the tokens of the whole update makes the
+gradient independent of how the update is cut into micro-batches.
+
+Shapes: B examples, S source tokens, T target tokens, N labels that are not -100, V vocabulary rows, D model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from resilient_t5.errors import DataError
+from resilient_t5.model.tables import SpecialIds, T5Model, scales_decoder_output, special_ids
+from resilient_t5.model.vocabulary_gradients import EmbeddingInPlace, HeadLossInPlace, LossTerms
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """What one micro-batch adds to its update."""
+
+    loss: torch.Tensor
+    """Scalar with a gradient: the sum of all loss terms over the labels, divided by the divisor."""
+    nll_sum: torch.Tensor
+    """Scalar, detached, float64: negative log-likelihood in nats, summed over the labels; no smoothing, no z-loss."""
+    correct_tokens: torch.Tensor | None
+    """Scalar, detached, int64: labels that are the argmax; only where gradients are off."""
+
+
+@dataclass(frozen=True)
+class ExampleNll:
+    """Evaluation of one micro-batch, per example; all tensors (B,)."""
+
+    nll_sum_B: torch.Tensor
+    """float64, nats."""
+    tokens_B: torch.Tensor
+    """int64, labels."""
+    correct_B: torch.Tensor
+    """int64, labels that are the argmax."""
+
+
+def forward_loss(
+    model: T5Model,
+    source_BS: torch.Tensor,
+    source_mask_BS: torch.Tensor | None,
+    labels_BT: torch.Tensor,
+    *,
+    divisor: float,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossParts:
+    """The loss of one micro-batch; its backward adds into `.grad` of both vocabulary tables.
+
+    A micro-batch without labels gives 0 and zero gradients. Works under autocast, with a scaled backward, with gradient
+    checkpointing, with tied and untied tables, and with frozen ones.
+
+    Args:
+        model: T5ForConditionalGeneration or MT5ForConditionalGeneration; the wrapped full forward is never called.
+        source_BS: encoder ids, padded.
+        source_mask_BS: 1 for a token, 0 for padding; None when nothing is padded.
+        labels_BT: decoder targets, -100 where there is none; the decoder's inputs are these, shifted right.
+        divisor: target tokens of the whole update, on all ranks.
+        label_smoothing: share of the target probability spread over the V rows.
+        z_loss: weight of the squared log-partition of each label.
+
+    Raises:
+        DataError: the divisor is not above 0: the update has no target token.
+    """
+    if not divisor > 0:
+        raise DataError(
+            "an update without a single target token", mend="check the prepared corpus; every example needs a target"
+        )
+    terms = _terms(model, 1.0 / divisor, label_smoothing=label_smoothing, z_loss=z_loss)
+    hidden_ND, labels_N, _ = _label_states(model, source_BS, source_mask_BS, labels_BT)
+    loss, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
+    correct = correct_N.sum() if terms.count_correct else None
+    return LossParts(loss, nll_N.detach().sum(dtype=torch.float64), correct)
+
+
+@torch.no_grad()
+def token_nll(
+    model: T5Model,
+    source_BS: torch.Tensor,
+    source_mask_BS: torch.Tensor | None,
+    labels_BT: torch.Tensor,
+    *,
+    only_BT: torch.Tensor | None = None,
+) -> ExampleNll:
+    """Negative log-likelihood and correct tokens of each example, under teacher forcing; no gradient, no logits kept.
+
+    Args:
+        model: in evaluation mode, unless dropout is wanted.
+        source_BS, source_mask_BS, labels_BT: as in `forward_loss`.
+        only_BT: bool; labels to count, such as those of terms. None counts all.
+    """
+    hidden_ND, labels_N, positions_N = _label_states(model, source_BS, source_mask_BS, labels_BT)
+    _, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, _terms(model, 1.0))
+    counted_N = torch.ones_like(correct_N) if only_BT is None else only_BT.flatten()[positions_N].bool()
+    example_N = positions_N // labels_BT.shape[1]
+
+    def per_example(values_N: torch.Tensor) -> torch.Tensor:
+        return values_N.new_zeros(labels_BT.shape[0]).index_add_(0, example_N, values_N)
+
+    return ExampleNll(
+        per_example(torch.where(counted_N, nll_N.double(), 0.0)),
+        per_example(counted_N.long()),
+        per_example((correct_N & counted_N).long()),
+    )
+
+
+def shift_right(labels_BT: torch.Tensor, special: SpecialIds) -> torch.Tensor:
+    """Decoder inputs: the start id, then the labels without their last; -100 becomes the pad."""
+    inputs_BT = labels_BT.new_full(labels_BT.shape, special.decoder_start_id)
+    inputs_BT[:, 1:] = labels_BT[:, :-1]
+    return inputs_BT.masked_fill_(inputs_BT == IGNORED, special.pad_id)
+
+
+def _terms(model: T5Model, scale: float, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> LossTerms:
+    weight = model.lm_head.weight
+    kind, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(kind) and dtype == torch.float32:
+        # float16 would overflow in the logits and flush small probabilities to zero: the loss is a float32 island there.
+        asked = torch.get_autocast_dtype(kind)
+        dtype = torch.bfloat16 if asked == torch.bfloat16 else torch.float32
+    return LossTerms(scale, label_smoothing, z_loss, dtype, count_correct=not torch.is_grad_enabled())
+
+
+def _label_states(
+    model: T5Model, source_BS: torch.Tensor, source_mask_BS: torch.Tensor | None, labels_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the head sees at the N labels (N, D), the labels (N,), and their flat positions (N,) in labels_BT."""
+    embedding_VD, config = model.shared.weight, model.config
+    inputs_BT = shift_right(labels_BT, special_ids(model))
+    encoded_BSD = model.encoder(
+        inputs_embeds=EmbeddingInPlace.apply(embedding_VD, source_BS), attention_mask=source_mask_BS
+    ).last_hidden_state
+    # The decoder needs no mask of its own: padding stands at the end, and attention is causal.
+    decoded_BTD = model.decoder(
+        inputs_embeds=EmbeddingInPlace.apply(embedding_VD, inputs_BT),
+        encoder_hidden_states=encoded_BSD,
+        encoder_attention_mask=source_mask_BS,
+        use_cache=False,
+    ).last_hidden_state
+    positions_N = (labels_BT.flatten() != IGNORED).nonzero()[:, 0]  # a host sync on a GPU
+    hidden_ND = decoded_BTD.flatten(0, 1).index_select(0, positions_N)
+    if scales_decoder_output(model):
+        hidden_ND = hidden_ND * config.d_model**-0.5
+    return hidden_ND, labels_BT.flatten()[positions_N], positions_N

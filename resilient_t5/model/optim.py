@@ -1,0 +1,107 @@
+"""The optimizers, their parameter groups, and their state as named tensors.
+
+AdamW is torch's fused one, on the CPU too. Adafactor is our own (`model/adafactor.py`), with an absolute learning rate.
+The learning rate of every group is set from outside at each update.
+"""
+
+from typing import Any
+
+import torch
+
+from resilient_t5.config_training import OptimConfig
+from resilient_t5.errors import ResumeMismatch
+from resilient_t5.model.adafactor import Adafactor
+from resilient_t5.model.tables import T5Model
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def build_optimizer(model: T5Model, settings: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters, in the model's own order; a tied table stands in it once.
+
+    Two groups: matrices, which `weight_decay` shrinks, and norms and position biases, which it never does. With a decay
+    above 0 the rows of vocabulary that a corpus never uses shrink too.
+
+    Args:
+        model: after `cut_vocabulary`, on its device.
+        settings: name, peak learning rate, decay, betas, eps.
+        device: where the parameters lie; decides whether the fused kernel exists.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained if is_decayed(name, p)], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in trained if not is_decayed(name, p)], "weight_decay": 0.0},
+    ]
+    if settings.name == "adafactor":
+        return Adafactor([{"params": group["params"]} for group in groups], lr=settings.lr)
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=device.type in FUSED_DEVICES)
+
+
+def is_decayed(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay may shrink the parameter: a matrix that is no relative position bias."""
+    return parameter.ndim >= 2 and "relative_attention_bias" not in name
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: T5Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state as {"<parameter>/<key>": tensor}, and what it belongs to as plain JSON values.
+
+    The tensors are those of the optimizer, not copies. A parameter without an update yet has none.
+    """
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{name_of[id(parameter)]}/{key}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return tensors, _description(optimizer, model)
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, model: T5Model, tensors: dict[str, torch.Tensor], description: dict[str, Any]
+) -> None:
+    """Put a state from `named_state` into an optimizer that was built the same way; every dtype stays as it was saved.
+
+    torch's own loading casts the state to the dtype of the parameter; this copies. The learning rate is not restored:
+    it is a function of the update.
+
+    Raises:
+        ResumeMismatch: another optimizer, other groups or parameters, or a tensor of the wrong shape.
+    """
+    own = _description(optimizer, model)
+    mend = "resume with the configuration of the checkpoint, or start a new run with run.fork"
+    for key in own:
+        if description.get(key) != own[key]:
+            shown = "its groups hold other parameters" if key == "groups" else f"{description.get(key)!r}, now {own[key]!r}"
+            raise ResumeMismatch(f"the optimizer state belongs to another optimizer: {shown}", where=key, mend=mend)
+    parameter_of = dict(model.named_parameters())
+    state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition("/")
+        parameter = parameter_of.get(owner)
+        if parameter is None or not key or tuple(tensor.shape) not in _possible_shapes(parameter):
+            raise ResumeMismatch("the optimizer state does not fit the model", where=name, mend=mend)
+        # A scalar lies where its optimizer wants it: fused kernels count on the device, everything else on the CPU.
+        stays = tensor.ndim == 0 and not _is_fused(optimizer)
+        state.setdefault(parameter, {})[key] = tensor.detach().clone().to("cpu" if stays else parameter.device)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))
+
+
+def _description(optimizer: torch.optim.Optimizer, model: T5Model) -> dict[str, Any]:
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        "optimizer": type(optimizer).__name__.lower(),
+        "groups": [[name_of[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups],
+    }
+
+
+def _possible_shapes(parameter: torch.Tensor) -> set[tuple[int, ...]]:
+    shape = tuple(parameter.shape)
+    factored = {shape[:-1], (*shape[:-2], shape[-1])} if parameter.ndim >= 2 else set()
+    return {(), shape} | factored

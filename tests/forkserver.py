@@ -26,7 +26,9 @@ class ForkServer:
         return self
 
     def __exit__(self, *error):
-        self._process.stdin.close()
+        # Closing its standard input would not do: a process forked by another test may hold a copy of the pipe.
+        self._process.stdin.write(json.dumps("end") + "\n")
+        self._process.stdin.flush()
         self._process.wait(10)
 
     def _ask(self, request):
@@ -66,6 +68,8 @@ def serve():
     sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
+        if request == "end":
+            return
         if "argv" in request:
             pid = os.fork()
             if pid == 0:

@@ -31,11 +31,11 @@ def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     if reason is StopReason.INTERRUPTED:
         run.display.line(f"stop   {stop.received.name if stop.received else 'STOP'} received; saving update {run.state.update}")
         run.telemetry.row("signal", run.state.update, signal=stop.received.name if stop.received else "STOP")
-        run.saver.finish(run.state, "signal")
+        run.saver.finish(run.state, "signal", stop)
         write_summary(run, STATUS[reason], reason, stop.exit_code)
         run.display.line(f"saved; go on with: bin/train --config {run.directory / 'config.yaml'}")
         return stop.exit_code
-    run.saver.finish(run.state, "final")
+    run.saver.finish(run.state, "final", stop)
     export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)

@@ -34,7 +34,7 @@ def train(run: Run, stop: StopSignal) -> StopReason:
         if evaluation_due(run):
             judge(run, stop)
         if (cause := run.saver.due(run.state, stop)) is not None:
-            run.saver.save(run.state, cause)
+            run.saver.save(run.state, cause, stop)
         if (reason := why_stop(run, stop)) is not None:
             return reason
         with run.timing.measure("wait"):

@@ -9,8 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, GradScalerKwargs
 
-from resilient_t5.checkpoint.fsops import FileSystem
-from resilient_t5.checkpoint.reading import read_or_refuse
+from resilient_t5.checkpoint.reading import load_checkpoint
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config import Config
@@ -155,7 +154,7 @@ def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None,
     fingerprints = {"data": store.fingerprint, "vocabulary": vocabulary_sha256(store, ids)}
     saver = Saver(writer, config, fingerprints, updater, convergence, guard, timing)
     if loaded is None and config.run.fork is not None:
-        saver.take_weights(read_or_refuse(FileSystem(), Path(config.run.fork), None))
+        saver.take_weights(load_checkpoint(Path(config.run.fork)))
     state = RunState() if loaded is None else saver.restore(loaded)
     telemetry = Telemetry(directory, from_update=state.update, tensorboard=config.telemetry.tensorboard)
     audit.attach(telemetry, display)
@@ -195,6 +194,8 @@ def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
     if precision.name == "fp16" and device.type == "cpu":
         raise ConfigError("hardware.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
     keep_cudnn_attention_out()
+    # Moments of rows that are rarely seen decay into denormal numbers, which a CPU multiplies many times slower.
+    torch.set_flush_denormal(True)
     accelerator = Accelerator(
         mixed_precision=ACCELERATE_PRECISION[precision.name],
         cpu=device.type == "cpu",

@@ -55,27 +55,35 @@ class Saver:
         if state.best is not None and state.best["update"] == update == state.evaluated_update:
             return "best"
         if asked:
-            return "signal"
+            return "asked"
         if update == 0 or (settings.every_updates is not None and update % settings.every_updates == 0):
             return "periodic"
         waited_s = time.monotonic() - self.submitted_at_s
         return "periodic" if settings.every_minutes is not None and waited_s >= 60 * settings.every_minutes else None
 
-    def save(self, state: RunState, reason: str) -> None:
-        """Save this update; a periodic save is left out while the one before is still being written."""
+    def save(self, state: RunState, cause: str, stop: StopSignal) -> None:
+        """Save this update; a periodic save is left out while the one before is still being written.
+
+        A save that a user asked for by SIGUSR1 waits for its turn, but like a periodic one it does not end the run when
+        the disk is full.
+        """
         begun_s = time.monotonic()
-        must = reason != "periodic"
-        if self.writer.submit(self.capture(state, reason), best=reason == "best", must=must):
+        parts = self.capture(state, "periodic" if cause == "asked" else cause)
+        must = cause != "periodic"
+        # The save that a signal asks for must not be cut short by that signal; all others may be.
+        should_stop = None if cause == "signal" else lambda: stop.requested
+        if self.writer.submit(parts, best=cause == "best", must=must, should_stop=should_stop):
             self.submitted_update, self.submitted_at_s = state.update, time.monotonic()
         self._note(self.writer.poll())
         self.timing.add("save", time.monotonic() - begun_s)
 
-    def finish(self, state: RunState, reason: str) -> None:
+    def finish(self, state: RunState, cause: str, stop: StopSignal) -> None:
         """Make sure that this update is on disk before the process leaves."""
         begun_s = time.monotonic()
-        self._note(self.writer.drain())
+        # A signal's save makes one that waits for room on the disk give up, so nothing is waited for before it.
+        self._note(self.writer.poll() if cause == "signal" else self.writer.drain())
         if self.committed_update != state.update:
-            self.save(state, reason)
+            self.save(state, cause, stop)
             self._note(self.writer.drain())
         self.timing.add("save", time.monotonic() - begun_s)
 

@@ -13,7 +13,7 @@ from typing import Any
 from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.config import Config
-from resilient_t5.data.prepare import prepare
+from resilient_t5.data.prepare import prepare, store_directory
 from resilient_t5.data.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.training.banner import banner_lines
@@ -109,11 +109,6 @@ def _prepared(config: Config, stop: StopSignal, display: Display) -> Store:
             display.line(f"prepare {100 * done_bytes / max(1, total_bytes):5.1f}% of {total_bytes / 1e6:.1f} MB")
 
     return prepare(config, store_directory(config), on_progress)
-
-
-def store_directory(config: Config) -> Path:
-    """Where the prepared corpus of a run lies: `data.store`, or `store` in the run directory."""
-    return Path(config.data.store) if config.data.store is not None else Path(config.run.dir) / "store"
 
 
 def _resumed(config: Config, directory: RunDirectory, vault: Vault) -> Loaded | None:

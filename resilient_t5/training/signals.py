@@ -50,7 +50,8 @@ class StopSignal:
             if former is not signal.SIG_IGN:
                 self._former[number] = former
                 signal.signal(number, self._note)
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
+        if sys.__stderr__ is not None:
+            faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -486,10 +486,9 @@ def test_a_duplicate_dropped_inside_a_document_does_not_move_it_across_the_split
     assert read(tmp_path)[0][0].key == cut.key
 
 
-@pytest.mark.skipif("RESILIENT_T5_DATA" not in os.environ, reason="RESILIENT_T5_DATA names no folder with real text")
-def test_a_real_gb18030_table_reads_with_auto() -> None:
+def test_a_real_gb18030_table_reads_with_auto(shared_data: Path) -> None:
     """A published forum table: all records but exact duplicates, its three text columns."""
-    path = Path(os.environ["RESILIENT_T5_DATA"]) / "zh_dialogue_gb18030.csv"
+    path = shared_data / "zh_dialogue_gb18030.csv"
     documents, counts = read(path)
     assert counts.encodings == {"gb18030": 1}
     assert counts.columns_taken[str(path)] == ["title", "ask", "answer"]

@@ -1,10 +1,9 @@
 """Term lists, matches against an independent search, places on tokens.
 
 Run: python -m pytest tests/data/test_terms.py
-With real text: RESILIENT_T5_DATA=/folder python -m pytest tests/data/test_terms.py
+With real text elsewhere than in ../shared: RESILIENT_T5_SHARED=/folder python -m pytest tests/data/test_terms.py
 """
 
-import os
 import unicodedata
 from pathlib import Path
 
@@ -161,13 +160,11 @@ def test_every_character_of_a_term_is_inside_its_tokens(lengths: list[int], data
     assert widened == (encoded.starts[sharing[0]] < start or encoded.ends[sharing[-1]] > end)
 
 
-@pytest.mark.skipif("RESILIENT_T5_DATA" not in os.environ, reason="RESILIENT_T5_DATA names no folder with real text")
 @pytest.mark.parametrize(("terms", "text"), [("zh_terms.txt", "zh_medical_25mb_open.txt"), ("en_terms.txt", "en_medquad.txt")])
-def test_matches_equal_those_of_a_plain_search_on_real_text(terms: str, text: str) -> None:
+def test_matches_equal_those_of_a_plain_search_on_real_text(shared_data: Path, terms: str, text: str) -> None:
     """18,749 Chinese and 30,581 English terms over every fortieth line of the real files."""
-    folder = Path(os.environ["RESILIENT_T5_DATA"])
-    matcher = TermMatcher(read_terms(folder / terms).terms)
-    lines = (folder / text).read_text(encoding="utf-8").split("\n")[::40]
+    matcher = TermMatcher(read_terms(shared_data / terms).terms)
+    lines = (shared_data / text).read_text(encoding="utf-8").split("\n")[::40]
     joined = "\n".join(lines)
     found = matcher.find(joined)
     assert len(found) > 3000

@@ -152,7 +152,8 @@ def check_preparable(config: Config) -> None:
 def check_trainable(config: Config) -> None:
     """Raise ConfigError unless there is also a model to train."""
     has_model = config.model.name_or_path is not None or config.model.preset is not None
-    problems: list[str] = [] if has_model else ["no model: set model.name_or_path (a checkpoint) or model.preset (from scratch)"]
+    missing = "no model: set model.name_or_path (a checkpoint) or model.preset (from scratch)"
+    problems = [] if has_model else [missing]
     try:
         check_preparable(config)
     except ConfigError as error:

@@ -1,0 +1,87 @@
+"""bin/prepare: make the store of a corpus, or the part of one shard, or join the parts; print the report."""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from resilient_t5.commands.arguments import Arguments, parse_arguments
+from resilient_t5.commands.failure import reported
+from resilient_t5.config import check_preparable
+from resilient_t5.errors import ConfigError, ExitCode
+from resilient_t5.training.signals import Stopped, StopSignal
+
+DESCRIPTION = "Prepare a corpus: tokens, term occurrences and a report, once, for any number of runs."
+SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
+FLAGS = (
+    ("--shard", {"type": str, "default": None, "help": "i/n: prepare only part i of n, chosen by content (1 to n)"}),
+    ("--merge", {"type": int, "default": None, "help": "n: join the n parts that --shard made into the store"}),
+)
+PROGRESS_EVERY_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `bin/prepare` and return its exit code."""
+    return reported(lambda: _prepare(sys.argv[1:] if argv is None else argv))
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    arguments = parse_arguments(argv, "prepare", DESCRIPTION, FLAGS)
+    check_preparable(arguments.config)
+    shard = _shard(arguments)
+    # Imported late: --help and a typo must not wait for the tokenizer libraries.
+    from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard, store_directory
+    from resilient_t5.data.report import readable
+
+    config, directory = arguments.config, store_directory(arguments.config)
+    with StopSignal() as stop:
+        on_progress = _progress(stop)
+        try:
+            if shard is not None:
+                sys.stdout.write(
+                    f"part of shard {shard[0]}/{shard[1]}: {prepare_shard(config, directory, shard, on_progress)}\n"
+                )
+                return ExitCode.OK
+            merged = arguments.flags["merge"]
+            store = prepare(config, directory, on_progress) if merged is None else merge_shards(config, directory, merged)
+        except Stopped:
+            sys.stderr.write("stopped before the store was whole; nothing half made was left\n")
+            return stop.exit_code
+    sys.stdout.write(f"{readable(store.report)}\n{'store':>14}  {store.directory}\n")
+    return ExitCode.OK
+
+
+def _shard(arguments: Arguments) -> tuple[int, int] | None:
+    """The shard asked for.
+
+    Raises:
+        ConfigError: --shard or --merge make no sense.
+    """
+    text, merged = arguments.flags["shard"], arguments.flags["merge"]
+    if text is not None and merged is not None:
+        raise ConfigError("--shard and --merge exclude each other: prepare every part, then merge")
+    if merged is not None and merged < 1:
+        raise ConfigError(f"--merge {merged} is below 1; write the number of parts")
+    if text is None:
+        return None
+    match = SHARD.fullmatch(text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ConfigError(f"--shard {text!r} is not i/n with 1 <= i <= n, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def _progress(stop: StopSignal) -> Callable[[int, int], None]:
+    """Says now and then how far the work is, and ends it when a signal came."""
+    told_s = time.monotonic()
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal told_s
+        if stop.requested:
+            raise Stopped
+        if time.monotonic() - told_s >= PROGRESS_EVERY_S:
+            told_s = time.monotonic()
+            waiting = "waiting for another process that prepares the same store"
+            done = f"prepare {100 * done_bytes / max(1, total_bytes):5.1f}% of {total_bytes / 1e6:.1f} MB"
+            sys.stderr.write(f"{done if total_bytes else waiting}\n")
+
+    return on_progress

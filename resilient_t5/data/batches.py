@@ -1,0 +1,343 @@
+"""Micro-batches for every update: a pure function of (seed, update number), and the threads that prepare them ahead.
+
+    B  examples of a micro-batch    S  longest source in it    T  longest target in it
+
+The stream of examples is endless. Position p of it belongs to epoch p // n and is that epoch's example number p % n in
+`keyed.order`; update u owns positions u * U to u * U + U - 1, so no update is short at the end of an epoch. A window is
+`window_updates` updates' worth of positions, never more than about one epoch.
+
+Within a window the examples are corrupted, sorted by length and cut into groups of neighbours; the groups are dealt at
+random, `groups_per_update` to each update. Dealing groups keeps the number of target tokens of an update near its mean,
+which consecutive runs of the sorted list would not. A window of one update keeps its examples: they are one group.
+A group is cut again where it would pass `micro_tokens`; since dealing comes first, `micro_tokens` changes the speed of
+an update and never its examples. The largest micro-batch of an update comes first: what does not fit into memory fails
+at once, and the allocator can reuse its blocks.
+"""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from resilient_t5.config import Config
+from resilient_t5.data.corruption import Corrupted, Examples, corrupt
+from resilient_t5.data.keyed import Stream, order, shuffle
+from resilient_t5.data.ragged import lay_out
+from resilient_t5.data.token_table import TokenTable
+from resilient_t5.errors import DataError
+
+# Label of a padded target position; cross-entropy leaves it out.
+IGNORED = -100
+# No training reaches this epoch, so evaluation never repeats a draw of training. Sampling for estimates has its own.
+EVALUATION_EPOCH = 2**62
+ESTIMATE_EPOCH = EVALUATION_EPOCH + 1
+ESTIMATE_EXAMPLES = 512
+# Readers may be in two windows at once, and a caller may ask for one that is past.
+WINDOWS_KEPT = 3
+UPDATES_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward."""
+
+    source_BS: torch.Tensor
+    """int64, padded with the padding id."""
+    source_mask_BS: torch.Tensor
+    """int64, 1 for tokens and 0 for padding."""
+    labels_BT: torch.Tensor
+    """int64, padded with -100."""
+    example_ids: np.ndarray
+    """int64 (B,)"""
+    target_tokens: int
+    """Labels that are not padding."""
+    useful_tokens: int
+    """Tokens of sources and targets."""
+    padded_tokens: int
+    """Elements of the source and the labels, padding included."""
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """A micro-batch of evaluation with what was masked in it, row for row."""
+
+    micro_batch: MicroBatch
+    corrupted: Corrupted
+    example_ids: np.ndarray
+    """int64 (B,)"""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A corrupted window and who gets what of it."""
+
+    corrupted: Corrupted
+    example_ids: np.ndarray
+    groups: list[list[np.ndarray]]
+    """For each update its groups of rows, each ascending in length."""
+
+
+@dataclass
+class _Slot:
+    """A place for a window that one thread computes while others wait for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    window: _Window | None = None
+
+
+class Batches:
+    """The micro-batches of every update of a run. Holds no position; threads may share it.
+
+    Args:
+        seed: of order and corruption.
+        micro_tokens: most padded tokens, source and target, of a micro-batch; one example may pass it alone.
+        pad_multiple: lengths are padded to a multiple of this.
+
+    Raises:
+        DataError: the split is empty.
+    """
+
+    def __init__(self, split: Examples, table: TokenTable, config: Config, *, seed: int, micro_tokens: int, pad_multiple: int):
+        if len(split) == 0:
+            raise DataError("there are no examples to train on", mend="Give more text.")
+        self.split, self.table, self.config, self.seed = split, table, config, seed
+        self.micro_tokens, self.pad_multiple = micro_tokens, pad_multiple
+        self.examples_per_update = config.batch.examples_per_update
+        self.window_updates = max(1, min(config.batch.window_updates, len(split) // self.examples_per_update))
+        self.updates_per_epoch = len(split) / self.examples_per_update
+        self._slots: OrderedDict[int, _Slot] = OrderedDict()
+        self._slots_lock = threading.Lock()
+
+    @cached_property
+    def mean_target_tokens(self) -> float:
+        """Mean target tokens of an update, estimated from a fixed sample of examples."""
+        count = min(ESTIMATE_EXAMPLES, len(self.split))
+        sample = order(self.seed, ESTIMATE_EPOCH, np.arange(count), len(self.split))
+        corrupted = self._corrupt(sample, np.full(count, ESTIMATE_EPOCH))
+        return len(corrupted.target) / count * self.examples_per_update
+
+    def at(self, update: int) -> list[MicroBatch]:
+        """The micro-batches of update number `update`, counted from 0; the largest first."""
+        window = self._window(update // self.window_updates)
+        parts = [
+            rows
+            for group in window.groups[update % self.window_updates]
+            for rows in cut(group, _lengths(window.corrupted), self.micro_tokens, self.pad_multiple)
+        ]
+        micro_batches = [
+            collate(window.corrupted, rows, window.example_ids[rows], pad_id=self.table.pad_id, pad_multiple=self.pad_multiple)
+            for rows in parts
+        ]
+        return sorted(micro_batches, key=lambda micro_batch: -micro_batch.padded_tokens)
+
+    def prepare(self, update: int) -> None:
+        """Compute the window of an update, so that `at` finds it ready."""
+        self._window(update // self.window_updates)
+
+    def _window(self, number: int) -> _Window:
+        with self._slots_lock:
+            slot = self._slots.setdefault(number, _Slot())
+            self._slots.move_to_end(number)
+            while len(self._slots) > WINDOWS_KEPT:
+                self._slots.popitem(last=False)
+        with slot.lock:
+            if slot.window is None:
+                slot.window = self._compute(number)
+            return slot.window
+
+    def _compute(self, number: int) -> _Window:
+        """Corrupt, sort and deal window `number`."""
+        size = self.window_updates * self.examples_per_update
+        positions = number * size + np.arange(size)
+        epochs = positions // len(self.split)
+        example_ids = order(self.seed, epochs, positions % len(self.split), len(self.split))
+        corrupted = self._corrupt(example_ids, epochs)
+        groups_per_update = min(self.config.batch.groups_per_update, self.examples_per_update) if self.window_updates > 1 else 1
+        ascending = np.lexsort(_lengths(corrupted)[::-1])
+        return _Window(corrupted, example_ids, deal(ascending, self.window_updates, groups_per_update, (self.seed, number)))
+
+    def _corrupt(self, example_ids: np.ndarray, epochs: np.ndarray) -> Corrupted:
+        settings = self.config.corruption
+        data = self.config.data
+        return corrupt(self.split, example_ids, epochs, seed=self.seed, settings=settings, data=data, table=self.table)
+
+
+class Reader:
+    """Takes the updates of `batches` one after another, prepared ahead by threads; their bits are those of `Batches.at`.
+
+    Use it as a context manager, or call `close`.
+
+    Args:
+        first_update: the update that the first `take` gives.
+        readers: threads; with 0, `take` prepares.
+    """
+
+    def __init__(self, batches: Batches, first_update: int, readers: int):
+        self.wait_s = 0.0
+        """Seconds that `take` has waited so far."""
+        self._batches = batches
+        self._next_taken = first_update
+        self._next_asked = first_update
+        self._threads = ThreadPoolExecutor(readers, thread_name_prefix="reader") if readers > 0 else None
+        self._ahead: deque[Future[list[MicroBatch]]] = deque()
+        self._ask()
+
+    def take(self) -> list[MicroBatch]:
+        """The next update's micro-batches; raises what preparing them raised."""
+        begin_s = time.perf_counter()
+        micro_batches = self._batches.at(self._next_taken) if self._threads is None else self._ahead.popleft().result()
+        self.wait_s += time.perf_counter() - begin_s
+        self._next_taken += 1
+        self._ask()
+        return micro_batches
+
+    def close(self) -> None:
+        """Drop what was prepared and wait for the threads to end. May be called twice."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self) -> None:
+        """Keep the threads busy: a few updates ahead, and behind them the window after theirs."""
+        if self._threads is None:
+            return
+        while self._next_asked < self._next_taken + UPDATES_AHEAD:
+            self._ahead.append(self._threads.submit(self._batches.at, self._next_asked))
+            self._next_asked += 1
+        first_of_window = self._next_taken % self._batches.window_updates == 0
+        if first_of_window and self._batches.window_updates > UPDATES_AHEAD:
+            # What it raises is raised again when an update of that window is taken.
+            self._threads.submit(self._batches.prepare, self._next_taken + self._batches.window_updates)
+
+
+def deal(ascending: np.ndarray, updates: int, groups: int, key: tuple[int, int]) -> list[list[np.ndarray]]:
+    """Cut sorted rows into groups of neighbours and deal `groups` of them to each update at random.
+
+    Where the examples of an update do not divide by `groups`, its first groups have one more; every update gets the
+    same number of larger and smaller groups.
+
+    Args:
+        ascending: int64, rows in order of length.
+        key: seed and number of the window.
+    """
+    small, larger = divmod(len(ascending) // updates, groups)
+    sizes = np.tile([small + 1] * larger + [small] * (groups - larger), updates)
+    parts = np.split(ascending, np.cumsum(sizes)[:-1])
+    by_draw = shuffle(key[0], Stream.DEAL, key[1], len(parts))
+    dealt: list[list[np.ndarray]] = [[] for _ in range(updates)]
+    for size, share in ((small + 1, larger), (small, groups - larger)):
+        of_size = [parts[number] for number in by_draw if len(parts[number]) == size]
+        for number, part in enumerate(of_size):
+            dealt[number // share].append(part)
+    return dealt
+
+
+def cut(
+    ascending: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], micro_tokens: int, pad_multiple: int
+) -> list[np.ndarray]:
+    """Cut rows sorted by length where rows * (longest source + longest target), padded, would pass `micro_tokens`.
+
+    The longest are cut off first; a row that passes the budget alone makes a part of its own.
+
+    Args:
+        lengths: source and target tokens of every row.
+    """
+    parts: list[np.ndarray] = []
+    end = len(ascending)
+    longest_source = longest_target = 0
+    for place in range(len(ascending) - 1, -1, -1):
+        source, target = (_rounded(int(of_row[ascending[place]]), pad_multiple) for of_row in lengths)
+        longest_source, longest_target = max(longest_source, source), max(longest_target, target)
+        if place + 1 < end and (end - place) * (longest_source + longest_target) > micro_tokens:
+            parts.append(ascending[place + 1 : end])
+            end, longest_source, longest_target = place + 1, source, target
+    parts.append(ascending[:end])
+    return parts
+
+
+def collate(corrupted: Corrupted, rows: np.ndarray, example_ids: np.ndarray, *, pad_id: int, pad_multiple: int) -> MicroBatch:
+    """Pad these rows to the longest of them, rounded up to a multiple of `pad_multiple`."""
+    source, source_mask = _padded(corrupted.source, corrupted.source_offsets, rows, (pad_id, pad_multiple))
+    labels, label_mask = _padded(corrupted.target, corrupted.target_offsets, rows, (IGNORED, pad_multiple))
+    target_tokens = int(label_mask.sum())
+    return MicroBatch(
+        source_BS=torch.from_numpy(source),
+        source_mask_BS=torch.from_numpy(source_mask.astype(np.int64)),
+        labels_BT=torch.from_numpy(labels),
+        example_ids=example_ids,
+        target_tokens=target_tokens,
+        useful_tokens=int(source_mask.sum()) + target_tokens,
+        padded_tokens=source.size + labels.size,
+    )
+
+
+def evaluation_batches(
+    split: Examples,
+    table: TokenTable,
+    config: Config,
+    *,
+    examples: int,
+    seed: int,
+    micro_tokens: int,
+    pad_multiple: int,
+) -> list[EvaluationBatch]:
+    """Fixed examples under fixed corruption, sorted by length and cut by `micro_tokens`, the longest first.
+
+    The examples are drawn by key from the whole split; fewer of them are the first of more.
+
+    Args:
+        examples: most examples to take; 0 gives no batch.
+
+    Raises:
+        DataError: examples are asked for and the split is empty.
+    """
+    if examples == 0:
+        return []
+    if len(split) == 0:
+        raise DataError("there are no examples to evaluate on", mend="Give more text, or raise data.validation_share.")
+    count = min(examples, len(split))
+    example_ids = order(seed, EVALUATION_EPOCH, np.arange(count), len(split))
+    epochs = np.full(count, EVALUATION_EPOCH)
+    corrupted = corrupt(split, example_ids, epochs, seed=seed, settings=config.corruption, data=config.data, table=table)
+    lengths = _lengths(corrupted)
+    parts = cut(np.lexsort(lengths[::-1]), lengths, micro_tokens, pad_multiple)
+    return [
+        EvaluationBatch(
+            micro_batch=collate(corrupted, rows, example_ids[rows], pad_id=table.pad_id, pad_multiple=pad_multiple),
+            corrupted=corrupted.take(rows),
+            example_ids=example_ids[rows],
+        )
+        for rows in parts
+    ]
+
+
+def _lengths(corrupted: Corrupted) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target tokens of every row."""
+    return np.diff(corrupted.source_offsets), np.diff(corrupted.target_offsets)
+
+
+def _rounded(length: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple
+
+
+def _padded(
+    values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, padding: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a ragged array as a padded one, int64, and where it holds tokens, bool. `padding`: value and multiple."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    width = _rounded(int(lengths.max()), padding[1])
+    mask = np.arange(width) < lengths[:, None]
+    padded = np.full((len(rows), width), padding[0], np.int64)
+    padded[mask] = values[lay_out(offsets[rows], lengths)]
+    return padded, mask

@@ -1,0 +1,304 @@
+"""Corruption: a chunk and its key give a source and a target; pure, and vectorised over a batch of unequal chunks.
+
+    source  "the [sentinel 0] showed a [sentinel 1] in the left lobe [end]"     the chunk, a sentinel for each span, noise
+    target  "[sentinel 0] liver scan [sentinel 1] cyst [end]"                   what the sentinels stand for
+
+There is no last sentinel before the end mark of a target: T5's own pre-training targets have none, because their masks
+always end a chunk. With `task: correct` nothing is masked: the source is the noised chunk, the target the clean one.
+Pairs that were masked elsewhere are neither masked nor noised.
+
+`masking.py` chooses what is masked and `noise.py` what is noised. The result for an example depends on (seed, epoch,
+example id), its tokens and the settings, never on the batch around it.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from resilient_t5.config import CorruptionConfig, DataConfig
+from resilient_t5.data.masking import Masks, Occurrences, choose_masks
+from resilient_t5.data.noise import Noise, make_noise, within_length
+from resilient_t5.data.ragged import RowKeys, Rows, lay_out, runs
+from resilient_t5.data.token_table import TokenTable
+from resilient_t5.errors import DataError
+
+# Slots that are worked on at once: bounds the memory of a large window and keeps its arrays in the processor's caches.
+SLAB_SLOTS = 131_072
+
+
+class Examples(Protocol):
+    """What corruption reads of a split of the store."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Active ids of all examples, one after another."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 (examples + 1,): first token of each example."""
+
+    @property
+    def terms(self) -> np.ndarray:
+        """int32 (occurrences, 4): example, start, end, term id; sorted by example and start."""
+
+    @property
+    def pairs(self) -> np.ndarray | None:
+        """int32 (examples,): token at which the target of an example begins that was masked elsewhere, -1 for others."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """n corrupted examples, ragged: row r has [offsets[r], offsets[r + 1])."""
+
+    source: np.ndarray
+    """int32: the damaged text, each row with its end mark."""
+    source_offsets: np.ndarray
+    """int64 (n + 1,)"""
+    target: np.ndarray
+    """int32: sentinels and what they stand for, each row with its end mark."""
+    target_offsets: np.ndarray
+    """int64 (n + 1,)"""
+    spans: np.ndarray
+    """int32 (m, 4): row, sentinel k, first token, token after the last one (of the clean chunk); sorted by row and k."""
+    masked_terms: np.ndarray
+    """int32 (t, 5): row, term id, sentinel k, first token, token after the last one; sorted by row and token."""
+
+    def __len__(self) -> int:
+        return len(self.source_offsets) - 1
+
+    def take(self, rows: np.ndarray) -> "Corrupted":
+        """These rows, each at most once, in this order and numbered anew."""
+        new_number = np.full(len(self), -1)
+        new_number[rows] = np.arange(len(rows))
+        source, source_offsets = _take_ragged(self.source, self.source_offsets, rows)
+        target, target_offsets = _take_ragged(self.target, self.target_offsets, rows)
+        spans = _renumbered(self.spans, new_number)
+        return Corrupted(source, source_offsets, target, target_offsets, spans, _renumbered(self.masked_terms, new_number))
+
+
+def corrupt(
+    split: Examples,
+    example_ids: np.ndarray,
+    epochs: np.ndarray,
+    *,
+    seed: int,
+    settings: CorruptionConfig,
+    data: DataConfig,
+    table: TokenTable,
+) -> Corrupted:
+    """Corrupt examples of a split; pure.
+
+    Args:
+        example_ids: int64 (n,), any examples in any order, repeats allowed.
+        epochs: int64 (n,), the epoch that each one is drawn for.
+
+    Raises:
+        DataError: an example is empty or longer than the settings allow, or its terms lie outside of it.
+    """
+    example_ids = np.asarray(example_ids, np.int64)
+    epochs = np.broadcast_to(np.asarray(epochs, np.int64), example_ids.shape)
+    starts = np.asarray(split.offsets)[example_ids].astype(np.int64)
+    lengths = np.asarray(split.offsets)[example_ids + 1].astype(np.int64) - starts
+    slab_of_row = (np.cumsum(lengths) - lengths) // SLAB_SLOTS
+    cuts = np.flatnonzero(np.diff(slab_of_row)) + 1
+    slabs = [
+        _corrupt_slab(
+            split,
+            RowKeys(seed, epochs[part], example_ids[part]),
+            (starts[part], lengths[part]),
+            settings=settings,
+            data=data,
+            table=table,
+        )
+        for part in np.split(np.arange(len(example_ids)), cuts)
+    ]
+    return slabs[0] if len(slabs) == 1 else _joined(slabs)
+
+
+def _corrupt_slab(
+    split: Examples,
+    row_keys: RowKeys,
+    places: tuple[np.ndarray, np.ndarray],
+    *,
+    settings: CorruptionConfig,
+    data: DataConfig,
+    table: TokenTable,
+) -> Corrupted:
+    """Corrupt the rows whose tokens lie at `places` (starts, lengths)."""
+    targets_at = _target_starts(split, row_keys.example_ids, places[1])
+    _check_lengths(row_keys.example_ids, places[1], targets_at, settings=settings, data=data)
+    rows = _gather(split, places, targets_at, table)
+    occurrences = _gather_terms(split, row_keys.example_ids, rows)
+    if settings.task == "restore":
+        masks = choose_masks(
+            rows, occurrences, row_keys, settings=settings, max_target_tokens=data.max_target_tokens, table=table
+        )
+    else:
+        masks = Masks(np.zeros(len(rows.ids), bool), np.zeros(len(occurrences.row), bool))
+    in_term = np.zeros(len(rows.ids), bool)
+    in_term[lay_out(occurrences.start, occurrences.end - occurrences.start)] = True
+    noise = make_noise(rows, rows.text & ~masks.masked, in_term, row_keys, settings=settings, table=table)
+    return _assemble(rows, occurrences, masks, noise, (targets_at, settings.task, data.max_source_tokens), table)
+
+
+def _target_starts(split: Examples, example_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64 (B,): where the target of a pair begins, -1 for examples that are to be corrupted."""
+    if split.pairs is None:
+        return np.full(len(lengths), -1)
+    return np.asarray(split.pairs)[example_ids].astype(np.int64)
+
+
+def _check_lengths(
+    example_ids: np.ndarray, lengths: np.ndarray, targets_at: np.ndarray, *, settings: CorruptionConfig, data: DataConfig
+) -> None:
+    """Raise DataError unless sources and targets fit; cutting here would lose text in silence."""
+    paired = targets_at >= 0
+    source = np.where(paired, targets_at, lengths) + 1
+    clean_target = lengths + 1 if settings.task == "correct" else np.zeros_like(lengths)
+    target = np.where(paired, lengths - targets_at + 1, clean_target)
+    wrong = (source > data.max_source_tokens) | (target > data.max_target_tokens) | (lengths < 1) | (targets_at > lengths)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DataError(
+            f"an example of {lengths[row]} tokens does not fit into data.max_source_tokens {data.max_source_tokens} "
+            f"and data.max_target_tokens {data.max_target_tokens}",
+            where=f"example {example_ids[row]} of the store",
+            mend="Prepare a store with these settings.",
+        )
+
+
+def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: np.ndarray, table: TokenTable) -> Rows:
+    """Lay the examples out, each with a slot for its end mark."""
+    starts, lengths = places
+    offsets = np.concatenate(([0], np.cumsum(lengths + 1)))
+    row = np.repeat(np.arange(len(lengths)), lengths + 1)
+    position = np.arange(offsets[-1]) - offsets[row]
+    ends = offsets[1:] - 1
+    text = (targets_at < 0)[row]
+    text[ends] = False
+    index = position + starts[row]
+    index[ends] = starts  # any index that exists; the end mark replaces it
+    ids = np.asarray(split.tokens)[index].astype(np.int32)
+    ids[ends] = table.eos_id
+    if len(ids) and ids.max() >= table.size:
+        raise DataError("the store holds ids beyond its vocabulary", mend="Prepare the store again.")
+    return Rows(ids, offsets, row, position, text, np.where(targets_at < 0, lengths, 0))
+
+
+def _gather_terms(split: Examples, example_ids: np.ndarray, rows: Rows) -> Occurrences:
+    """The term occurrences of the rows that are to be corrupted."""
+    examples = np.asarray(split.terms)[:, 0]
+    first = _lower_bound(examples, example_ids)
+    count = np.where(rows.tokens > 0, _lower_bound(examples, example_ids + 1) - first, 0)
+    found = np.asarray(split.terms)[lay_out(first, count)].astype(np.int64)
+    row = np.repeat(np.arange(len(rows)), count)
+    start, end = found[:, 1], found[:, 2]
+    disordered = (start[1:] < start[:-1]) & (row[1:] == row[:-1])
+    if np.any((start < 0) | (start >= end) | (end > rows.tokens[row])) or disordered.any():
+        raise DataError("the store places terms outside of their examples", mend="Prepare the store again.")
+    return Occurrences(row, rows.offsets[row] + start, rows.offsets[row] + end, found[:, 3])
+
+
+def _lower_bound(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """First index whose element is not below each value; like np.searchsorted, which would copy a strided column whole."""
+    low, high = np.zeros(len(values), np.int64), np.full(len(values), len(ascending))
+    for _ in range(len(ascending).bit_length()):
+        middle = (low + high) // 2
+        below = (low < high) & (ascending[np.minimum(middle, len(ascending) - 1)] < values)
+        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+    return low
+
+
+def _assemble(
+    rows: Rows,
+    occurrences: Occurrences,
+    masks: Masks,
+    noise: Noise,
+    shape: tuple[np.ndarray, str, int],
+    table: TokenTable,
+) -> Corrupted:
+    """Write sources and targets. `shape`: target starts of the pairs (B,), the task, the longest source in tokens."""
+    targets_at, task, max_source_tokens = shape
+    start, end = runs(masks.masked)
+    span_row = rows.row[start]
+    first_span = np.searchsorted(span_row, np.arange(len(rows)))
+    sentinel = np.arange(len(start)) - first_span[span_row]
+    in_target = masks.masked if task == "restore" else rows.text
+    closing = rows.offsets[1:] - 1
+    second_part = rows.position >= np.where(targets_at >= 0, targets_at, rows.position.max(initial=0) + 1)[rows.row]
+
+    source_ids = noise.ids.copy()
+    source_ids[start] = table.sentinel_ids[sentinel]
+    copies = np.where(masks.masked | second_part, np.int8(0), noise.copies)
+    copies[start] = 1
+    copies[closing] = 1
+    plain_length = np.add.reduceat(np.minimum(copies, 1), rows.offsets[:-1], dtype=np.int64)
+    copies = within_length(rows, copies, max_source_tokens - plain_length)
+
+    written = (in_target | second_part).astype(np.int8)
+    written[start] = 2
+    written[closing] = 1
+    target_ends = np.cumsum(written, dtype=np.int64)
+    target = np.repeat(rows.ids, written)
+    target[target_ends[start] - 2] = table.sentinel_ids[sentinel]
+
+    spans = np.stack((span_row, sentinel, rows.position[start], rows.position[end - 1] + 1), axis=1)
+    kept = np.flatnonzero(masks.occurrences)
+    term_start = occurrences.start[kept]
+    of_term = sentinel[np.searchsorted(start, term_start, "right") - 1]
+    masked_terms = np.stack(
+        (
+            occurrences.row[kept],
+            occurrences.term[kept],
+            of_term,
+            rows.position[term_start],
+            rows.position[occurrences.end[kept] - 1] + 1,
+        ),
+        axis=1,
+    )
+    return Corrupted(
+        source=np.repeat(source_ids, copies),
+        source_offsets=np.concatenate(([0], np.cumsum(copies, dtype=np.int64)[closing])),
+        target=target,
+        target_offsets=np.concatenate(([0], target_ends[closing])),
+        spans=spans.astype(np.int32),
+        masked_terms=masked_terms.astype(np.int32),
+    )
+
+
+def _joined(slabs: list[Corrupted]) -> Corrupted:
+    """One batch of the rows of several, in order."""
+    first_row = np.cumsum([0] + [len(slab) for slab in slabs])
+
+    def offsets(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(([0], np.cumsum(np.concatenate([np.diff(part) for part in parts]))))
+
+    def renumbered(parts: list[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(parts)
+        joined[:, 0] += np.repeat(first_row[:-1], [len(part) for part in parts]).astype(np.int32)
+        return joined
+
+    return Corrupted(
+        source=np.concatenate([slab.source for slab in slabs]),
+        source_offsets=offsets([slab.source_offsets for slab in slabs]),
+        target=np.concatenate([slab.target for slab in slabs]),
+        target_offsets=offsets([slab.target_offsets for slab in slabs]),
+        spans=renumbered([slab.spans for slab in slabs]),
+        masked_terms=renumbered([slab.masked_terms for slab in slabs]),
+    )
+
+
+def _take_ragged(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """These rows of a ragged array: values and offsets."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    return values[lay_out(offsets[rows], lengths)], np.concatenate(([0], np.cumsum(lengths)))
+
+
+def _renumbered(table: np.ndarray, new_number: np.ndarray) -> np.ndarray:
+    """Lines of the rows that have a new number, with it, sorted by it."""
+    kept = table[new_number[table[:, 0]] >= 0]
+    kept[:, 0] = new_number[kept[:, 0]]
+    return kept[np.argsort(kept[:, 0], kind="stable")]

@@ -1,0 +1,155 @@
+"""Encoded documents -> examples: chunks that end at sentences, with the term occurrences that lie in them. Pure.
+
+All documents of a batch are handled as one long text, so that the cost per document is that of a few array elements.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from resilient_t5.data.chunks import cut_chunks
+from resilient_t5.data.terms import TermMatcher, token_spans
+from resilient_t5.data.tokenizer import Encoded, EncodedBatch
+
+# Measured: a search of this length stays in the cache; longer ones take up to a quarter more.
+SEARCHED_CHARACTERS = 8_000
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples one after another.
+
+    tokens: int32, full-vocabulary ids of all examples.
+    lengths: int32 (n,), tokens of each example.
+    documents: int32 (n,), number of the document of each, never decreasing.
+    pairs: int32 (n,), tokens of the source of a pair, -1 for text.
+    terms: int32 (m, 4): example, first token in it, token behind the last, term id; sorted.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    documents: np.ndarray
+    pairs: np.ndarray
+    terms: np.ndarray
+
+    def chosen(self, documents: np.ndarray) -> "Examples":
+        """The examples of the documents for which the bool array `documents` is True; those are numbered from 0."""
+        keep = documents[self.documents]
+        if keep.all():
+            return self
+        number = np.cumsum(keep, dtype=np.int32) - 1
+        rows = keep[self.terms[:, 0]]
+        terms = self.terms[rows]
+        terms[:, 0] = number[terms[:, 0]]
+        renumbered = (np.cumsum(documents, dtype=np.int32) - 1)[self.documents[keep]]
+        return Examples(self.tokens[np.repeat(keep, self.lengths)], self.lengths[keep], renumbered, self.pairs[keep], terms)
+
+
+@dataclass(frozen=True)
+class FoundTerms:
+    """Term occurrences of a batch: int32 (m, 3) token positions in the whole batch and term id; how many were widened."""
+
+    spans: np.ndarray
+    widened: int
+
+
+def find_terms(matcher: TermMatcher | None, texts: Sequence[str], batch: EncodedBatch) -> FoundTerms:
+    """Every term occurrence of the texts, as tokens of the batch."""
+    found, widened = [np.zeros((0, 3), dtype=np.int32)], 0
+    if matcher is None:
+        return FoundTerms(found[0], widened)
+    for first, last in _groups(texts):
+        spans, count = _find_in_group(matcher, texts, batch, first, last)
+        found.append(spans)
+        widened += count
+    return FoundTerms(np.concatenate(found), widened)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Runs of texts that are searched together."""
+    first = characters = 0
+    for number, text in enumerate(texts, start=1):
+        characters += len(text)
+        if characters >= SEARCHED_CHARACTERS or number == len(texts):
+            yield first, number
+            first, characters = number, 0
+
+
+def _find_in_group(
+    matcher: TermMatcher, texts: Sequence[str], batch: EncodedBatch, first: int, last: int
+) -> tuple[np.ndarray, int]:
+    """The occurrences in texts [first, last), laid end to end for one search; int32 (m, 3), and how many were widened."""
+    group = texts[first:last]
+    matches = matcher.find("\n".join(group))
+    if not matches:
+        return np.zeros((0, 3), dtype=np.int32), 0
+    offsets = batch.offsets[first : last + 1]
+    tokens = batch.tokens
+    part = slice(offsets[0], offsets[-1])
+    begins = np.cumsum([0, *(len(text) + 1 for text in group[:-1])], dtype=np.int32)
+    shift = np.repeat(begins, np.diff(offsets))
+    spans, widened = token_spans(matches, Encoded(tokens.ids[part], tokens.starts[part] + shift, tokens.ends[part] + shift))
+    spans[:, :2] += np.int32(offsets[0])
+    return spans, widened
+
+
+def cut_examples(
+    texts: Sequence[str], batch: EncodedBatch, terms: np.ndarray, *, max_tokens: int, overlap_tokens: int
+) -> tuple[Examples, int]:
+    """Cut every text of a batch into examples.
+
+    Args:
+        texts: the documents, numbered from 0.
+        batch: their tokens.
+        terms: int32 (m, 3): first token, token behind the last (in the whole batch), term id; sorted.
+        max_tokens: longest example, without end mark.
+        overlap_tokens: tokens that a chunk repeats of the one before it.
+
+    Returns:
+        the examples, and how many term occurrences no chunk holds whole because a cut goes through them.
+    """
+    counts = np.diff(batch.offsets)
+    short = np.flatnonzero((counts > 0) & (counts <= max_tokens))
+    ranges = [np.stack([batch.offsets[short], batch.offsets[short + 1], short], axis=1)]
+    for number in np.flatnonzero(counts > max_tokens).tolist():
+        first, last = batch.offsets[number : number + 2].tolist()
+        tokens = Encoded(*(array[first:last] for array in (batch.tokens.ids, batch.tokens.starts, batch.tokens.ends)))
+        chunks = np.array(cut_chunks(tokens, texts[number], max_tokens, overlap_tokens), dtype=np.int64)
+        ranges.append(np.column_stack([chunks + first, np.full(len(chunks), number)]))
+    chunks = np.concatenate(ranges)
+    chunks = chunks[np.argsort(chunks[:, 0], kind="stable")]
+    lengths = chunks[:, 1] - chunks[:, 0]
+    before = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
+    positions = np.arange(int(lengths.sum())) + np.repeat(chunks[:, 0] - before, lengths)
+    found, lost = _terms_of_chunks(terms, chunks)
+    examples = Examples(
+        tokens=batch.tokens.ids[positions],
+        lengths=lengths.astype(np.int32),
+        documents=chunks[:, 2].astype(np.int32),
+        pairs=np.full(len(chunks), -1, dtype=np.int32),
+        terms=found,
+    )
+    return examples, lost
+
+
+def _terms_of_chunks(terms: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, int]:
+    """The occurrences that lie whole in a chunk, one row for each chunk that holds them, and how many lie in none."""
+    if not len(terms) or not len(chunks):
+        return np.zeros((0, 4), dtype=np.int32), len(terms)
+    newest = np.searchsorted(chunks[:, 0], terms[:, 0], side="right") - 1
+    rows, held = [], np.zeros(len(terms), dtype=bool)
+    for back in itertools.count():  # one round without overlap, two or three with it
+        number = np.maximum(newest - back, 0)
+        reached = (newest >= back) & (terms[:, 0] < chunks[number, 1])
+        if not reached.any():
+            break
+        inside = reached & (terms[:, 1] <= chunks[number, 1])
+        held |= inside
+        within = terms[inside, :2] - chunks[number[inside], :1]
+        rows.append(np.column_stack([number[inside], within, terms[inside, 2]]))
+    found = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), dtype=np.int32)
+    if len(rows) > 1:
+        found = found[np.lexsort((found[:, 1], found[:, 0]))]
+    return found, int((~held).sum())

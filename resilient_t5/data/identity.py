@@ -1,0 +1,148 @@
+"""What a store was made from: the content of the inputs, the tokenizer, the terms and the settings that matter.
+
+Content counts, not paths: a corpus that moved is the same corpus. A file whose path, size and time of change are those
+recorded is not read again.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resilient_t5.config import Config
+from resilient_t5.data.corpus import find_inputs
+from resilient_t5.data.sample import generate_notes
+from resilient_t5.data.store import FORMAT, sha256_of
+from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_file
+from resilient_t5.errors import DataError
+
+BUILTIN = "builtin:clinical"
+CONTENT_KEYS = ("data.train", "data.validation", "data.terms")
+
+
+@dataclass
+class Identity:
+    """`values` decides what a store holds; `inputs` are the files behind it; `tokenizer` is set when it had to be loaded."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer: TextTokenizer | None = None
+
+    def fingerprint(self) -> str:
+        """sha256 of `values`."""
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+
+def identify(config: Config, recorded: dict[str, Any] | None) -> Identity:
+    """The identity of the store that `config` asks for.
+
+    Args:
+        recorded: `meta.json` of the store that stands there, whose digests are taken for files that did not change.
+
+    Raises:
+        DataError: inputs, terms or tokenizer that are missing.
+    """
+    identity = Identity()
+    known = {entry["path"]: entry for entry in (recorded or {}).get("inputs", ())}
+    data = config.data
+    if is_builtin(config):
+        identity.values["data.train"] = _digest_of_notes(data.sample_notes, config.run.seed)
+    else:
+        identity.values["data.train"] = _digest(identity, "data.train", find_inputs(data.train_inputs()), known)
+    if data.validation_inputs():
+        identity.values["data.validation"] = _digest(identity, "data.validation", find_inputs(data.validation_inputs()), known)
+    else:
+        identity.values["data.validation_share"] = data.validation_share
+    if data.terms is not None:
+        identity.values["data.terms"] = _digest(identity, "data.terms", [terms_path(data.terms)], known)
+    keys = ("max_source_tokens", "max_target_tokens", "overlap_tokens", "encoding", "document", "text_field", "column")
+    identity.values.update({f"data.{key}": getattr(data, key) for key in keys})
+    _identify_tokenizer(identity, config, recorded, known)
+    identity.values["format"] = FORMAT
+    return identity
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two identities, each as a sentence that names the key."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if key in CONTENT_KEYS and before is not None and after is not None:
+            found.append(f"the content of {key}")
+        elif key in (*CONTENT_KEYS, "tokenizer"):
+            found.append(f"{key} ({'other' if before and after else 'given now' if after else 'not given now'})")
+        else:
+            found.append(f"{key} {before} -> {after}")
+    return found
+
+
+def is_builtin(config: Config) -> bool:
+    """True when the corpus is the built-in one.
+
+    Raises:
+        DataError: it is named beside files.
+    """
+    inputs = config.data.train_inputs()
+    if BUILTIN in inputs and len(inputs) > 1:
+        raise DataError(f"{BUILTIN} cannot be mixed with files", where="data.train", mend="Name one or the other.")
+    return inputs == (BUILTIN,)
+
+
+def terms_path(name: str) -> Path:
+    """The file of terms.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError("the terms file is missing", where=name, mend="Check data.terms; one term per line.")
+    return path
+
+
+def _digest(identity: Identity, key: str, paths: Sequence[Path], known: dict[str, dict[str, Any]]) -> str:
+    """Digest of the files' contents in order; each file is noted in `identity.inputs`."""
+    sums = [_note_file(identity, key, path, known)["sha256"] for path in paths]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _note_file(identity: Identity, key: str, path: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    found = path.resolve()
+    status = found.stat()
+    entry: dict[str, Any] = {"key": key, "path": str(found), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    before = known.get(entry["path"], {})
+    unchanged = all(before.get(name) == entry[name] for name in ("bytes", "mtime_ns"))
+    entry["sha256"] = before["sha256"] if unchanged else sha256_of(found)
+    identity.inputs.append(entry)
+    return entry
+
+
+def _identify_tokenizer(
+    identity: Identity, config: Config, recorded: dict[str, Any] | None, known: dict[str, dict[str, Any]]
+) -> None:
+    settings = config.tokenizer
+    if settings.train_vocab_size is not None:
+        identity.values["tokenizer.train_vocab_size"] = settings.train_vocab_size
+        identity.values["tokenizer.character_coverage"] = settings.character_coverage
+        return
+    name = settings.name_or_path or config.model.name_or_path
+    if name is None:
+        raise DataError("no tokenizer is named", mend="Set tokenizer.name_or_path, or tokenizer.train_vocab_size to train one.")
+    entry = _note_file(identity, "tokenizer", tokenizer_file(name), known)
+    before = (recorded or {}).get("identity", {}).get("tokenizer")
+    if before is not None and known.get(entry["path"]) == entry:
+        identity.values["tokenizer"] = before
+        return
+    identity.tokenizer = load_tokenizer(name)
+    identity.values["tokenizer"] = identity.tokenizer.fingerprint()
+
+
+def _digest_of_notes(count: int, seed: int) -> str:
+    digest = hashlib.sha256()
+    for note in generate_notes(count, seed):
+        digest.update(note.text.encode() + b"\n")
+    return digest.hexdigest()

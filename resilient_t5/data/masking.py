@@ -1,0 +1,263 @@
+"""Which tokens of a chunk are masked: terms first, short random spans for the rest of the budget.
+
+Rules, per chunk of n tokens:
+
+* The budget is `mask_ratio` * n tokens, rounded, at least 1.
+* Term occurrences that share a token are one unit. Each unit is drawn with `term_probability`; the drawn ones are taken
+  whole, in random order, while budget, sentinels and target length last. The first one may pass the budget, up to half
+  the chunk. A unit that holds a special token is never drawn.
+* Random spans fill the budget. They never cover punctuation, special tokens or any token of a term, and leave a visible
+  token between themselves and whatever else is masked. So a span passes `max_span_tokens` only where terms adjoin, and
+  nothing visible is ever swallowed.
+* Where `max_sentinels` or the target length do not allow the budget, random spans are drawn longer, then fewer.
+* A chunk that is left without a span gets one: a plain token, else a term, else a punctuation mark, else any token.
+
+Random spans come from cells. A run of plain tokens is divided from left to right into cells of 1 to `max_span_tokens`
+tokens with one token between two cells; cells are then taken in random order. Every draw is keyed by the chunk and
+counted by the position, so a chunk's masks do not depend on the batch it is computed in.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from resilient_t5.config import CorruptionConfig
+from resilient_t5.data.keyed import Stream, bits, keys, uniform
+from resilient_t5.data.ragged import RowKeys, Rows, cumulated, firsts, in_random_order, runs
+from resilient_t5.data.token_table import TokenTable
+
+# Cells at the end of a run come out shorter than drawn; drawing for this much more makes up for them.
+CELL_LOSS = 1.25
+# What a chunk without a span may be masked by, in this order of preference.
+PLAIN, TERM, PUNCTUATION, INSIDE_TERM, SPECIAL = range(5)
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Term occurrences of a batch, sorted by start; int64 (t,) each."""
+
+    row: np.ndarray
+    start: np.ndarray
+    """First slot."""
+    end: np.ndarray
+    """Slot after the last one."""
+    term: np.ndarray
+    """Term id."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What is masked: bool (slots,), and which term occurrences are masked whole: bool (t,)."""
+
+    masked: np.ndarray
+    occurrences: np.ndarray
+
+
+@dataclass(frozen=True)
+class Units:
+    """Term occurrences that share tokens, joined; sorted by start, none overlaps another. (u,) each."""
+
+    row: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    maskable: np.ndarray
+    """bool: no special token inside, and short enough for a target."""
+    of_occurrence: np.ndarray
+    """int64 (t,): unit of each occurrence."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each unit."""
+        return self.end - self.start
+
+
+def choose_masks(
+    rows: Rows,
+    occurrences: Occurrences,
+    row_keys: RowKeys,
+    *,
+    settings: CorruptionConfig,
+    max_target_tokens: int,
+    table: TokenTable,
+) -> Masks:
+    """Choose what is masked in every row; a pure function of each row's own key, tokens and terms."""
+    special = table.special[rows.ids]
+    units = _join_overlapping(rows, occurrences, special, max_target_tokens)
+    budget = np.maximum(np.floor(settings.mask_ratio * rows.tokens + 0.5).astype(np.int64), 1)
+    taken = _choose_terms(rows, units, row_keys, settings, np.stack((budget, np.full_like(budget, max_target_tokens))))
+    masked = _covered(len(rows.ids), units.start[taken], units.end[taken])
+    in_term = _covered(len(rows.ids), units.start, units.end)
+    plain = rows.text & ~table.punctuation[rows.ids] & ~special & ~in_term
+    beside = plain.copy()
+    beside[np.maximum(units.start[taken] - 1, 0)] = False
+    beside[units.end[taken]] = False
+
+    span_rows = rows.row[runs(masked)[0]]
+    term_spans = np.bincount(span_rows, minlength=len(rows))
+    term_tokens = np.bincount(units.row[taken], units.lengths[taken], len(rows)).astype(np.int64)
+    room = _Room(
+        tokens=budget - term_tokens,
+        spans=settings.max_sentinels - term_spans,
+        target=max_target_tokens - 1 - term_tokens - term_spans,
+    )
+    start, end = _choose_cells(rows, beside, row_keys, settings.max_span_tokens, room)
+    masked |= _covered(len(rows.ids), start, end)
+
+    bare = (term_spans == 0) & (rows.tokens > 0)
+    bare[rows.row[start]] = False
+    if bare.any():
+        extra = _fallback(rows, units, row_keys, (bare, plain, in_term, special, table.punctuation[rows.ids]))
+        masked |= extra
+        taken |= extra[units.start] & units.maskable & bare[units.row]
+    return Masks(masked, taken[units.of_occurrence])
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What random spans may still take in each row; int64 (B,) each."""
+
+    tokens: np.ndarray
+    spans: np.ndarray
+    target: np.ndarray
+    """Target tokens, sentinels counted."""
+
+
+def _covered(slots: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """bool (slots,): inside one of the intervals, which do not overlap."""
+    change = np.zeros(slots + 1, np.int8)
+    change[start] += 1
+    change[end] -= 1
+    return np.cumsum(change[:-1], dtype=np.int8).view(bool)
+
+
+def _join_overlapping(rows: Rows, occurrences: Occurrences, special: np.ndarray, max_target_tokens: int) -> Units:
+    """The units of the batch's term occurrences."""
+    if len(occurrences.start) == 0:
+        nothing = np.zeros(0, np.int64)
+        return Units(nothing, nothing, nothing, nothing.astype(bool), nothing)
+    reach = np.maximum.accumulate(occurrences.end)
+    first = np.ones(len(reach), bool)
+    first[1:] = occurrences.start[1:] >= reach[:-1]
+    number = np.cumsum(first) - 1
+    head = np.flatnonzero(first)
+    start, end = occurrences.start[head], np.maximum.reduceat(occurrences.end, head)
+    specials_before = np.concatenate(([0], np.cumsum(special)))
+    maskable = (specials_before[end] == specials_before[start]) & (end - start + 2 <= max_target_tokens)
+    return Units(occurrences.row[head], start, end, maskable, number)
+
+
+def _choose_terms(rows: Rows, units: Units, row_keys: RowKeys, settings: CorruptionConfig, limits: np.ndarray) -> np.ndarray:
+    """bool (units,): the units that are masked. `limits` holds budget and target length of each row, (2, B)."""
+    position = rows.position[units.start]
+    chance = uniform(keys(row_keys.seed, Stream.TERM_CHANCE, row_keys.epochs, row_keys.example_ids)[units.row], position)
+    drawn = np.flatnonzero((chance < settings.term_probability) & units.maskable)
+    rank_keys = keys(row_keys.seed, Stream.TERM_RANK, row_keys.epochs, row_keys.example_ids)
+    row = units.row[drawn]
+    drawn = drawn[in_random_order(row, bits(rank_keys[row], position[drawn]))]
+
+    row, lengths = units.row[drawn], units.lengths[drawn]
+    budget, target = limits[0][row], limits[1][row]
+    tokens = cumulated(lengths, row)
+    spans = cumulated(np.ones_like(row), row)
+    within_budget = (tokens <= budget) | ((spans == 1) & (lengths <= rows.tokens[row] // 2))
+    # Adjoining terms will share a sentinel; counting one each is on the safe side.
+    keep = within_budget & (spans <= settings.max_sentinels) & (tokens + spans + 1 <= target)
+    taken = np.zeros(len(units.start), bool)
+    taken[drawn[keep]] = True
+    return taken
+
+
+def _choose_cells(
+    rows: Rows, plain: np.ndarray, row_keys: RowKeys, max_span_tokens: int, room: _Room
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [start, end) of the random spans; two int64 arrays, no two intervals touch."""
+    open_rows = (room.tokens > 0) & (room.spans > 0) & (room.target >= 2)
+    mean = (1 + max_span_tokens) / 2
+    wanted = CELL_LOSS * room.tokens / np.maximum(room.spans, 1)
+    longest_share = np.clip((wanted - mean) / max(max_span_tokens - mean, 0.5), 0.0, 1.0)
+    start, length = _lay_cells(rows, plain & open_rows[rows.row], row_keys, max_span_tokens, longest_share)
+
+    row = rows.row[start]
+    words = bits(keys(row_keys.seed, Stream.SPAN_RANK, row_keys.epochs, row_keys.example_ids)[row], rows.position[start])
+    # Where the sentinels are scarce, cells that came out short at an end of their run wait behind the others.
+    late = (length < max_span_tokens) & ((words & np.uint64(0xFFFF)) < longest_share[row] * 2.0**16)
+    drawn = in_random_order(row, (words >> np.uint64(1)) | (late.astype(np.uint64) << np.uint64(63)))
+    row, start, length, words = row[drawn], start[drawn], length[drawn], words[drawn]
+    left = room.tokens[row] - (cumulated(length, row) - length)
+    surplus = np.maximum(length - left, 0)
+    # The last cell is cut to what is left, at either end, so that no place in a run is favoured.
+    start = start + np.where(words & np.uint64(0x10000), surplus, 0)
+    length = length - surplus
+    spans = cumulated(np.ones_like(row), row)
+    keep = (length > 0) & (spans <= room.spans[row])
+    keep &= cumulated(np.maximum(length, 0), row) + spans <= room.target[row]
+    return start[keep], start[keep] + length[keep]
+
+
+def _lay_cells(
+    rows: Rows, plain: np.ndarray, row_keys: RowKeys, max_span_tokens: int, longest_share: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide every run of plain tokens into cells: first slots and lengths, one row's cells in an order of its own.
+
+    `longest_share` (B,) is the share of cells that are drawn `max_span_tokens` long; the others are uniform.
+    """
+    start, end = runs(plain)
+    key = keys(row_keys.seed, Stream.SPAN_LENGTH, row_keys.epochs, row_keys.example_ids)
+    length = np.minimum(_first_lengths(rows, start, row_keys, max_span_tokens, longest_share), end - start)
+    cells = [(start[length > 0], length[length > 0])]
+    start = start + length + 1
+    while True:  # one pass lays one cell into every run that has room; the longest run sets the number of passes
+        going = start < end
+        start, end = start[going], end[going]
+        if len(start) == 0:
+            break
+        row = rows.row[start]
+        word = bits(key[row], rows.position[start])
+        length = 1 + (((word >> np.uint64(32)) * np.uint64(max_span_tokens)) >> np.uint64(32)).astype(np.int64)
+        length[(word & np.uint64(0xFFFFFFFF)) < longest_share[row] * 2.0**32] = max_span_tokens
+        length = np.minimum(length, end - start)
+        cells.append((start, length))
+        start = start + length + 1
+    start, length = (np.concatenate(parts) for parts in zip(*cells, strict=True))
+    return start, length
+
+
+def _first_lengths(
+    rows: Rows, start: np.ndarray, row_keys: RowKeys, max_span_tokens: int, longest_share: np.ndarray
+) -> np.ndarray:
+    """Tokens of each run's first cell, int64, 0 where the run begins with the token between two cells.
+
+    A run is a window on an endless row of cells, so its first cell is mostly the rest of one; its length r has
+    probability P(cell >= r) / (mean cell + 1), and every token of a run is as likely to be in a cell as any other.
+    """
+    row = rows.row[start]
+    lengths = np.arange(1, max_span_tokens + 1)
+    uniform_tail = (max_span_tokens + 1 - lengths) / max_span_tokens
+    tail = uniform_tail + longest_share[row][:, None] * (1.0 - uniform_tail)
+    tail = np.concatenate((np.ones((len(row), 1)), tail), axis=1)
+    thresholds = np.cumsum(tail, axis=1)
+    thresholds /= thresholds[:, -1:]
+    phase_keys = keys(row_keys.seed, Stream.SPAN_PHASE, row_keys.epochs, row_keys.example_ids)
+    draw = uniform(phase_keys[row], rows.position[start])
+    return (draw[:, None] >= thresholds[:, :-1]).sum(axis=1)
+
+
+def _fallback(rows: Rows, units: Units, row_keys: RowKeys, flags: tuple[np.ndarray, ...]) -> np.ndarray:
+    """bool (slots,): one span for every bare row. `flags`: bare (B,), then plain, in_term, special, punctuation (N,)."""
+    bare, plain, in_term, special, punctuation = flags
+    slot = np.flatnonzero(bare[rows.row] & rows.text)
+    unit_of = np.searchsorted(units.start, slot, "right") - 1
+    in_whole_term = in_term[slot].copy()
+    in_whole_term[in_whole_term] = units.maskable[unit_of[in_whole_term]]
+    classes = np.select(
+        (plain[slot], in_whole_term, special[slot], in_term[slot], punctuation[slot]),
+        (PLAIN, TERM, SPECIAL, INSIDE_TERM, PUNCTUATION),
+    )
+    row = rows.row[slot]
+    words = bits(keys(row_keys.seed, Stream.FALLBACK, row_keys.epochs, row_keys.example_ids)[row], rows.position[slot])
+    by_preference = in_random_order(row, (classes.astype(np.uint64) << np.uint64(60)) | (words >> np.uint64(4)))
+    chosen = by_preference[firsts(row[by_preference])]
+    start, end = slot[chosen], slot[chosen] + 1
+    whole = np.flatnonzero(classes[chosen] == TERM)
+    start[whole], end[whole] = units.start[unit_of[chosen[whole]]], units.end[unit_of[chosen[whole]]]
+    return _covered(len(rows.ids), start, end)

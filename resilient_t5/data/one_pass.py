@@ -1,0 +1,229 @@
+"""The one pass over a corpus: read, encode ahead in a thread, find terms, cut, write a part.
+
+The backend encodes outside Python's lock, so a second core does it while this thread reads, searches and writes.
+Memory is a few batches of `BATCH_CHARACTERS`, whatever the corpus.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from resilient_t5.config import Config
+from resilient_t5.data.corpus import Document, SeenParagraphs, held_out, read_documents, text_digest
+from resilient_t5.data.examples import Examples, cut_examples, find_terms
+from resilient_t5.data.formats import CorpusCounts
+from resilient_t5.data.identity import BUILTIN, Identity, is_builtin
+from resilient_t5.data.parts import Part, PartWriter
+from resilient_t5.data.sample import generate_notes
+from resilient_t5.data.terms import TermList, TermMatcher
+from resilient_t5.data.tokenizer import EncodedBatch, TextTokenizer
+
+# Small enough to stay in the cache, large enough that the cost of a call does not count.
+BATCH_CHARACTERS = 60_000
+BATCHES_AHEAD = 3
+PACKED_SUFFIXES = (".gz", ".xz")
+USUAL_PACKING = 4  # how much larger packed text becomes; for the progress figure only
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pass needs: settings, inputs, tokenizer, terms by id, and whom to tell (bytes read, bytes to read)."""
+
+    config: Config
+    identity: Identity
+    tokenizer: TextTokenizer
+    terms: TermList
+    on_progress: Progress
+
+
+@dataclass
+class Batch:
+    """Documents that are encoded together, which of them belong to validation, and the digests of their content."""
+
+    documents: list[Document] = field(default_factory=list)
+    validation: list[bool] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+
+    def texts(self) -> list[str]:
+        """The texts; empty for pairs, which are encoded apart."""
+        return [document.text if document.target is None else "" for document in self.documents]
+
+
+@dataclass
+class Tally:
+    """What the pass counts beside the writer."""
+
+    term_counts: np.ndarray
+    characters: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    pairs: int = 0
+    empty_pairs: int = 0
+    truncated: int = 0
+    chunked: int = 0
+    widened: int = 0
+    cut_terms: int = 0
+
+
+def documents_of(config: Config, counts: CorpusCounts) -> Iterator[tuple[Document, bool]]:
+    """Every document and whether it belongs to validation; no document stands on both sides."""
+    data = config.data
+    share = data.validation_share
+    if data.validation_inputs():
+        seen = SeenParagraphs()
+        for document in read_documents(data.validation_inputs(), data, counts, seen=seen):
+            yield document, True
+        share = 0.0
+        documents = _train_documents(config, counts, seen)
+    else:
+        documents = _train_documents(config, counts, None)
+    for document in documents:
+        yield document, share > 0 and held_out(document, share)
+
+
+def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs | None) -> Iterator[Document]:
+    if not is_builtin(config):
+        yield from read_documents(config.data.train_inputs(), config.data, counts, seen=seen)
+        return
+    for number, note in enumerate(generate_notes(config.data.sample_notes, config.run.seed), start=1):
+        counts.documents += 1
+        counts.characters += len(note.text)
+        counts.bytes += len(note.text.encode())
+        yield Document(note.text, f"{BUILTIN}:{number}", None, text_digest(note.text))
+
+
+def _batches(config: Config, counts: CorpusCounts, shard: tuple[int, int] | None, forced: int | None) -> Iterator[Batch]:
+    batch, characters = Batch(), 0
+    for document, validation in documents_of(config, counts):
+        key = text_digest(document.text) if document.key is None else document.key
+        if shard is not None and key % shard[1] != shard[0] - 1:
+            continue
+        batch.documents.append(document)
+        batch.validation.append(validation or key == forced)
+        batch.keys.append(key)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = Batch(), 0
+    if batch.documents:
+        yield batch
+
+
+def _encoded_ahead(batches: Iterator[Batch], tokenizer: TextTokenizer) -> Iterator[tuple[Batch, EncodedBatch]]:
+    waiting: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(tokenizer.encode_together, batch.texts())))
+                if len(waiting) > BATCHES_AHEAD:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = None, forced: int | None = None) -> Part:
+    """Read the whole corpus and write a part of it.
+
+    Args:
+        job: what to do.
+        directory: where the part is written.
+        shard: (i, n) takes only the documents of shard i of n, by content.
+        forced: key of a document that goes to validation in any case.
+    """
+    started = time.perf_counter()
+    counts, tally = CorpusCounts(), Tally(np.zeros(len(job.terms.terms), dtype=np.int64))
+    total = _bytes_to_read(job.identity)
+    matcher = TermMatcher(job.terms.terms) if job.terms.terms else None
+    smallest_key = 2**64
+    with _part_writer(directory, job.tokenizer.size) as writer:
+        for batch, encoded in _encoded_ahead(_batches(job.config, counts, shard, forced), job.tokenizer):
+            examples = _examples_of(job, matcher, batch, encoded, tally)
+            validation = np.array(batch.validation)
+            for split, chosen in (("train", ~validation), ("validation", validation)):
+                if chosen.any():
+                    writer.add(split, examples.chosen(chosen), int(chosen.sum()))
+            smallest_key = min(smallest_key, *batch.keys)
+            job.on_progress(min(counts.bytes, total), total)
+        extra = {key: value for key, value in dataclasses.asdict(tally).items() if key != "term_counts"}
+        extra |= {"term_counts": tally.term_counts.tolist(), "corpus": dataclasses.asdict(counts)}
+        return writer.close({**extra, "smallest_key": smallest_key, "seconds": time.perf_counter() - started})
+
+
+@contextmanager
+def _part_writer(directory: Path, size: int) -> Iterator[PartWriter]:
+    writer = PartWriter(directory, size)
+    try:
+        yield writer
+    finally:
+        writer.release()
+
+
+def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: EncodedBatch, tally: Tally) -> Examples:
+    """The examples of a batch; counted in `tally`."""
+    data, texts = job.config.data, batch.texts()
+    found = find_terms(matcher, texts, encoded)
+    examples, lost = cut_examples(
+        texts, encoded, found.spans, max_tokens=data.max_source_tokens - 1, overlap_tokens=data.overlap_tokens
+    )
+    tally.widened += found.widened
+    tally.cut_terms += lost
+    tally.chunked += int((np.diff(encoded.offsets) > data.max_source_tokens - 1).sum())
+    tally.characters += sum(map(len, texts))
+    tally.tokens += len(encoded.tokens.ids)
+    tally.unknown += int((encoded.tokens.ids == job.tokenizer.unk_id).sum())
+    if len(examples.terms):
+        tally.term_counts += np.bincount(examples.terms[:, 3], minlength=len(tally.term_counts))
+    if any(document.target is not None for document in batch.documents):
+        examples = _with_pairs(job, batch, examples, tally)
+    return examples
+
+
+def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Examples:
+    """`examples` and the pairs of the batch behind them, each cut to the longest source and target."""
+    data, tokenizer = job.config.data, job.tokenizer
+    longest = (data.max_source_tokens - 1, data.max_target_tokens - 1)
+    tokens, lengths, documents, sources = [examples.tokens], [], [], []
+    for number, document in enumerate(batch.documents):
+        if document.target is None:
+            continue
+        whole = [tokenizer.encode_marked(text) for text in (document.text, document.target)]
+        if not all(map(len, whole)):
+            tally.empty_pairs += 1
+            continue
+        kept = [ids[:limit] for ids, limit in zip(whole, longest, strict=True)]
+        tokens += kept
+        lengths.append(sum(map(len, kept)))
+        documents.append(number)
+        sources.append(len(kept[0]))
+        tally.pairs += 1
+        tally.truncated += sum(map(len, whole)) > lengths[-1]
+        tally.characters += len(document.text) + len(document.target)
+        tally.tokens += sum(map(len, whole))
+        tally.unknown += sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
+    return Examples(
+        np.concatenate(tokens),
+        np.concatenate([examples.lengths, np.array(lengths, dtype=np.int32)]),
+        np.concatenate([examples.documents, np.array(documents, dtype=np.int32)]),
+        np.concatenate([examples.pairs, np.array(sources, dtype=np.int32)]),
+        examples.terms,
+    )
+
+
+def _bytes_to_read(identity: Identity) -> int:
+    """Unpacked bytes of the inputs; of packed files an estimate."""
+    entries = [entry for entry in identity.inputs if entry["key"] in ("data.train", "data.validation")]
+    return sum(entry["bytes"] * (USUAL_PACKING if entry["path"].endswith(PACKED_SUFFIXES) else 1) for entry in entries)

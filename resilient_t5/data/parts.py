@@ -1,0 +1,174 @@
+"""The one pass writes parts with full ids; joining parts chooses the active vocabulary and writes the store's files.
+
+A part is what one pass wrote: streams of int32 for each split, and counts. A store is the join of one part, or of the
+parts of all shards in the order of their numbers, so it depends on neither the machines nor the order that made them.
+Both write and read in blocks: memory does not grow with the corpus.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from resilient_t5.data.examples import Examples
+from resilient_t5.data.store import SPLITS, sha256_of
+from resilient_t5.data.tokenizer import TextTokenizer
+
+STREAMS = ("tokens", "lengths", "documents", "pairs", "terms")
+PART = "part.json"
+FREQUENCIES = "frequencies.npy"
+BLOCK = 1 << 18  # array elements handled at a time
+ROUND_TO = 64
+ACTIVE_16_BIT = 65_536
+
+
+class PartWriter:
+    """Streams examples into `directory`; `close` writes the counts last."""
+
+    def __init__(self, directory: Path, vocabulary_size: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._files = {split: {name: _stream(directory, split, name).open("wb") for name in STREAMS} for split in SPLITS}
+        self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
+        self.counts = {split: {"examples": 0, "documents": 0, "tokens": 0, "terms": 0, "with_term": 0} for split in SPLITS}
+
+    def add(self, split: str, examples: Examples, documents: int) -> None:
+        """Append examples whose documents are numbered from 0 to `documents` - 1."""
+        counts, files = self.counts[split], self._files[split]
+        terms = examples.terms + np.array([counts["examples"], 0, 0, 0], dtype=np.int32)
+        streams = (examples.tokens, examples.lengths, examples.documents + counts["documents"], examples.pairs, terms)
+        for name, array in zip(STREAMS, streams, strict=True):
+            files[name].write(np.ascontiguousarray(array, dtype=np.int32).data)
+        self._frequencies += np.bincount(examples.tokens, minlength=len(self._frequencies))
+        counts["examples"] += len(examples.lengths)
+        counts["documents"] += documents
+        counts["tokens"] += len(examples.tokens)
+        counts["terms"] += len(terms)
+        counts["with_term"] += len(np.unique(examples.terms[:, 0]))
+
+    def close(self, extra: dict[str, Any]) -> "Part":
+        """End the streams and write the counts, with `extra` beside them."""
+        self.release()
+        np.save(self._directory / FREQUENCIES, self._frequencies)
+        content = {"counts": self.counts, **extra}
+        (self._directory / PART).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        return Part.open(self._directory)
+
+    def release(self) -> None:
+        """Close the files, also of a pass that failed."""
+        for files in self._files.values():
+            for file in files.values():
+                file.close()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part."""
+
+    directory: Path
+    counts: dict[str, dict[str, int]]
+    extra: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> "Part":
+        """Read the counts of a part."""
+        content = json.loads((directory / PART).read_text(encoding="utf-8"))
+        return cls(directory, content.pop("counts"), content)
+
+    def frequencies(self) -> np.ndarray:
+        """int64 (vocabulary size,): how often each id occurs in train and validation."""
+        counts: np.ndarray = np.load(self.directory / FREQUENCIES, allow_pickle=False)
+        return counts
+
+    def blocks(self, split: str, name: str) -> Iterator[np.ndarray]:
+        """A stream in blocks of int32; rows of four for terms."""
+        columns = 4 if name == "terms" else 1
+        with _stream(self.directory, split, name).open("rb") as file:
+            while block := file.read(4 * columns * BLOCK):
+                array = np.frombuffer(block, dtype=np.int32)
+                yield array.reshape(-1, 4) if columns == 4 else array
+
+
+def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequence[str]) -> np.ndarray:
+    """The ids that a corpus can use: int32 (active,), ascending.
+
+    Every id that occurs in it or in its terms, all special ids, sentinels and byte pieces; then the lowest other ids up to
+    a multiple of 64. In a SentencePiece model the lowest ids are its most frequent pieces.
+    """
+    active = frequencies > 0
+    active[tokenizer.special_ids] = True
+    active[tokenizer.sentinel_ids] = True
+    active[tokenizer.byte_ids] = True
+    if terms:
+        active[tokenizer.encode_together(list(terms)).tokens.ids] = True
+    missing = -int(active.sum()) % ROUND_TO
+    active[np.flatnonzero(~active)[:missing]] = True
+    return np.flatnonzero(active).astype(np.int32)
+
+
+def join_parts(parts: Sequence[Part], directory: Path, active_to_full: np.ndarray, size: int) -> dict[str, Any]:
+    """Write the files of both splits; the counts and the dtype for `meta.json`."""
+    dtype = np.dtype(np.uint16 if len(active_to_full) <= ACTIVE_16_BIT else np.uint32)
+    full_to_active = np.zeros(size, dtype=dtype)
+    full_to_active[active_to_full] = np.arange(len(active_to_full), dtype=dtype)
+    counts = {}
+    for split, folder in SPLITS.items():
+        target = directory / folder
+        target.mkdir(exist_ok=True)
+        counts[split] = {key: sum(part.counts[split][key] for part in parts) for key in parts[0].counts[split]}
+        with (target / "tokens.bin").open("wb") as file:
+            for part in parts:
+                for block in part.blocks(split, "tokens"):
+                    file.write(full_to_active[block].data)
+        _write_offsets(parts, split, target / "offsets.npy", counts[split]["examples"])
+        for name in ("documents", "pairs", "terms"):
+            _write_column(parts, split, name, target / f"{name}.npy", counts[split])
+    return {"dtype": dtype.name, "counts": counts}
+
+
+def hashed_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below `directory`, by its path in it."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+
+
+def _write_offsets(parts: Sequence[Part], split: str, path: Path, examples: int) -> None:
+    with path.open("wb") as file:
+        _npy_header(file, np.dtype(np.int64), (examples + 1,))
+        end = np.zeros(1, dtype=np.int64)
+        file.write(end.data)
+        for part in parts:
+            for block in part.blocks(split, "lengths"):
+                ends = np.cumsum(block, dtype=np.int64) + end
+                end = ends[-1:]
+                file.write(ends.data)
+
+
+def _write_column(parts: Sequence[Part], split: str, name: str, path: Path, counts: dict[str, int]) -> None:
+    """One int32 column, with the numbers of documents and examples of later parts moved behind those of earlier ones."""
+    rows = counts["terms"] if name == "terms" else counts["examples"]
+    with path.open("wb") as file:
+        _npy_header(file, np.dtype(np.int32), (rows, 4) if name == "terms" else (rows,))
+        documents = examples = 0
+        for part in parts:
+            shift = {
+                "documents": np.int32(documents),
+                "pairs": np.int32(0),
+                "terms": np.array([examples, 0, 0, 0], dtype=np.int32),
+            }[name]
+            for block in part.blocks(split, name):
+                file.write((block + shift).data)
+            documents += part.counts[split]["documents"]
+            examples += part.counts[split]["examples"]
+
+
+def _npy_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _stream(directory: Path, split: str, name: str) -> Path:
+    return directory / f"{split}-{name}.bin"

@@ -1,0 +1,151 @@
+"""Corpus + tokenizer + terms -> store and report: reused while nothing changed, refused by name when something did."""
+
+import time
+from pathlib import Path
+
+from resilient_t5.config import Config
+from resilient_t5.data.building import making, only_maker, storage_errors
+from resilient_t5.data.finish import finish_store, open_shard, write_shard_identity
+from resilient_t5.data.formats import CorpusCounts
+from resilient_t5.data.identity import differences, identify, is_builtin, terms_path
+from resilient_t5.data.one_pass import Job, Progress, documents_of, write_part
+from resilient_t5.data.parts import Part
+from resilient_t5.data.sample import clinical_terms
+from resilient_t5.data.store import TOKENIZER, Store, not_a_store, read_meta, store_state
+from resilient_t5.data.terms import TermList, clean_terms, read_terms
+from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from resilient_t5.errors import DataError
+
+
+def prepare(config: Config, directory: Path, on_progress: Progress | None = None) -> Store:
+    """Make the store that `config` asks for, or open it when it stands there already.
+
+    Args:
+        config: sections data, tokenizer, model (tokenizer, active vocabulary), batch and run.seed are read.
+        directory: the store; absent or empty, or a store made from the same text, tokenizer, terms and settings.
+        on_progress: called with (bytes read, bytes to read) now and then, also while waiting for another process that
+            makes the same store; what it raises stops the work and leaves nothing behind.
+
+    Raises:
+        DataError: inputs that cannot be used; or a directory that holds another store (says what differs), or anything else.
+        DiskFull, StorageError: the file system.
+    """
+    directory = Path(directory)
+    report_progress = on_progress or (lambda done, total: None)
+    if (store := _standing(config, directory)) is not None:
+        return store
+    with storage_errors(directory), only_maker(directory, lambda: report_progress(0, 0)):
+        if (store := _standing(config, directory)) is not None:  # made by another process while this one waited
+            return store
+        with making(directory) as temporary:
+            job, tokenizer_seconds = _job(config, report_progress)
+            part = _with_validation(job, write_part(job, temporary / "part"))
+            part.extra["tokenizer_seconds"] = tokenizer_seconds
+            finish_store([part], temporary, job)
+    return Store.open(directory)
+
+
+def prepare_shard(config: Config, directory: Path, shard: tuple[int, int], on_progress: Progress | None = None) -> Path:
+    """Prepare the documents of shard (i, n), 1 <= i <= n, chosen by content, into `DIRECTORY-i-of-n`.
+
+    Returns:
+        the directory of the part. A part made from the same inputs and settings is reused.
+
+    Raises:
+        as `prepare`.
+    """
+    target = shard_directory(Path(directory), *shard)
+    report_progress = on_progress or (lambda done, total: None)
+    with storage_errors(target), only_maker(target, lambda: report_progress(0, 0)):
+        identity = identify(config, None)
+        if store_state(target) != "absent":
+            open_shard(target, identity, *shard)
+            return target
+        with making(target) as temporary:
+            job, tokenizer_seconds = _job(config, report_progress)
+            part = write_part(job, temporary, shard=shard)
+            part.extra["tokenizer_seconds"] = tokenizer_seconds
+            write_shard_identity(part, job, *shard)
+    return target
+
+
+def merge_shards(config: Config, directory: Path, shards: int) -> Store:
+    """Join the parts of all shards into the store; the same whatever the order in which they were made.
+
+    Raises:
+        DataError: a part is missing or was made from something else.
+    """
+    directory = Path(directory)
+    if (store := _standing(config, directory)) is not None:
+        return store
+    with storage_errors(directory), only_maker(directory, lambda: None):
+        identity = identify(config, None)
+        directories = [shard_directory(directory, number, shards) for number in range(1, shards + 1)]
+        parts = [open_shard(path, identity, number, shards) for number, path in enumerate(directories, start=1)]
+        tokenizer = load_tokenizer(str(directories[0] / TOKENIZER))
+        with making(directory) as temporary:
+            finish_store(parts, temporary, Job(config, identity, tokenizer, listed_terms(config), lambda done, total: None))
+    return Store.open(directory)
+
+
+def shard_directory(directory: Path, shard: int, shards: int) -> Path:
+    """Where the part of a shard lies: beside the store."""
+    return directory.parent / f"{directory.name}-{shard}-of-{shards}"
+
+
+def store_directory(config: Config) -> Path:
+    """Where the prepared corpus of a run lies: `data.store`, or `store` in the run directory."""
+    return Path(config.data.store) if config.data.store is not None else Path(config.run.dir) / "store"
+
+
+def listed_terms(config: Config) -> TermList:
+    """The terms by id: of `data.terms`, else the built-in corpus' own, else none."""
+    if config.data.terms is not None:
+        return read_terms(terms_path(config.data.terms))
+    return clean_terms(clinical_terms()) if is_builtin(config) else TermList()
+
+
+def _standing(config: Config, directory: Path) -> Store | None:
+    """The store that stands at `directory`; None when there is nothing yet."""
+    state = store_state(directory)
+    if state == "absent":
+        return None
+    if state == "other":
+        raise not_a_store(directory)
+    meta = read_meta(directory)
+    identity = identify(config, meta)
+    if meta["fingerprint"] == identity.fingerprint():
+        return Store.open(directory)
+    old, new = meta["identity"], identity.values
+    if not meta["counts"]["train"]["pairs"]:  # the only examples that the longest target cuts when they are prepared
+        old, new = {**old, "data.max_target_tokens": 0}, {**new, "data.max_target_tokens": 0}
+    if not (changes := differences(old, new)):
+        return Store.open(directory)
+    raise DataError(
+        f"this store was prepared from something else; what differs: {'; '.join(changes)}",
+        where=str(directory),
+        mend="Name another directory with data.store, or remove this one.",
+    )
+
+
+def _job(config: Config, on_progress: Progress) -> tuple[Job, float]:
+    """Everything a pass needs, and the seconds that the training of the tokenizer took."""
+    identity = identify(config, None)
+    terms = listed_terms(config)
+    started = time.perf_counter()
+    tokenizer = identity.tokenizer or _train(config)
+    return Job(config, identity, tokenizer, terms, on_progress), time.perf_counter() - started
+
+
+def _train(config: Config) -> TextTokenizer:
+    settings = config.tokenizer
+    assert settings.train_vocab_size is not None, "identify loads a tokenizer unless one is to be trained"
+    texts = (document.text for document, validation in documents_of(config, CorpusCounts()) if not validation)
+    return train_tokenizer(texts, settings.train_vocab_size, settings.character_coverage)
+
+
+def _with_validation(job: Job, part: Part) -> Part:
+    """`part`, or that of a second pass that holds one document out where chance held out none, as in a small corpus."""
+    if part.counts["validation"]["examples"] or job.config.data.validation_inputs():
+        return part
+    return write_part(job, part.directory, forced=part.extra["smallest_key"])

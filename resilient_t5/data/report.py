@@ -1,0 +1,138 @@
+"""The report of a prepared corpus: what went in, what came of it, and what its size is good for."""
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resilient_t5.data.terms import TermList
+
+MIB = 1 << 20
+TOP_TERMS = 20
+# Where span restoration of Chinese medical text was seen to start to hold, and to hold stably, in million bytes.
+ALIGNED_MEGABYTES = 25
+STABLE_MEGABYTES = 256
+
+
+def build_report(
+    totals: dict[str, Any],
+    counts: dict[str, dict[str, int]],
+    listed: TermList,
+    vocabulary: tuple[int, int],
+    examples_per_update: int,
+) -> dict[str, Any]:
+    """The content of `report.json`.
+
+    Args:
+        totals: sums of the pass: corpus (what reading counted), characters, tokens, unknown, truncated, chunked, widened,
+            cut_terms, term_counts, seconds, tokenizer_seconds.
+        counts: examples, documents, tokens, terms and with_term of each split.
+        listed: the terms by id, and what was dropped from their list.
+        vocabulary: active ids, and all ids.
+        examples_per_update: examples of one update.
+    """
+    terms = listed.terms
+    corpus, train, validation = totals["corpus"], counts["train"], counts["validation"]
+    examples = train["examples"] + validation["examples"]
+    occurrences = np.asarray(totals["term_counts"], dtype=np.int64)
+    order = [i for i in np.argsort(-occurrences, kind="stable").tolist() if occurrences[i] > 0]
+    return {
+        "bytes": corpus["bytes"],
+        "characters": totals["characters"],
+        "tokens": totals["tokens"],
+        "tokens_per_character": totals["tokens"] / max(totals["characters"], 1),
+        "unknown_share": totals["unknown"] / max(totals["tokens"], 1),
+        "documents": train["documents"] + validation["documents"],
+        "examples": train["examples"],
+        "validation_examples": validation["examples"],
+        "validation_documents": validation["documents"],
+        "pairs": totals["pairs"],
+        "empty_pairs_dropped": totals["empty_pairs"],
+        "truncated_share": totals["truncated"] / max(examples, 1),
+        "chunked_documents_share": totals["chunked"] / max(train["documents"] + validation["documents"], 1),
+        "terms": {
+            "listed": len(terms),
+            "found": len(order),
+            "occurrences": train["terms"] + validation["terms"],
+            "examples_with_term_share": (train["with_term"] + validation["with_term"]) / max(examples, 1),
+            "blanks_dropped": listed.blanks_dropped,
+            "duplicates_dropped": listed.duplicates_dropped,
+            "widened": totals["widened"],
+            "cut_by_chunks": totals["cut_terms"],
+            "per_term": {terms[i]: int(occurrences[i]) for i in order},
+        },
+        "active_vocabulary": {"size": vocabulary[0], "full_size": vocabulary[1]},
+        "updates_per_epoch": train["examples"] / examples_per_update,
+        "scale": scale_reading(corpus["bytes"]),
+        "corpus": corpus,
+        "seconds": totals["seconds"],
+        "tokenizer_seconds": totals["tokenizer_seconds"],
+        "megabytes_per_s": corpus["bytes"] / 1e6 / max(totals["seconds"], 1e-9),
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def scale_reading(size_bytes: int) -> str:
+    """What a corpus of this size is good for, in words."""
+    megabytes = size_bytes / 1e6
+    size = f"{megabytes:.1f} MB"
+    rule = (
+        f"about {ALIGNED_MEGABYTES} MB of Chinese align terminology, about {STABLE_MEGABYTES} MB give stable domain restoration"
+    )
+    if megabytes < ALIGNED_MEGABYTES * 0.9:
+        return (
+            f"{size}: {megabytes / ALIGNED_MEGABYTES:.0%} of what aligns terminology ({rule}); take it as a trial, or add text"
+        )
+    if megabytes < STABLE_MEGABYTES * 0.9:
+        times, share = megabytes / ALIGNED_MEGABYTES, megabytes / STABLE_MEGABYTES
+        return f"{size}: enough to align terminology ({times:.1f} times), {share:.0%} of stable domain restoration ({rule})"
+    return f"{size}: enough for stable domain restoration ({rule})"
+
+
+def readable(report: dict[str, Any]) -> str:
+    """The report as lines for people."""
+    terms, vocabulary, corpus = report["terms"], report["active_vocabulary"], report["corpus"]
+    top = ", ".join(f"{term} {count:,}" for term, count in list(terms["per_term"].items())[:TOP_TERMS])
+    rows = [
+        ("text", f"{report['bytes']:,} bytes, {report['characters']:,} characters, {report['documents']:,} documents"),
+        ("dropped", _dropped(corpus)),
+        ("tokens", f"{report['tokens']:,}, {report['tokens_per_character']:.3f} a character, "
+                   f"unknown {report['unknown_share']:.4%}"),
+        ("examples", f"{report['examples']:,} to train on, {report['validation_examples']:,} to evaluate on "
+                     f"({report['validation_documents']:,} documents); truncated {report['truncated_share']:.2%}; "
+                     f"documents cut into chunks {report['chunked_documents_share']:.2%}"),
+        ("terms", f"{terms['listed']:,} listed ({terms['duplicates_dropped']:,} duplicates dropped), {terms['found']:,} found, "
+                  f"{terms['occurrences']:,} occurrences; in "
+                  f"{terms['examples_with_term_share']:.1%} of the examples; widened to whole tokens {terms['widened']:,}, "
+                  f"lost at cuts {terms['cut_by_chunks']:,}"),
+        ("most frequent", top or "none"),
+        ("vocabulary", f"{vocabulary['size']:,} of {vocabulary['full_size']:,} ids active"),
+        ("epoch", f"{report['updates_per_epoch']:,.1f} updates"),
+        ("scale", report["scale"]),
+        ("time", f"{report['seconds']:.1f} s, {report['megabytes_per_s']:.2f} MB/s, tokenizer "
+                 f"{report['tokenizer_seconds']:.1f} s besides; peak memory {report['peak_memory_mib']:,.0f} MiB"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def _dropped(corpus: dict[str, Any]) -> str:
+    parts = [
+        f"{count:,} {key.removesuffix('_dropped').replace('_', ' ')}"
+        for key, count in corpus.items()
+        if key.endswith("_dropped") and count
+    ]
+    columns = [f"{path}: {', '.join(names)}" for path, names in corpus.get("columns_taken", {}).items()]
+    return ("; ".join(parts) or "nothing") + "".join(f"; columns taken of {entry}" for entry in columns)
+
+
+def peak_memory_mib() -> float:
+    """Highest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # of this program alone; getrusage also counts what the parent had before it started us
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024

@@ -1,0 +1,195 @@
+"""The prepared corpus on disk, opened read only: memory maps that any number of processes share.
+
+A store is a directory: `tokens.bin`, `offsets.npy`, `terms.npy`, `documents.npy`, `pairs.npy` of the training split, the
+same five in `validation/`, then `vocabulary.npz`, `terms.txt`, `tokenizer/`, `report.json`, and `meta.json`, which is
+written last: a directory without it is no store. Sizes are checked at every opening, sha256 sums by `Store.verify`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer
+from resilient_t5.errors import DataError, StorageError
+
+FORMAT = 1
+META = "meta.json"
+REPORT = "report.json"
+TERMS = "terms.txt"
+VOCABULARY = "vocabulary.npz"
+TOKENIZER = "tokenizer"
+SPLITS = {"train": "", "validation": "validation"}
+SPLIT_FILES = ("tokens.bin", "offsets.npy", "terms.npy", "documents.npy", "pairs.npy")
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one side of the split; every array is a read-only memory map.
+
+    tokens: uint16 or uint32 (tokens,), active ids of all examples one after another, without end marks.
+    offsets: int64 (examples + 1,), where each example begins in `tokens`.
+    terms: int32 (occurrences, 4): example, first token, token behind the last, term id; tokens counted from the beginning
+        of the example; sorted by example, then first token.
+    documents: int32 (examples,), number of the document that the example was cut from.
+    pairs: int32 (examples,): -1 for text that is still to be corrupted; for a pair masked elsewhere the length of its
+        source, behind which its target stands. A pair is trained as it is.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    terms: np.ndarray
+    documents: np.ndarray
+    pairs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+class Store:
+    """A complete store. Use `Store.open`."""
+
+    def __init__(self, directory: Path, meta: dict[str, Any]):
+        self.directory = directory
+        self.meta = meta
+        self.fingerprint: str = meta["fingerprint"]
+        self.train = _open_split(directory, "train", meta)
+        self.validation = _open_split(directory, "validation", meta)
+        with np.load(directory / VOCABULARY, allow_pickle=False) as arrays:
+            self.active_to_full: np.ndarray = arrays["active_to_full"]
+        self.terms: list[str] = (directory / TERMS).read_text(encoding="utf-8").split("\n")[:-1]
+        self.report: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+
+    @classmethod
+    def open(cls, directory: Path) -> "Store":
+        """Open a store.
+
+        Raises:
+            DataError: no store there, half of one, one of an unknown format, or one with missing or cut files.
+            StorageError: it cannot be read.
+        """
+        directory = Path(directory)
+        meta = read_meta(directory)
+        _check_sizes(directory, meta)
+        try:
+            return cls(directory, meta)
+        except OSError as error:
+            raise StorageError(f"cannot read the store: {error.strerror or error}", where=str(directory)) from error
+        except (KeyError, ValueError, TypeError) as error:
+            raise _damaged(directory, f"{type(error).__name__}: {error}") from error
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer that the store was made with; read when it is first asked for."""
+        return load_tokenizer(str(self.directory / TOKENIZER))
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256.
+
+        Raises:
+            DataError: a file is not what was written.
+        """
+        for name, expected in self.meta["files"].items():
+            if sha256_of(self.directory / name) != expected["sha256"]:
+                raise _damaged(self.directory, f"{name} is not what was written")
+
+
+def store_state(directory: Path) -> Literal["absent", "store", "other"]:
+    """What a directory holds: nothing (or it does not exist), a store, or something else that nothing may write over."""
+    if (directory / META).is_file():
+        return "store"
+    if directory.is_dir() and not any(directory.iterdir()):
+        return "absent"
+    return "other" if directory.exists() or directory.is_symlink() else "absent"
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """The `meta.json` of a store.
+
+    Raises:
+        DataError: there is none, or not one of this format.
+    """
+    state = store_state(directory)
+    if state == "absent":
+        raise DataError("there is no prepared corpus", where=str(directory), mend="Make it with bin/prepare.")
+    if state == "other":
+        raise not_a_store(directory)
+    try:
+        meta: dict[str, Any] = json.loads((directory / META).read_text(encoding="utf-8"))
+        found = meta["format"]
+        sound = all(isinstance(entry["bytes"], int) for entry in meta["files"].values()) and meta["identity"] is not None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(directory, f"{META} cannot be read") from error
+    if found != FORMAT or not sound:
+        raise DataError(
+            f"this store has format {found}, and this version reads format {FORMAT}",
+            where=str(directory),
+            mend="Prepare it anew in another directory (data.store).",
+        )
+    return meta
+
+
+def not_a_store(directory: Path) -> DataError:
+    """The refusal of a directory that holds something else, or a store without its last file."""
+    if not directory.is_dir():
+        return DataError("data.store names a file, not a directory", where=str(directory), mend="Name another directory.")
+    ours = [name for name in (*SPLIT_FILES, VOCABULARY) if (directory / name).exists()]
+    if ours:
+        what = f"this is half a store: {', '.join(ours)} without {META}"
+    else:
+        first = sorted(entry.name for entry in directory.iterdir())[0]
+        what = f"this directory holds something that is no store ({first}, for one); nothing was written"
+    return DataError(what, where=str(directory), mend="Name another directory with data.store, or remove this one.")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal; about 1 GiB/s."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(HASH_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise StorageError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+    return digest.hexdigest()
+
+
+def _damaged(directory: Path, why: str) -> DataError:
+    return DataError(
+        f"the store is damaged: {why}", where=str(directory), mend="Remove it, or prepare it anew in another directory."
+    )
+
+
+def _check_sizes(directory: Path, meta: dict[str, Any]) -> None:
+    for name, expected in meta["files"].items():
+        path = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
+            raise _damaged(directory, f"{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise _damaged(directory, f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
+
+
+def _open_split(directory: Path, split: str, meta: dict[str, Any]) -> Split:
+    folder = directory / SPLITS[split]
+    counts = meta["counts"][split]
+    arrays = {name: _open_array(folder / f"{name}.npy") for name in ("offsets", "terms", "documents", "pairs")}
+    dtype = np.dtype(meta["dtype"])
+    path = folder / "tokens.bin"
+    tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+    examples = counts["examples"]
+    shapes = {name: array.shape for name, array in arrays.items()}
+    wanted = {"offsets": (examples + 1,), "terms": (counts["terms"], 4), "documents": (examples,), "pairs": (examples,)}
+    if shapes != wanted or len(tokens) != counts["tokens"] or int(arrays["offsets"][-1]) != len(tokens):
+        raise ValueError(f"the arrays of {split} do not fit together")
+    return Split(tokens, **arrays)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    # An empty array cannot be mapped; its header alone is read.
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array

@@ -1,0 +1,123 @@
+"""bin/prepare: exit codes, messages, report, shards, signals. Run: python -m pytest tests/commands/test_prepare.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from resilient_t5.commands.prepare import main
+from resilient_t5.data.sample import clinical_terms, generate_notes
+from resilient_t5.data.store import Store
+from resilient_t5.data.tokenizer import train_tokenizer
+
+NOTES = [note.text for note in generate_notes(200, 5)]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory):
+    """A saved tokenizer of 700 pieces."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(NOTES, 700, 0.999).save(path)
+    return path
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer_directory):
+    """A command line over a small corpus with terms."""
+    (tmp_path / "text.txt").write_text("\n".join(NOTES), encoding="utf-8")
+    (tmp_path / "terms.txt").write_text("\n".join(clinical_terms()), encoding="utf-8")
+    settings = {
+        "data.train": tmp_path / "text.txt",
+        "data.terms": tmp_path / "terms.txt",
+        "data.document": "line",
+        "tokenizer.name_or_path": tokenizer_directory,
+        "data.store": tmp_path / "store",
+    }
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def test_the_command_makes_a_store_and_prints_its_report(arguments, tmp_path, capsys):
+    """Exit code 0, the report for people on stdout and in report.json; a second call prints the same report."""
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    store = Store.open(tmp_path / "store")
+    report = json.loads((tmp_path / "store" / "report.json").read_text(encoding="utf-8"))
+    assert report == store.report
+    for part in (f"{report['characters']:,} characters", f"{report['terms']['found']:,} found", "a trial", "updates"):
+        assert part in printed
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_no_model_is_needed_but_text_and_a_tokenizer_are(arguments, capsys):
+    """A missing tokenizer or text is a usage error with the keys to set."""
+    assert main(arguments[:6]) == 2
+    assert "tokenizer.train_vocab_size" in capsys.readouterr().err
+    assert main(arguments[6:]) == 2
+    assert "data.train is not set" in capsys.readouterr().err
+
+
+def test_bad_data_leaves_with_65_and_one_message(arguments, tmp_path, capsys):
+    """A missing file and a store of other settings: one line, no traceback, nothing written over."""
+    assert main([*arguments, "--data.train", str(tmp_path / "absent.txt")]) == 65
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(arguments) == 0
+    before = (tmp_path / "store" / "meta.json").read_bytes()
+    assert main([*arguments, "--data.max_source_tokens", "64"]) == 65
+    error = capsys.readouterr().err
+    assert "data.max_source_tokens 512 -> 64" in error and "Traceback" not in error
+    assert (tmp_path / "store" / "meta.json").read_bytes() == before
+
+
+def test_shards_are_prepared_and_merged(arguments, tmp_path, capsys):
+    """--shard makes the parts, --merge the store; a part is named on stdout."""
+    for shard in ("2/2", "1/2"):
+        assert main([*arguments, "--shard", shard]) == 0
+        assert str(tmp_path / f"store-{shard[0]}-of-2") in capsys.readouterr().out
+    assert main([*arguments, "--merge", "2"]) == 0
+    store = Store.open(tmp_path / "store")
+    assert store.report["documents"] == len(set(NOTES))
+
+
+@pytest.mark.parametrize("flags", [["--shard", "3/2"], ["--shard", "x"], ["--merge", "0"], ["--shard", "1/2", "--merge", "2"]])
+def test_a_wrong_shard_is_a_usage_error(arguments, tmp_path, flags, capsys):
+    """Shards count from 1 to n; anything else is refused before anything is read."""
+    assert main([*arguments, *flags]) == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_run_directory_gives_the_store_its_place(arguments, tmp_path):
+    """Without data.store the store lies in the run directory, where bin/train looks for it."""
+    assert main([*arguments[:-2], "--run.dir", str(tmp_path / "run")]) == 0
+    Store.open(tmp_path / "run" / "store")
+
+
+def test_the_launcher_runs_through_a_link_from_any_folder(tmp_path):
+    """bin/prepare --help works from another folder through a symbolic link."""
+    (tmp_path / "link").symlink_to(ROOT / "bin" / "prepare")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "link"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "--shard" in done.stdout and "--data.store" in done.stdout
+
+
+def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
+    """A stopped prepare says so, leaves with the signal's exit code, and leaves nothing behind."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} {note}" for i in range(300) for note in NOTES), encoding="utf-8")
+    code = "import sys; from resilient_t5.commands.prepare import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".store.making-*/part/train-tokens.bin")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and "nothing half made" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["terms.txt", "text.txt"]

@@ -1,0 +1,84 @@
+"""The built-in corpus of synthetic clinical notes. Run: python -m pytest tests/data/test_sample.py"""
+
+from collections import Counter, defaultdict
+
+import pytest
+
+from resilient_t5.data.sample import clinical_terms, generate_notes
+from resilient_t5.data.terms import TermMatcher
+
+SLOTS = ("disease", "complaint", "sign", "examination", "finding", "drug", "dose", "course")
+NOTES = list(generate_notes(2000, seed=1))
+
+
+def test_notes_are_a_function_of_seed_and_number():
+    """The same seed gives the same notes, a longer corpus begins with the shorter one, another seed gives others."""
+    assert list(generate_notes(2000, seed=1)) == NOTES
+    assert list(generate_notes(50, seed=1)) == NOTES[:50]
+    others = list(generate_notes(2000, seed=2))
+    assert sum(a.text == b.text for a, b in zip(NOTES, others, strict=True)) < 20
+
+
+def test_both_languages_have_equal_shares():
+    """Half of the notes are Chinese, half English."""
+    assert Counter(note.language for note in NOTES) == {"zh": 1000, "en": 1000}
+
+
+def test_the_term_matcher_finds_exactly_the_facts_of_a_note():
+    """Every fact stands once in its note, and no template or filler holds a term."""
+    matcher = TermMatcher(clinical_terms())
+    for note in NOTES:
+        found = [matcher.terms[term] for _, _, term in matcher.find(note.text)]
+        assert sorted(found) == sorted(note.facts), note.text
+
+
+def test_the_disease_determines_every_other_fact():
+    """So a masked term can be told from the others."""
+    for slot in range(1, len(SLOTS)):
+        values = defaultdict(set)
+        for note in NOTES:
+            values[note.language, note.facts[0]].add(note.facts[slot])
+        assert {len(found) for found in values.values()} == {1}, SLOTS[slot]
+
+
+@pytest.mark.parametrize("slot", [name for name in SLOTS if name not in ("dose", "course")])
+def test_each_telling_fact_names_its_disease(slot):
+    """Symptoms, examination, finding and drug belong to one disease only."""
+    diseases = defaultdict(set)
+    for note in NOTES:
+        diseases[note.language, note.facts[SLOTS.index(slot)]].add(note.facts[0])
+    assert {len(found) for found in diseases.values()} == {1}
+
+
+def test_a_guess_from_the_template_alone_is_rarely_right():
+    """The most frequent term of any slot is far from frequent, so the words around a gap do not give it away."""
+    for language in ("zh", "en"):
+        for slot in range(len(SLOTS)):
+            counts = Counter(note.facts[slot] for note in NOTES if note.language == language)
+            assert counts.most_common(1)[0][1] / 1000 < 0.2, SLOTS[slot]
+
+
+def test_every_disease_is_told_in_the_same_ways():
+    """How a note begins, its facts taken out, tells nothing of the disease: the common openings occur with each of them."""
+    openings = defaultdict(set)
+    for note in generate_notes(6000, seed=3):
+        text = note.text
+        for fact in note.facts:
+            text = text.replace(fact, "#")
+        openings[note.language, note.facts[0]].add(text[:2])
+    for language in ("zh", "en"):
+        found = [ways for (of, _), ways in openings.items() if of == language]
+        assert len(set.intersection(*found)) >= len(set.union(*found)) / 2
+
+
+def test_notes_are_short_and_on_one_line():
+    """A note fits into a small model's context, and a document is a line."""
+    for note in NOTES:
+        assert "\n" not in note.text
+        assert 30 <= len(note.text) <= 400
+
+
+def test_a_negative_count_is_refused():
+    """ValueError, at the call."""
+    with pytest.raises(ValueError, match="negative"):
+        generate_notes(-1, seed=0)

@@ -6,9 +6,9 @@ The stream of examples is endless. Position p of it belongs to epoch p // n and 
 `keyed.order`; update u owns positions u * U to u * U + U - 1, so no update is short at the end of an epoch. A window is
 `window_updates` updates' worth of positions, never more than about one epoch.
 
-Within a window the examples are corrupted, sorted by length and cut into groups of neighbours; the groups are dealt at
-random, `groups_per_update` to each update. Dealing groups keeps the number of target tokens of an update near its mean,
-which consecutive runs of the sorted list would not. A window of one update keeps its examples: they are one group.
+Within a window the examples are corrupted, sorted by length and cut into `groups_per_update` bands, and every update
+is dealt one group of neighbours from each band at random (`dealing.py`). A window of one update keeps its examples: they
+are one group.
 A group is cut again where it would pass `micro_tokens`; since dealing comes first, `micro_tokens` changes the speed of
 an update and never its examples. The largest micro-batch of an update comes first: what does not fit into memory fails
 at once, and the allocator can reuse its blocks.
@@ -26,7 +26,8 @@ import torch
 
 from resilient_t5.config import Config
 from resilient_t5.data.corruption import Corrupted, Examples, corrupt
-from resilient_t5.data.keyed import Stream, order, shuffle
+from resilient_t5.data.dealing import cut, deal, rounded_up
+from resilient_t5.data.keyed import order
 from resilient_t5.data.ragged import lay_out
 from resilient_t5.data.token_table import TokenTable
 from resilient_t5.errors import DataError
@@ -220,51 +221,6 @@ class Reader:
             self._threads.submit(self._batches.prepare, self._next_taken + self._batches.window_updates)
 
 
-def deal(ascending: np.ndarray, updates: int, groups: int, key: tuple[int, int]) -> list[list[np.ndarray]]:
-    """Cut sorted rows into groups of neighbours and deal `groups` of them to each update at random.
-
-    Where the examples of an update do not divide by `groups`, its first groups have one more; every update gets the
-    same number of larger and smaller groups.
-
-    Args:
-        ascending: int64, rows in order of length.
-        key: seed and number of the window.
-    """
-    small, larger = divmod(len(ascending) // updates, groups)
-    sizes = np.tile([small + 1] * larger + [small] * (groups - larger), updates)
-    parts = np.split(ascending, np.cumsum(sizes)[:-1])
-    by_draw = shuffle(key[0], Stream.DEAL, key[1], len(parts))
-    dealt: list[list[np.ndarray]] = [[] for _ in range(updates)]
-    for size, share in ((small + 1, larger), (small, groups - larger)):
-        of_size = [parts[number] for number in by_draw if len(parts[number]) == size]
-        for number, part in enumerate(of_size):
-            dealt[number // share].append(part)
-    return dealt
-
-
-def cut(
-    ascending: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], micro_tokens: int, pad_multiple: int
-) -> list[np.ndarray]:
-    """Cut rows sorted by length where rows * (longest source + longest target), padded, would pass `micro_tokens`.
-
-    The longest are cut off first; a row that passes the budget alone makes a part of its own.
-
-    Args:
-        lengths: source and target tokens of every row.
-    """
-    parts: list[np.ndarray] = []
-    end = len(ascending)
-    longest_source = longest_target = 0
-    for place in range(len(ascending) - 1, -1, -1):
-        source, target = (_rounded(int(of_row[ascending[place]]), pad_multiple) for of_row in lengths)
-        longest_source, longest_target = max(longest_source, source), max(longest_target, target)
-        if place + 1 < end and (end - place) * (longest_source + longest_target) > micro_tokens:
-            parts.append(ascending[place + 1 : end])
-            end, longest_source, longest_target = place + 1, source, target
-    parts.append(ascending[:end])
-    return parts
-
-
 def collate(corrupted: Corrupted, rows: np.ndarray, example_ids: np.ndarray, *, pad_id: int, pad_multiple: int) -> MicroBatch:
     """Pad these rows to the longest of them, rounded up to a multiple of `pad_multiple`."""
     source, source_mask = _padded(corrupted.source, corrupted.source_offsets, rows, (pad_id, pad_multiple))
@@ -326,17 +282,12 @@ def _lengths(corrupted: Corrupted) -> tuple[np.ndarray, np.ndarray]:
     return np.diff(corrupted.source_offsets), np.diff(corrupted.target_offsets)
 
 
-def _rounded(length: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-length // multiple) * multiple
-
-
 def _padded(
     values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, padding: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a ragged array as a padded one, int64, and where it holds tokens, bool. `padding`: value and multiple."""
     lengths = offsets[rows + 1] - offsets[rows]
-    width = _rounded(int(lengths.max()), padding[1])
+    width = rounded_up(int(lengths.max()), padding[1])
     mask = np.arange(width) < lengths[:, None]
     padded = np.full((len(rows), width), padding[0], np.int64)
     padded[mask] = values[lay_out(offsets[rows], lengths)]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig
-from resilient_t5.data.batches import Batches, MicroBatch, Reader, cut, deal, evaluation_batches
+from resilient_t5.data.batches import Batches, MicroBatch, Reader, evaluation_batches
 from resilient_t5.data.corruption import corrupt
+from resilient_t5.data.dealing import cut, deal, group_sizes
 from resilient_t5.errors import DataError
 from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, random_split, split_of
 
@@ -191,13 +192,30 @@ def test_dealing_gives_every_row_to_one_update_in_groups_of_neighbours(updates, 
 
 
 def test_dealing_is_random_and_keyed_by_the_window():
-    """An update's groups come from anywhere in the sorted list, and another window is dealt otherwise."""
+    """Inside a band an update's group comes from anywhere, bands are dealt apart, and another window is dealt otherwise."""
     rows = np.arange(800)
-    dealt = deal(rows, 50, 4, (1, 0))
-    middles = np.array([np.mean([g.mean() for g in of_update]) for of_update in dealt])
-    assert abs(middles.mean() - 399.5) < 1e-9 and 60 < middles.std() < 180
-    other = deal(rows, 50, 4, (1, 1))
-    assert any(not np.array_equal(a, b) for a, b in zip(dealt[0], other[0], strict=True))
+    dealt, other = deal(rows, 50, 4, (1, 0)), deal(rows, 50, 4, (1, 1))
+    places = np.array([[group[0] for group in of_update] for of_update in dealt])
+    correlations = np.corrcoef(np.column_stack((np.arange(50), places)).T)
+    assert np.all(np.abs(correlations - np.eye(5)) < 0.5)
+    other_places = np.array([[group[0] for group in of_update] for of_update in other])
+    assert np.all((places == other_places).mean(axis=0) < 0.2)
+
+
+@given(rows=st.integers(1, 64), groups=st.integers(1, 16))
+def test_group_sizes_fall_towards_the_longest_rows(rows, groups):
+    """Sizes sum to the rows of an update, none is empty, and none is larger than the one before it."""
+    groups = min(groups, rows)
+    sizes = group_sizes(rows, groups)
+    assert len(sizes) == groups and sum(sizes) == rows and min(sizes) >= 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert groups == 1 or sizes[0] <= 4 * (rows / groups)
+
+
+def test_sixteen_rows_are_dealt_in_groups_of_six_four_four_and_two():
+    """The default update, and an update of as many groups as rows."""
+    assert group_sizes(16, 4) == [6, 4, 4, 2]
+    assert group_sizes(4, 4) == [1, 1, 1, 1] and group_sizes(7, 1) == [7]
 
 
 def test_cutting_keeps_order_and_budget():
@@ -207,11 +225,19 @@ def test_cutting_keeps_order_and_budget():
     assert [part.tolist() for part in parts] == [[4], [3], [1, 2], [0]]
 
 
-def test_a_window_of_fifty_has_98_percent_useful_tokens():
-    """Log-normal lengths, 30 % masked, 16 examples an update in 4 groups: padding is at most 2 %."""
+def test_a_window_of_fifty_has_98_percent_useful_tokens_and_steady_targets():
+    """Log-normal lengths, 30 % masked, 16 examples an update in 4 groups: padding is at most 2 %, and the number of
+    target tokens varies less from update to update than in random order."""
     split = random_split(log_normal_lengths(3200, 156.0, 0.8, 511, seed=4), 5)
-    batches = batches_of(split, config_of(examples_per_update=16, window_updates=50), micro_tokens=4096)
-    assert share([batches.at(update) for update in range(200)]) >= 0.98
+    sorted_updates, random_updates = (
+        [batches.at(update) for update in range(200)]
+        for batches in (
+            batches_of(split, config_of(examples_per_update=16, window_updates=window), micro_tokens=4096) for window in (50, 1)
+        )
+    )
+    assert share(sorted_updates) >= 0.98
+    spread = [np.std([sum(m.target_tokens for m in u) for u in updates]) for updates in (sorted_updates, random_updates)]
+    assert spread[0] < spread[1]
 
 
 def test_a_window_of_one_has_85_percent_useful_tokens():

@@ -151,7 +151,7 @@ def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None,
     guard = Guard(tolerated=FP16_REFUSALS if precision.name == "fp16" else 0)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
     ids = trained_ids(corpus, model)
-    fingerprints = {"data": store.fingerprint, "vocabulary": vocabulary_sha256(store, ids)}
+    fingerprints = {"data": data_sha256(config, store), "vocabulary": vocabulary_sha256(store, ids)}
     saver = Saver(writer, config, fingerprints, updater, convergence, guard, timing)
     if loaded is None and config.run.fork is not None:
         saver.take_weights(load_checkpoint(Path(config.run.fork)))
@@ -222,6 +222,13 @@ def trained_ids(corpus: Corpus, model: T5Model) -> np.ndarray:
     """Full ids of the model's rows; a whole checkpoint may have more rows than its tokenizer has ids."""
     rows = model.shared.weight.shape[0]
     return corpus.active_to_full if rows == len(corpus.active_to_full) else np.arange(rows)
+
+
+def data_sha256(config: Config, store: Store) -> str:
+    """Hash of what examples are made from: the store, and the user's look-alikes by content."""
+    confusions = config.corruption.confusions
+    content = b"" if confusions is None else Path(confusions).read_bytes()
+    return hashlib.sha256(store.fingerprint.encode() + content).hexdigest()
 
 
 def vocabulary_sha256(store: Store, ids: np.ndarray) -> str:

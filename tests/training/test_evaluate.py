@@ -1,0 +1,99 @@
+"""Evaluation reads and leaves no trace. Run: python -m pytest tests/training/test_evaluate.py"""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.commands.arguments import parse_config
+from resilient_t5.data.prepare import prepare
+from resilient_t5.training.evaluate import evaluate, restore_terms, summarise
+from resilient_t5.training.progress import Display
+from resilient_t5.training.run import build_run
+from resilient_t5.training.saving import AuditTrail, model_tensors
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, tmp_path_factory):
+    """A tiny run at update 0."""
+    directory = tmp_path_factory.mktemp("evaluate") / "run"
+    directory.mkdir()
+    config = parse_config(["--config", str(tiny_config), "--run.dir", str(directory)], "train", "test")
+    audit = AuditTrail()
+    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    store = prepare(config, directory / "store")
+    run = build_run(config, store, vault, None, audit, Display("quiet", None))
+    yield run
+    run.reader.close()
+    run.telemetry.close()
+
+
+def random_states():
+    """Python's, numpy's and torch's global streams."""
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+
+@pytest.mark.parametrize("measure", [evaluate, restore_terms])
+def test_evaluation_is_a_pure_reader(run, measure):
+    """No global stream moves, no weight changes, the mode comes back, and a second look sees the same."""
+    before, weights = random_states(), {name: tensor.clone() for name, tensor in model_tensors(run.updater.model).items()}
+    first, second = measure(run.evaluator, lambda: False), measure(run.evaluator, lambda: False)
+    assert random_states() == before
+    assert run.updater.model.training
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model_tensors(run.updater.model).items())
+    numbers = [value.as_row() if hasattr(value, "as_row") else dataclasses.asdict(value) for value in (first, second)]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("measure", [evaluate, restore_terms])
+def test_a_stop_request_drops_the_evaluation_whole(run, measure):
+    """Nothing half measured is returned, and the model trains on as before."""
+    assert measure(run.evaluator, lambda: True) is None
+    assert run.updater.model.training
+
+
+def test_the_loss_is_that_of_transformers(run):
+    """Summed over the fixed examples and divided by their tokens, as the plain model computes it."""
+    model, nll, tokens = run.updater.model, 0.0, 0
+    model.eval()
+    for batch in run.evaluator.loss_batches:
+        micro = batch.micro_batch
+        with torch.no_grad():
+            out = model(input_ids=micro.source_BS, attention_mask=micro.source_mask_BS, labels=micro.labels_BT)
+        nll, tokens = nll + float(out.loss) * micro.target_tokens, tokens + micro.target_tokens
+    model.train()
+    found = evaluate(run.evaluator, lambda: False)
+    assert found.target_tokens == tokens
+    assert found.loss == pytest.approx(nll / tokens, rel=1e-5)
+
+
+def test_the_standard_error_is_that_of_a_ratio():
+    """Against a bootstrap over examples."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(5, 50, 400)
+    nll = tokens * generator.gamma(4.0, 0.5, 400)
+    found = summarise(nll, tokens, np.zeros(400))
+    picks = generator.integers(0, 400, (2000, 400))
+    resampled = nll[picks].sum(1) / tokens[picks].sum(1)
+    assert found.loss == pytest.approx(nll.sum() / tokens.sum())
+    assert found.loss_se == pytest.approx(resampled.std(), rel=0.1)
+    assert math.isinf(summarise(nll[:1], tokens[:1], np.zeros(1)).loss_se)
+
+
+def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: Path):
+    """Another process, or a later one, evaluates the same examples under the same masks."""
+    again = [batch.micro_batch for batch in run.evaluator.loss_batches]
+    config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "train", "test")
+    audit = AuditTrail()
+    vault = Vault(tmp_path, run_id="1" * 32, settings=config.checkpoint, audit=audit)
+    other = build_run(config, prepare(config, tmp_path / "store"), vault, None, audit, Display("quiet", None))
+    other.reader.close()
+    other.telemetry.close()
+    for one, two in zip(again, [batch.micro_batch for batch in other.evaluator.loss_batches], strict=True):
+        assert torch.equal(one.source_BS, two.source_BS)
+        assert torch.equal(one.labels_BT, two.labels_BT)

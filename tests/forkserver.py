@@ -61,7 +61,7 @@ class ForkServer:
 
 def serve():
     """Answer requests on stdin until it closes."""
-    import resilient_t5.training.session  # noqa: F401  the import that every child is to find done
+    import resilient_t5.training.process  # noqa: F401  the import that every child is to find done
     from resilient_t5.commands.train import main
 
     sys.stdout.write("ready\n")

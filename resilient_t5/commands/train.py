@@ -25,7 +25,7 @@ def _train(argv: Sequence[str]) -> int:
 def _run(arguments: Arguments) -> ExitCode:
     # Imported late: torch and transformers take seconds, and --help and a typo must not wait for them.
     from resilient_t5.commands.arguments import config_text, differences
-    from resilient_t5.training.session import train_in_directory
+    from resilient_t5.training.process import train_in_directory
 
     given = {key: (value, arguments.sources.get(key, "")) for key, value in differences(arguments.config).items()}
     return train_in_directory(arguments.config, config_text(arguments.config), given)

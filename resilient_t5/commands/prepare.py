@@ -2,13 +2,13 @@
 
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
 from resilient_t5.config import check_preparable
 from resilient_t5.errors import ConfigError, ExitCode
+from resilient_t5.training.preparing import progress_teller
 from resilient_t5.training.signals import Stopped, StopSignal
 
 DESCRIPTION = "Prepare a corpus: tokens, term occurrences and a report, once, for any number of runs."
@@ -17,7 +17,6 @@ FLAGS = (
     ("--shard", {"type": str, "default": None, "help": "i/n: prepare only part i of n, chosen by content (1 to n)"}),
     ("--merge", {"type": int, "default": None, "help": "n: join the n parts that --shard made into the store"}),
 )
-PROGRESS_EVERY_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +34,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
     config, directory = arguments.config, store_directory(arguments.config)
     with StopSignal() as stop:
-        on_progress = _progress(stop)
+        on_progress = progress_teller(stop, _tell)
         try:
             if shard is not None:
                 sys.stdout.write(
@@ -70,18 +69,5 @@ def _shard(arguments: Arguments) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _progress(stop: StopSignal) -> Callable[[int, int], None]:
-    """Says now and then how far the work is, and ends it when a signal came."""
-    told_s = time.monotonic()
-
-    def on_progress(done_bytes: int, total_bytes: int) -> None:
-        nonlocal told_s
-        if stop.requested:
-            raise Stopped
-        if time.monotonic() - told_s >= PROGRESS_EVERY_S:
-            told_s = time.monotonic()
-            waiting = "waiting for another process that prepares the same store"
-            done = f"prepare {100 * done_bytes / max(1, total_bytes):5.1f}% of {total_bytes / 1e6:.1f} MB"
-            sys.stderr.write(f"{done if total_bytes else waiting}\n")
-
-    return on_progress
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")

@@ -5,7 +5,6 @@ Whatever is wrong with the settings, the directory or the text is found before a
 
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,18 @@ from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.config import Config
 from resilient_t5.data.prepare import prepare, store_directory
-from resilient_t5.data.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.training.banner import banner_lines
 from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
 from resilient_t5.training.ending import conclude, conclude_failure, is_concluded
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train
+from resilient_t5.training.preparing import progress_teller
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run
 from resilient_t5.training.saving import AuditTrail
 from resilient_t5.training.signals import Stopped, StopSignal, die_by
 
-PROGRESS_EVERY_S = 5.0
 Given = Mapping[str, tuple[Any, str]]
 """{"section.key": (value, where it came from)} of the settings that differ from the defaults."""
 
@@ -68,7 +66,7 @@ def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSign
     audit = AuditTrail()
     vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=audit)
     vault.sweep()
-    store = _prepared(config, stop, display)
+    store = prepare(config, store_directory(config), progress_teller(stop, display.line))
     loaded = _resumed(config, directory, vault)
     run = build_run(config, store, vault, loaded, audit, display)
     claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
@@ -94,21 +92,6 @@ def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
         run.reader.close()
         run.saver.writer.close()
         run.telemetry.close()
-
-
-def _prepared(config: Config, stop: StopSignal, display: Display) -> Store:
-    """The store of this run, made when it is missing."""
-    told_s = time.monotonic()
-
-    def on_progress(done_bytes: int, total_bytes: int) -> None:
-        nonlocal told_s
-        if stop.requested:
-            raise Stopped
-        if time.monotonic() - told_s >= PROGRESS_EVERY_S:
-            told_s = time.monotonic()
-            display.line(f"prepare {100 * done_bytes / max(1, total_bytes):5.1f}% of {total_bytes / 1e6:.1f} MB")
-
-    return prepare(config, store_directory(config), on_progress)
 
 
 def _resumed(config: Config, directory: RunDirectory, vault: Vault) -> Loaded | None:

@@ -1,13 +1,14 @@
 """Tables of the built-in corpus: what is known of each disease, and the sentences that say it, in both languages.
 
-All of it is written by hand for this project: common medical knowledge, simplified, fit for no patient. Three things
+All of it is written by hand for this project: common medical knowledge, simplified, fit for no patient. Four things
 hold for every row and template, and a test reads them:
 
 * a disease, its two symptoms, its examination, finding and drug belong to one disease only; dose and course are shared
   by few, so that any visible term names the disease or nearly so, and the disease gives every other term;
 * no term stands in a template or filler, so what the term matcher finds is what the note states;
-* between two terms there is always a word or a mark, and a Chinese term stands between marks or figures, where a
-  SentencePiece model cannot glue it to its neighbours.
+* between two terms stand at least two words or marks, so that the neighbours of a gap do not name the disease;
+* every slot is followed by marks alone, and by different ones: SentencePiece does not glue a term to a mark, and makes a
+  piece only of what has more than one continuation.
 """
 
 from typing import Literal, NamedTuple

@@ -1,5 +1,6 @@
 """The built-in corpus of synthetic clinical notes. Run: python -m pytest tests/data/test_sample.py"""
 
+import re
 from collections import Counter, defaultdict
 
 import pytest
@@ -56,6 +57,49 @@ def test_a_guess_from_the_template_alone_is_rarely_right():
         for slot in range(len(SLOTS)):
             counts = Counter(note.facts[slot] for note in NOTES if note.language == language)
             assert counts.most_common(1)[0][1] / 1000 < 0.2, SLOTS[slot]
+
+
+def gaps(notes):
+    """Of every fact: the language, the two words or marks on either side of it, and the fact."""
+    matcher = TermMatcher(clinical_terms())
+    for note in notes:
+        for start, end, term in matcher.find(note.text):
+            left = re.findall(r"\w+|[^\w\s]", note.text[:start])[-2:]
+            right = re.findall(r"\w+|[^\w\s]", note.text[end:])[:2]
+            yield (note.language, *left, "#", *right), matcher.terms[term]
+
+
+def test_the_neighbours_of_a_gap_give_it_away_as_rarely():
+    """The most frequent term between the same two words or marks on either side is right in at most 15 % of new notes."""
+    seen = defaultdict(Counter)
+    for neighbours, term in gaps(NOTES):
+        seen[neighbours][term] += 1
+    guesses = [
+        bool(seen[neighbours]) and seen[neighbours].most_common(1)[0][0] == term
+        for neighbours, term in gaps(generate_notes(500, seed=2))
+    ]
+    assert 0.0 < sum(guesses) / len(guesses) <= 0.15
+
+
+def test_two_words_or_marks_stand_between_terms():
+    """So the neighbours of a gap are never the term beside it."""
+    matcher = TermMatcher(clinical_terms())
+    for note in NOTES:
+        found = matcher.find(note.text)
+        for (_, end, _), (start, _, _) in zip(found, found[1:], strict=False):
+            assert len(re.findall(r"\w+|[^\w\s]", note.text[end:start])) >= 2, note.text
+
+
+def test_every_slot_is_followed_by_different_marks():
+    """SentencePiece makes a piece only of what has more than one continuation: a term that has one is cut up."""
+    matcher = TermMatcher(clinical_terms())
+    marks = defaultdict(set)
+    for note in NOTES:
+        slots = dict(zip(note.facts, SLOTS, strict=True))
+        for _, end, term in matcher.find(note.text):
+            marks[note.language, slots[matcher.terms[term]]].add(note.text[end])
+    assert len(marks) == 2 * len(SLOTS)
+    assert all(len(found) > 1 and not any(map(str.isalnum, found)) for found in marks.values()), marks
 
 
 def test_every_disease_is_told_in_the_same_ways():

@@ -31,6 +31,7 @@ def run(tiny_config, tmp_path_factory):
     yield run
     run.reader.close()
     run.telemetry.close()
+    torch.set_flush_denormal(False)  # a run flushes denormals for its whole process; other tests here need them
 
 
 def random_states():
@@ -94,6 +95,7 @@ def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: P
     other = build_run(config, prepare(config, tmp_path / "store"), vault, None, audit, Display("quiet", None))
     other.reader.close()
     other.telemetry.close()
+    torch.set_flush_denormal(False)
     for one, two in zip(again, [batch.micro_batch for batch in other.evaluator.loss_batches], strict=True):
         assert torch.equal(one.source_BS, two.source_BS)
         assert torch.equal(one.labels_BT, two.labels_BT)

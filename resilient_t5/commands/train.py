@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
+from resilient_t5.commands.reference import write_commented
 from resilient_t5.config import check_trainable
 from resilient_t5.errors import ExitCode
 
 DESCRIPTION = "Train a T5 or mT5 to restore damaged text; an interrupted run goes on where it stopped."
+FLAGS = (("--init", {"type": str, "default": None, "help": "write all settings, with comments, into this new file and stop"}),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    arguments = parse_arguments(argv, "train", DESCRIPTION)
+    arguments = parse_arguments(argv, "train", DESCRIPTION, FLAGS)
+    if arguments.flags["init"] is not None:
+        return _init(arguments)
     check_trainable(arguments.config)
     return _run(arguments)
+
+
+def _init(arguments: Arguments) -> ExitCode:
+    path = Path(arguments.flags["init"])
+    write_commented(arguments.config, path)
+    sys.stdout.write(f"{path} holds every setting with its meaning; start with: bin/train --config {path}\n")
+    return ExitCode.OK
 
 
 def _run(arguments: Arguments) -> ExitCode:

@@ -33,7 +33,7 @@ def judge(run: Run, stop: StopSignal) -> None:
     if verdict.phase != verdict.previous:
         names = {"phase": verdict.phase.name, "former": verdict.previous.name}
         run.telemetry.row("phase", run.state.update, **names, why=verdict.why)
-    run.display.line(phase_line(verdict.phase.name, verdict.why))
+    run.display.line(phase_line(verdict.phase.name, verdict.why), keep="phase")
     run.timing.add("evaluation", time.monotonic() - begun_s)
 
 
@@ -102,5 +102,5 @@ def tell_evaluation(run: Run, evaluation: Evaluation, window: Window, verdict: V
 def tell_restoration(run: Run, report: RestorationReport, duration_s: float) -> None:
     """The restoration row, its line, and the probe examples."""
     row = run.telemetry.row("restoration", run.state.update, **report.as_row(), restoration_s=duration_s)
-    run.display.line(restoration_line(row))
+    run.display.line(restoration_line(row), keep="restore")
     run.show_samples(report)

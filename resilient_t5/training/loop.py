@@ -44,6 +44,7 @@ def train(run: Run, stop: StopSignal) -> StopReason:
         if result is None:
             continue
         run.state.count(result)
+        run.display.advance(run.state.update)
         if not result.applied:
             report_refused(run, result)
         elif run.state.update % run.config.telemetry.log_every == 0:

@@ -1,4 +1,4 @@
-"""The console: a live bar on a terminal, stable plain lines elsewhere; the same lines go to train.log.
+"""The console: a live view on a terminal, stable plain lines elsewhere; every line goes to train.log.
 
 Our own text is ASCII; text from data is printed without markup and with unknown characters replaced, so a narrow or
 legacy terminal survives it.
@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from resilient_t5.training.timing import readable
+from resilient_t5.training.live import LiveView
+from resilient_t5.training.timing import Left, readable
 
 
 class Display:
-    """Prints the lines of a run and, on a terminal, keeps one live bar below them.
+    """Prints the lines of a run and, on a terminal, keeps one live view below them.
 
     Args:
         mode: `auto`, `live`, `plain` or `quiet`, as in the configuration.
@@ -30,25 +30,31 @@ class Display:
         self.console = Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
         self._live = not self.quiet and (mode == "live" or (mode == "auto" and self.console.is_terminal))
         self._log = None if log is None else log.open("a", encoding="utf-8")
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._view: LiveView | None = None
 
     def __enter__(self) -> "Display":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._view is not None:
+            self._view.stop()
         if self._log is not None:
             self._log.close()
 
-    def line(self, text: str) -> None:
-        """Print one line, with the time of day; a terminal or disk that is gone never ends a run."""
+    def line(self, text: str, *, keep: str = "") -> None:
+        """Print one line, with the time of day; a terminal or disk that is gone never ends a run.
+
+        Args:
+            text: the line.
+            keep: row of the live view that also holds the text until its next line; `numbers` stands there only, since
+                it comes too often to scroll by.
+        """
         stamped = f"{time.strftime('%H:%M:%S')} {text}"
+        if self._view is not None and keep:
+            self._view.keep(keep, self._printable(text))
         try:
-            if not self.quiet:
-                encoding = self.console.encoding or "ascii"
-                self.console.print(stamped.encode(encoding, errors="replace").decode(encoding))
+            if not self.quiet and (self._view is None or keep != "numbers"):
+                self.console.print(self._printable(stamped))
             if self._log is not None:
                 self._log.write(stamped + "\n")
                 self._log.flush()
@@ -56,38 +62,30 @@ class Display:
             self.quiet = True
 
     def begin(self, update: int, total_updates: int) -> None:
-        """Show the live bar of a run that stands at `update`, where there is a terminal for it."""
+        """Show the live view of a run that stands at `update`, where there is a terminal for it."""
         if self._live:
-            self._bar = _make_bar(self.console)
-            self._task = self._bar.add_task("train", total=total_updates, completed=update, note="")
-            self._bar.start()
+            self._view = LiveView(self.console, update, total_updates)
+            self._view.start()
 
-    def advance(self, update: int, note: str, left_s: float) -> None:
-        """Move the live bar, if there is one."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=update, note=f"{note} | eta {readable(left_s)}")
+    def advance(self, update: int) -> None:
+        """Move the bar of the live view, if there is one."""
+        if self._view is not None:
+            self._view.advance(update)
 
-
-def _make_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("update {task.completed:>6.0f}/{task.total:.0f}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>5.1f}%"),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=console,
-        refresh_per_second=2,
-        transient=True,
-    )
+    def _printable(self, text: str) -> str:
+        """`text` with what this terminal cannot write replaced."""
+        encoding = self.console.encoding or "ascii"
+        return text.encode(encoding, errors="replace").decode(encoding)
 
 
-def train_line(row: Mapping[str, Any], total_updates: int, left_s: float) -> str:
+def train_line(row: Mapping[str, Any], total_updates: int, left: Left) -> str:
     """The console line of a training row."""
     update = row["update"]
     return (
         f"update {update:>6}/{total_updates} {100 * update / total_updates:5.1f}% ep {row['epoch']:.2f}"
         f" | loss {row['loss']:.4f} | lr {row['learning_rate']:.2e} | grad {row['gradient_norm']:.2f}"
         f" | {tokens_text(row['tokens_per_s'])} tok/s {row['update_s']:.3g} s/update"
-        f" | mem {row['memory_mib']:.0f} MiB | eta {readable(left_s)}"
+        f" | mem {row['memory_mib']:.0f} MiB | eta {left.text()}"
     )
 
 

@@ -11,7 +11,7 @@ def log_updates(run: Run) -> None:
     """Write the training row of the updates since the last one, and move the live bar."""
     state, since = run.state, run.state.since_log
     update_s, wait_s = run.timing.lap("update"), run.timing.lap("wait")
-    left_s = run.left_s()
+    left = run.left()
     row = run.telemetry.row(
         "train",
         state.update,
@@ -28,11 +28,10 @@ def log_updates(run: Run) -> None:
         update_s=update_s / since.updates,
         data_wait_share=wait_s / (update_s + wait_s),
         memory_mib=memory_mib(run.device),
-        eta_s=left_s,
+        eta_s=left.total_s,
     )
     state.since_log = SinceLog()
-    run.display.line(train_line(row, run.plan.total_updates, left_s))
-    run.display.advance(state.update, f"loss {row['loss']:.3f} | {run.convergence.phase.name}", left_s)
+    run.display.line(train_line(row, run.plan.total_updates, left), keep="numbers")
 
 
 def report_refused(run: Run, result: UpdateResult) -> None:

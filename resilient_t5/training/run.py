@@ -42,7 +42,7 @@ from resilient_t5.training.saving import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
 from resilient_t5.training.state import RunState
 from resilient_t5.training.telemetry import Telemetry
-from resilient_t5.training.timing import Timing
+from resilient_t5.training.timing import Left, Timing
 from resilient_t5.training.update import Updater
 
 # Padded tokens of a micro-batch where the configuration says auto: about what 4 GB hold for mT5-base at full length.
@@ -88,12 +88,12 @@ class Run:
         """Wall-clock seconds that this run has trained, over all its resumes."""
         return self.state.wall_s + self.timing.elapsed_s
 
-    def left_s(self) -> float:
-        """Seconds to the planned end, with the evaluations and saves that are still to come."""
+    def left(self) -> Left:
+        """The time to the planned end, with the evaluations and saves that are still to come."""
         updates = self.plan.total_updates - self.state.update
         evaluations = -(-updates // self.plan.evaluate_every)
         minutes = self.config.checkpoint.every_minutes
-        return self.timing.left_s(updates, evaluations, None if minutes is None else minutes * 60)
+        return self.timing.left(updates, evaluations, None if minutes is None else minutes * 60)
 
     def show_samples(self, report: RestorationReport) -> None:
         """Print one restored example and show all of them in TensorBoard."""
@@ -102,7 +102,7 @@ class Run:
         rows = [f"| {_cell(s.source)} | {_cell(s.gold)} | {_cell(s.restored)} |" for s in report.samples]
         table = "\n".join(["| source | gold | restored |", "| --- | --- | --- |", *rows])
         self.telemetry.text("samples/probe", table, self.state.update)
-        self.display.line(f"sample {self.state.update:>6} {report.samples[0].restored}")
+        self.display.line(f"sample {self.state.update:>6} {report.samples[0].restored}", keep="sample")
 
 
 @dataclass(frozen=True)

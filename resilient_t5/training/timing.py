@@ -12,6 +12,26 @@ from dataclasses import dataclass, field
 SMOOTHING_UPDATES = 200
 
 
+@dataclass(frozen=True)
+class Left:
+    """Seconds to the planned end, by what they go to."""
+
+    training_s: float
+    evaluation_s: float
+    save_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.training_s + self.evaluation_s + self.save_s
+
+    def text(self) -> str:
+        """Such as `1d 02h (train 23h 10m, eval 2h 04m, save 8m 20s)`; parts that nothing is known of are left out."""
+        parts = {"train": self.training_s, "eval": self.evaluation_s, "save": self.save_s}
+        named = ", ".join(f"{name} {readable(part_s)}" for name, part_s in parts.items() if part_s >= 1.0)
+        return f"{readable(self.total_s)} ({named})" if named else readable(self.total_s)
+
+
 @dataclass
 class Timing:
     """Seconds by activity since this process began to train."""
@@ -55,11 +75,12 @@ class Timing:
         """Seconds since this process began to train."""
         return time.monotonic() - self.started_s
 
-    def left_s(self, updates: int, evaluations: int, save_every_s: float | None) -> float:
-        """Seconds that `updates` and `evaluations` will take, with the saves that fall into them."""
-        training_s = updates * (self.update_s + self.mean_s("wait")) + evaluations * self.mean_s("evaluation")
-        saves = evaluations + (training_s / save_every_s if save_every_s else 0.0)
-        return training_s + saves * self.mean_s("save")
+    def left(self, updates: int, evaluations: int, save_every_s: float | None) -> Left:
+        """What `updates` and `evaluations` will take, with the saves that fall into them: one each evaluation at most."""
+        training_s = updates * (self.update_s + self.mean_s("wait"))
+        evaluation_s = evaluations * self.mean_s("evaluation")
+        saves = evaluations + ((training_s + evaluation_s) / save_every_s if save_every_s else 0.0)
+        return Left(training_s, evaluation_s, saves * self.mean_s("save"))
 
 
 def readable(duration_s: float) -> str:

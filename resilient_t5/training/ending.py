@@ -6,6 +6,7 @@ from typing import Any
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.training.directory import write_whole
 from resilient_t5.training.evaluate import restore_terms
+from resilient_t5.training.exhibits import show_outcome
 from resilient_t5.training.export import export_model
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.loop import StopReason
@@ -39,6 +40,7 @@ def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)
+    show_outcome(run)
     for line in closing_lines(run, reason):
         run.display.line(line)
     return code

@@ -6,6 +6,7 @@ import time
 from resilient_t5.restoration.report import RestorationReport
 from resilient_t5.training.convergence import Verdict, Window
 from resilient_t5.training.evaluate import Evaluation, evaluate, restore_terms
+from resilient_t5.training.exhibits import show_samples
 from resilient_t5.training.progress import evaluation_line, phase_line, restoration_line
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
@@ -103,4 +104,4 @@ def tell_restoration(run: Run, report: RestorationReport, duration_s: float) -> 
     """The restoration row, its line, and the probe examples."""
     row = run.telemetry.row("restoration", run.state.update, **report.as_row(), restoration_s=duration_s)
     run.display.line(restoration_line(row), keep="restore")
-    run.show_samples(report)
+    show_samples(run, report)

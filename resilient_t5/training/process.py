@@ -17,6 +17,7 @@ from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.training.banner import banner_lines
 from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
 from resilient_t5.training.ending import conclude, conclude_failure, is_concluded
+from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train
 from resilient_t5.training.preparing import progress_teller
@@ -77,6 +78,7 @@ def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSign
         return ExitCode.OK
     rules = dataclasses.asdict(run.convergence.rules)
     run.telemetry.row("start", run.state.update, resumed_from=None if loaded is None else loaded.name, rules=rules)
+    show_start(run, config_yaml)
     return _train_to_the_end(run, stop)
 
 

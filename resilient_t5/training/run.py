@@ -32,7 +32,6 @@ from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_fro
 from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
-from resilient_t5.restoration.report import RestorationReport
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.evaluate import Evaluator
 from resilient_t5.training.guard import Guard
@@ -94,15 +93,6 @@ class Run:
         evaluations = -(-updates // self.plan.evaluate_every)
         minutes = self.config.checkpoint.every_minutes
         return self.timing.left(updates, evaluations, None if minutes is None else minutes * 60)
-
-    def show_samples(self, report: RestorationReport) -> None:
-        """Print one restored example and show all of them in TensorBoard."""
-        if not report.samples:
-            return
-        rows = [f"| {_cell(s.source)} | {_cell(s.gold)} | {_cell(s.restored)} |" for s in report.samples]
-        table = "\n".join(["| source | gold | restored |", "| --- | --- | --- |", *rows])
-        self.telemetry.text("samples/probe", table, self.state.update)
-        self.display.line(f"sample {self.state.update:>6} {report.samples[0].restored}", keep="sample")
 
 
 @dataclass(frozen=True)
@@ -280,8 +270,3 @@ def build_evaluator(
         samples=config.telemetry.samples,
     )
     return Evaluator(accelerator, model, fixed(config.evaluation.examples), fixed(config.evaluation.restore_examples), restorer)
-
-
-def _cell(text: str) -> str:
-    """Text as one cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth about a run, and the TensorBoard event files drawn from its rows.
+"""metrics.jsonl, the truth about a run; the TensorBoard event files are drawn from its rows.
 
 One JSON object per line. Whatever depends on the clock or the machine ends in _s, _per_s, _mib, _share or is `time`, so
 two runs can be compared by dropping those. A log that cannot be written (a full disk, a dead terminal) is counted and
@@ -10,25 +10,15 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from resilient_t5.training.board import Board
 
 AUDIT_KINDS = ("start", "end", "save", "guard", "signal")
 """Rows that stay when a run goes back to an older update; all others beyond it are dropped."""
-
-GROUPS = {
-    "train": ("train", "performance"),
-    "evaluation": ("evaluation", "convergence"),
-    "restoration": ("restoration", None),
-    "save": ("checkpoint", "checkpoint"),
-}
-"""TensorBoard group of a row's values: those that depend on the run, those that depend on the machine."""
-
-MACHINE_ENDINGS = ("_s", "_per_s", "_mib", "_wait_share")
-CONVERGENCE_PREFIX = "convergence_"
 
 
 class Telemetry:
@@ -39,57 +29,60 @@ class Telemetry:
         self.write_errors = 0
         drop_rows_beyond(self.path, from_update)
         self._file = self.path.open("a", encoding="utf-8")
-        # TensorBoard's Python loader ignores the first purge mark of a run, so even the first writer sets one.
-        purge_from = 0 if from_update == 0 else from_update + 1
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_from) if tensorboard else None
+        self._board = Board(directory / "tensorboard", from_update=from_update) if tensorboard else None
 
     def row(self, kind: str, update: int, **values: Any) -> dict[str, Any]:
         """Append one row, draw it, and return it as it was written."""
         row = {"kind": kind, "update": update, "time": datetime.now().astimezone().isoformat(timespec="milliseconds"), **values}
-        try:
+        with self._counting_errors():
             self._file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
             self._file.flush()
             if self._board is not None:
-                draw(self._board, row)
-        except OSError:
-            self.write_errors += 1
+                self._board.draw(row)
         return row
 
     def text(self, tag: str, markdown: str, update: int) -> None:
         """Show a text in TensorBoard only."""
-        if self._board is not None:
-            self._board.add_text(tag, markdown, update)
+        with self._counting_errors():
+            if self._board is not None:
+                self._board.text(tag, markdown, update)
+
+    def picture(self, tag: str, path: Path, update: int) -> None:
+        """Show a PNG file in TensorBoard too."""
+        with self._counting_errors():
+            if self._board is not None:
+                self._board.picture(tag, path, update)
+
+    def outcome(self, settings: Mapping[str, Any], finals: Mapping[str, float | None], update: int) -> None:
+        """Show in TensorBoard what was set and what came of it; what was not measured is left out."""
+        plain_settings = {
+            key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()
+        }
+        with self._counting_errors():
+            if self._board is not None:
+                self._board.outcome(plain_settings, {k: v for k, v in finals.items() if v is not None}, update)
 
     def flush(self) -> None:
         """Push everything to the operating system."""
-        try:
+        with self._counting_errors():
             self._file.flush()
             if self._board is not None:
                 self._board.flush()
-        except OSError:
-            self.write_errors += 1
 
     def close(self) -> None:
         """Flush and close all files."""
         self.flush()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with self._counting_errors():
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
-
-def draw(board: SummaryWriter, row: Mapping[str, Any]) -> None:
-    """Draw one row's numbers as scalars; the x axis is the update everywhere."""
-    groups = GROUPS.get(row["kind"])
-    if groups is None:
-        return
-    for name, value in row.items():
-        if name in ("kind", "update", "time") or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
-            continue
-        if name.startswith(CONVERGENCE_PREFIX):
-            board.add_scalar(f"convergence/{name.removeprefix(CONVERGENCE_PREFIX)}", value, row["update"])
-        else:
-            machine = name.endswith(MACHINE_ENDINGS) and groups[1] is not None and row["kind"] == "train"
-            board.add_scalar(f"{groups[1] if machine else groups[0]}/{name}", value, row["update"])
+    @contextmanager
+    def _counting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.write_errors += 1
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,92 @@
+"""What a run shows beside its rows: settings, machine, samples as tables, a picture of the loss windows, the outcome.
+
+Everything here is for people; nothing of it is read back by the run.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from resilient_t5.config import flat
+from resilient_t5.errors import DataError, StorageError
+from resilient_t5.restoration.report import RestorationReport, Sample
+from resilient_t5.training.curve_files import read_curves
+from resilient_t5.training.directory import ENVIRONMENT, write_whole
+from resilient_t5.training.host import memory_mib
+from resilient_t5.training.picture import draw_replay
+from resilient_t5.training.replay import replay
+from resilient_t5.training.run import Run
+
+WINDOWS_PICTURE = "windows.png"
+SETTINGS_SHOWN = (
+    "optim.lr",
+    "optim.name",
+    "batch.examples_per_update",
+    "corruption.mask_ratio",
+    "corruption.term_probability",
+    "corruption.noise_ratio",
+    "convergence.preset",
+    "convergence.patience",
+    "run.seed",
+)
+
+
+def show_start(run: Run, config_yaml: str) -> None:
+    """The settings and the machine of this process, as texts."""
+    update = run.state.update
+    run.telemetry.text("run/config", f"```yaml\n{config_yaml}\n```", update)
+    environment = json.loads((run.directory / ENVIRONMENT).read_text(encoding="utf-8"))
+    shown = {key: value for key, value in environment.items() if key != "mathematics"}
+    run.telemetry.text("run/environment", f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```", update)
+
+
+def show_samples(run: Run, report: RestorationReport) -> None:
+    """One restored example on the console; all of them in TensorBoard and in samples/ as a table."""
+    if not report.samples:
+        return
+    table = samples_table(report.samples)
+    run.telemetry.text("samples/probe", table, run.state.update)
+    directory = run.directory / "samples"
+    try:
+        directory.mkdir(exist_ok=True)
+        write_whole(directory / f"u{run.state.update:08d}.md", table + "\n")
+    except OSError:
+        run.telemetry.write_errors += 1
+    run.display.line(f"sample {run.state.update:>6} {report.samples[0].restored}", keep="sample")
+
+
+def show_outcome(run: Run) -> None:
+    """The loss windows as a picture, and what was set beside what came of it."""
+    try:
+        draw_windows(run.directory)
+        run.telemetry.picture("convergence/windows", run.directory / WINDOWS_PICTURE, run.state.update)
+    except (DataError, StorageError) as error:  # a picture less never fails a run
+        run.display.line(str(error))
+    best: dict[str, Any] = run.state.best or {"loss": None, "term_restoration": None}
+    finals = {
+        "final/term_rate": best["term_restoration"],
+        "final/loss": best["loss"],
+        "final/updates": float(run.state.update),
+        "final/hours": run.wall_s() / 3600,
+        "final/peak_memory_mib": memory_mib(run.device),
+    }
+    settings = {key: value for key, value in flat(run.config).items() if key in SETTINGS_SHOWN}
+    run.telemetry.outcome(settings, finals, run.state.update)
+
+
+def draw_windows(directory: Path) -> None:
+    """Draw the phases of the run in `directory` from its own metrics.jsonl into windows.png."""
+    (curve,) = read_curves(directory)
+    if curve.rules is not None:
+        draw_replay(replay(curve, curve.rules), directory / WINDOWS_PICTURE)
+
+
+def samples_table(samples: tuple[Sample, ...]) -> str:
+    """Source, gold and restored text of each sample as a Markdown table."""
+    rows = [f"| {_cell(s.source)} | {_cell(s.gold)} | {_cell(s.restored)} |" for s in samples]
+    return "\n".join(["| source | gold | restored |", "| --- | --- | --- |", *rows])
+
+
+def _cell(text: str) -> str:
+    """Text as one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")

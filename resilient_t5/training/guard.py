@@ -1,4 +1,4 @@
-"""The guard: what a loss or gradient that is not finite, or far too large, does to the run. Plain numbers, JSON state, no torch.
+"""The guard: what a loss or gradient that is not finite, or far too large, does to the run. Plain numbers, JSON state.
 
 An update whose loss or gradient is not finite never moves the weights (`update.py` sees to that); the guard counts what was
 refused, watches what was applied, and says what to do about it:

@@ -40,7 +40,7 @@ class ForkServer:
     def start(self, argv, output, before=None):
         """Start a run; its console goes to the file `output`. Returns its process id.
 
-        `before` is ("module:function", arguments): called in the child before the command, to place a fault in it.
+        `before` is a list of ("module:function", arguments): called in the child before the command, to place faults in it.
         """
         return self._ask({"argv": [str(item) for item in argv], "output": str(output), "before": before})
 
@@ -113,9 +113,9 @@ def run_child(main, argv, output, before):
         os.dup2(source, target)
     code = 1
     try:
-        if before is not None:
-            module, _, name = before[0].partition(":")
-            getattr(importlib.import_module(module), name)(**before[1])
+        for place, arguments in before or ():
+            module, _, name = place.partition(":")
+            getattr(importlib.import_module(module), name)(**arguments)
         code = main(argv)
     finally:
         sys.stdout.flush()

@@ -25,6 +25,8 @@ PLACES = {
     "export": (1, 2),
 }
 """Where the signal strikes, and in which calls of that place."""
+LIMITED = ("micro-batch", "evaluation", "generation", "save")
+"""Where the goal of a micro-batch, the write and SPARE_S is meant; while a corpus or a model is read there is no such unit."""
 SPARE_S = 0.1
 
 
@@ -33,11 +35,14 @@ def attack_exits(server, folder, trials, seed):
     begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
     shutil.rmtree(arena.finish("warm", "--schedule.max_updates", "2"))
     found = {place: [] for place in PLACES}
+    limits = []
     bad = {"wrong_codes": [], "unsaved": [], "hangs": []}
     for trial in range(trials):
         place = list(PLACES)[trial % len(PLACES)]
         number, call = draw.choice(SIGNALS), draw.randint(*PLACES[place])
         seconds, problem = one_exit(arena, f"run-{trial}", place, number, call)
+        if seconds is not None and place in LIMITED:
+            limits.append((seconds, allowed_s(arena.folder / f"run-{trial}")))
         if problem is not None:
             bad[problem[0]].append({"place": place, "signal": number.name, "call": call, "what": problem[1]})
         elif seconds is not None:
@@ -48,6 +53,8 @@ def attack_exits(server, folder, trials, seed):
         "attack": "R10",
         "trials": trials,
         "struck": len(all_s),
+        "late": sum(seconds > allowed for seconds, allowed in limits),
+        "limited": len(limits),
         "phases": {place: spread(group) for place, group in found.items() if group},
         **spread(all_s),
         **{name: len(items) for name, items in bad.items()},
@@ -66,7 +73,7 @@ def one_exit(arena, name, place, number, call):
     if place == "disk wait":
         argv = [*argv, "--checkpoint.on_disk_full", "wait"]
     arguments = {"place": place, "number": int(number), "call": call, "stamp": str(stamp)}
-    pid = arena.server.start(argv, arena.console(name), ("tests.resume.placing:signal_at", arguments))
+    pid = arena.server.start(argv, arena.console(name), [("tests.resume.placing:signal_at", arguments)])
     status, ended_s = arena.server.wait_timed(pid)
     if status is None:
         return None, ("hangs", "killed after 60 s")
@@ -86,11 +93,19 @@ def one_exit(arena, name, place, number, call):
     return seconds, None
 
 
+def allowed_s(run):
+    """A micro-batch, the write, and the spare time, as this run measured them itself."""
+    writes_s = [row["save_s"] for row in whole_rows(run) if row["kind"] == "save" and row["event"] == "save"]
+    updates_s = [row["update_s"] for row in whole_rows(run) if row["kind"] == "train"]
+    return max(writes_s, default=0.0) + max(updates_s, default=0.05) + SPARE_S
+
+
 def spread(values_s):
     """Median, p99 and maximum."""
     ordered = sorted(values_s)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return {"n": len(ordered), "median_s": round(statistics.median(ordered), 4), "p99_s": round(p99, 4), "max_s": round(ordered[-1], 4)}
+    median_s, p99_s, max_s = (round(value, 4) for value in (statistics.median(ordered), p99, ordered[-1]))
+    return {"n": len(ordered), "median_s": median_s, "p99_s": p99_s, "max_s": max_s}
 
 
 if __name__ == "__main__":

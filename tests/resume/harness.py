@@ -72,10 +72,10 @@ def digest(run):
     counters = {key: value for key, value in state["run"].items() if key not in NOT_OF_THE_RUN}
     return {
         "update": checkpoint.name.partition("-")[0],
-        **{path.stem: tensor_sha256(path) for path in sorted(checkpoint.glob("*.safetensors"))},
+        **{f"tensors/{path.stem}": tensor_sha256(path) for path in sorted(checkpoint.glob("*.safetensors"))},
         "counters": sha256(counters),
         "order": state["run"]["order_sha256"],
-        **{key: sha256(state[key]) for key in ("convergence", "guard", "optimizer", "rng", "mathematics")},
+        **{key: sha256(state[key]) for key in ("convergence", "guard", "optimizer", "rng", "scaler", "mathematics")},
         **{f"{kind} rows": sha256(metric_rows(run, kind)) for kind in ROW_KINDS},
         **{f"export/{name}": tensor_sha256(run / "export" / name / "model.safetensors") for name in ("best", "last")},
     }

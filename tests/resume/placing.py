@@ -256,7 +256,34 @@ def _current_attempt():
     return current
 
 
+def short_memory():
+    """Let the guard call something a spike after four updates, so that a run of a few seconds can see one."""
+    from dataclasses import replace
+
+    from resilient_t5.training import guard
+
+    inner = guard.Limits
+    guard.Limits = lambda: replace(inner(), spike_window_fewest=4)
+
+
+def _spike_gradient(attempts, number):
+    from resilient_t5.training.update import Updater
+
+    inner = Updater.accumulate
+
+    def accumulate(self, micro_batch, tokens, attempted, index):
+        nll_sum = inner(self, micro_batch, tokens, attempted, index)
+        if attempted in attempts:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(number)
+        return nll_sum
+
+    Updater.accumulate = accumulate
+
+
 SPOILERS = {
+    "spike": _spike_gradient,
     "loss": _spoil_loss,
     "gradient": _spoil_gradient,
     "parameter": _spoil_parameter,

@@ -72,9 +72,12 @@ FREE_KEYS = (
     "hardware.threads",
     "model.gradient_checkpointing",
     "model.name_or_path",
+    "run.deadline_s",
     "run.dir",
     "run.fork",
+    "run.on_usr1",
     "run.resume",
+    "run.signal_exit",
     "schedule.max_time",
     "tokenizer.name_or_path",
 )

@@ -231,9 +231,16 @@ class RunConfig:
     """Checkpoint of another run whose weights this new run starts from."""
     seed: int = 42
     """Seed of order, corruption, dropout and initial weights."""
+    deadline_s: float = 25.0
+    """Seconds after SIGTERM or SIGHUP at which the process leaves with what is committed; below the 30 s of schedulers."""
+    on_usr1: Literal["save", "requeue"] = "save"
+    """What SIGUSR1 asks for: save and go on, or save and leave with 75 so that a batch script queues the job again."""
+    signal_exit: Literal["signal", "code"] = "signal"
+    """After a stopping signal: die by that signal, as the shell's 128 + n, or leave with that number as a plain exit code."""
 
     def __post_init__(self) -> None:
         check(
+            (self.deadline_s > 0, f"run.deadline_s: {self.deadline_s} is not above 0"),
             (self.dir != "", "run.dir: empty"),
             (0 <= self.seed < 2**63, f"run.seed: {self.seed} is not between 0 and 2**63 - 1"),
         )

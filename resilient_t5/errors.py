@@ -98,6 +98,13 @@ class Diverged(ResilientError):
     label = "diverged"
 
 
+class DeviceLost(ResilientError):
+    """The device does not answer any more; the last commit stands, and a new process can go on from it."""
+
+    exit_code = ExitCode.RESUMABLE
+    label = "device lost"
+
+
 class OutOfMemory(ResilientError):
     """The device has too little memory for the smallest micro-batch that was tried."""
 

@@ -4,6 +4,7 @@ A run in a fresh interpreter spends seconds on importing torch; a forked one sta
 real processes and real signals. The server runs no torch operation itself: its children begin without threads.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -36,9 +37,12 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, argv, output):
-        """Start a run; its console goes to the file `output`. Returns its process id."""
-        return self._ask({"argv": [str(item) for item in argv], "output": str(output)})
+    def start(self, argv, output, before=None):
+        """Start a run; its console goes to the file `output`. Returns its process id.
+
+        `before` is a list of ("module:function", arguments): called in the child before the command, to place faults in it.
+        """
+        return self._ask({"argv": [str(item) for item in argv], "output": str(output), "before": before})
 
     def poll(self, pid):
         """None while the run goes on, else its exit status: minus the number of the signal that ended it, or its code."""
@@ -54,9 +58,13 @@ class ForkServer:
             time.sleep(0.02)
         return status
 
-    def run(self, argv, output):
+    def wait_timed(self, pid, seconds=60.0):
+        """(exit status, when it was seen on the monotonic clock, at most a millisecond late); (None, None) when it hangs."""
+        return self._ask({"wait": pid, "seconds": seconds})
+
+    def run(self, argv, output, before=None):
         """Run to the end and return the exit status."""
-        return self.wait(self.start(argv, output))
+        return self.wait(self.start(argv, output, before))
 
 
 def serve():
@@ -73,8 +81,10 @@ def serve():
         if "argv" in request:
             pid = os.fork()
             if pid == 0:
-                run_child(main, request["argv"], request["output"])
+                run_child(main, request["argv"], request["output"], request["before"])
             answer = pid
+        elif "wait" in request:
+            answer = wait_for(request["wait"], request["seconds"])
         else:
             done, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if done else None
@@ -82,14 +92,30 @@ def serve():
         sys.stdout.flush()
 
 
-def run_child(main, argv, output):
-    """The forked child: own console, own standard input, then the command."""
+def wait_for(pid, seconds):
+    """Wait for a child as closely as possible; kill it when it takes longer than `seconds`."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), time.monotonic()
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None, None
+
+
+def run_child(main, argv, output, before):
+    """The forked child: own console, own standard input, its fault if it is to have one, then the command."""
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     code = 1
     try:
+        for place, arguments in before or ():
+            module, _, name = place.partition(":")
+            getattr(importlib.import_module(module), name)(**arguments)
         code = main(argv)
     finally:
         sys.stdout.flush()

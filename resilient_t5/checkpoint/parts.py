@@ -35,7 +35,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint that is durable: `seconds` from the start of its save to the commit, `bytes` of its files."""
+    """A checkpoint that is durable: `seconds` from the start of its save to the commit, `bytes` of its files.
+
+    `is_best` when it was the best of its run when it was saved.
+    """
 
     name: str
     q: int
@@ -43,6 +46,7 @@ class Committed:
     directory: Path
     seconds: float
     bytes: int
+    is_best: bool
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ PYTHON, NUMPY, TORCH = "python", "numpy", "torch"
 CUDA_PREFIX = "cuda:"
 
 
+def start(seed: int) -> None:
+    """Put all global random states of a new run where its seed says, so that two runs of one seed agree in them too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All global random states as (tensors, JSON).
 

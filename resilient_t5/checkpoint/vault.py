@@ -252,7 +252,7 @@ class Vault:
             take_back(self._fs, temporary, final)
             raise
         seconds = time.monotonic() - started_s
-        return manifest, Committed(manifest.name, manifest.q, manifest.update, final, seconds, manifest.bytes)
+        return manifest, Committed(manifest.name, manifest.q, manifest.update, final, seconds, manifest.bytes, is_best)
 
     def _draft(self, parts: Parts, is_best: bool, shared: dict[str, dict[str, str]]) -> Manifest:
         q, parent = self._next_q(), self._parent
@@ -306,7 +306,8 @@ class Vault:
     def _adopt(self, loaded: Loaded) -> Loaded:
         manifest = loaded.manifest
         self._parent, self._resumed_q, self._commits = manifest, manifest.q, 0
-        self.newest = Committed(loaded.name, loaded.q, loaded.update, self.directory / loaded.name, 0.0, manifest.bytes)
+        directory = self.directory / loaded.name
+        self.newest = Committed(loaded.name, loaded.q, loaded.update, directory, 0.0, manifest.bytes, manifest.is_best)
         return loaded
 
     # Names and room

@@ -68,7 +68,7 @@ class Writer:
             False when the request was dropped.
         """
         if parts.reason == "signal":
-            self._give_up.set()
+            self.hurry()
         if not must and (self.busy or self._backs_off()):
             return False
         if not self._wait_for_slot(should_stop):
@@ -103,9 +103,13 @@ class Writer:
         self._wait_for_slot(should_stop, poll_s)
         return self.poll()
 
+    def hurry(self) -> None:
+        """A save that waits for room on the disk gives up; one that is being written goes on."""
+        self._give_up.set()
+
     def close(self) -> None:
         """Let the save in flight end, stop waiting for room, and end the thread; raises what no poll has raised yet."""
-        self._give_up.set()
+        self.hurry()
         self._executor.shutdown(wait=True)
         self.poll()
 

@@ -24,18 +24,14 @@ STATUS = {
     StopReason.DIVERGED: "diverged",
     StopReason.INTERRUPTED: "interrupted",
 }
+STATUS_OF_CODE = {ExitCode.DIVERGED: "diverged", ExitCode.RESUMABLE: "interrupted"}
 SUMMARY = "summary.json"
 
 
 def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     """Save, export unless the run was interrupted, write summary.json; returns the exit code."""
     if reason is StopReason.INTERRUPTED:
-        run.display.line(f"stop   {stop.received.name if stop.received else 'STOP'} received; saving update {run.state.update}")
-        run.telemetry.row("signal", run.state.update, signal=stop.received.name if stop.received else "STOP")
-        run.saver.finish(run.state, "signal", stop)
-        write_summary(run, STATUS[reason], reason, stop.exit_code)
-        run.display.line(f"saved; go on with: bin/train --config {run.directory / 'config.yaml'}")
-        return stop.exit_code
+        return _interrupt(run, stop)
     run.saver.finish(run.state, "final", stop)
     export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
@@ -46,10 +42,25 @@ def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     return code
 
 
+def _interrupt(run: Run, stop: StopSignal) -> ExitCode:
+    name = stop.received.name if stop.received else "STOP"
+    run.display.line(f"stop   {name} received; saving update {run.state.update}")
+    try:
+        run.saver.finish(run.state, "signal", stop)
+    except ResilientError as error:  # whoever sent the signal wants the process gone: the last commit must do
+        run.display.line(str(error))
+    saved = run.saver.committed[0]
+    run.telemetry.row("signal", run.state.update, signal=name, count=stop.count, saved_update=saved)
+    write_summary(run, STATUS[StopReason.INTERRUPTED], StopReason.INTERRUPTED, stop.exit_code)
+    what = "saved" if saved == run.state.update else f"update {run.state.update} is not saved, the newest on disk is {saved}"
+    run.display.line(f"{what}; go on with: bin/train --config {run.directory / 'config.yaml'}")
+    return stop.exit_code
+
+
 def conclude_failure(run: Run, error: ResilientError) -> None:
     """Write summary.json for a run that an error ended; the checkpoints stay as they are."""
     run.display.line(str(error))
-    write_summary(run, "failed", error.label, error.exit_code)
+    write_summary(run, STATUS_OF_CODE.get(error.exit_code, "failed"), error.label, error.exit_code)
 
 
 def is_concluded(run: Run) -> bool:
@@ -59,7 +70,8 @@ def is_concluded(run: Run) -> bool:
     except (OSError, ValueError):
         return False
     final = summary.get("status") in ("finished", "saturated") and summary.get("updates") == run.state.update
-    ended = run.state.ended is not None or run.state.update >= run.plan.total_updates
+    out_of_time = run.plan.max_time_s is not None and run.wall_s() >= run.plan.max_time_s
+    ended = run.state.ended is not None or run.state.update >= run.plan.total_updates or out_of_time
     exported = all((run.directory / "export" / name / "config.json").exists() for name in ("best", "last"))
     return bool(final and ended and exported)
 
@@ -72,12 +84,15 @@ def export_best_and_last(run: Run, stop: StopSignal) -> None:
     best = run.state.best
     if best is not None and best["update"] != run.state.update:
         stored = run.vault.load_best()
-        if stored is None or stored.update != best["update"]:
+        if stored is None:
             raise NoValidCheckpoint(
                 f"the checkpoint of the best update {best['update']} is gone",
                 where=str(run.vault.directory),
                 mend="export/last holds the final weights",
             )
+        if stored.update != best["update"]:  # a save that the disk refused, or damage
+            run.display.line(f"best   update {best['update']} is not on disk any more; export/best is update {stored.update}")
+            best = run.state.best = stored.state["run"]["best"]
         put_model_tensors(run.updater.model, stored.tensors["model"])
     export_model(run, original, run.directory / "export" / "best")
     _measure_missing(run, best, stop)

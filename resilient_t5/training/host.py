@@ -1,11 +1,16 @@
-"""The machine under the run: device, memory in use, free disk."""
+"""The machine under the run: device, memory in use, and what its bits depend on."""
 
+import importlib.metadata
+import os
+import platform
 import resource
 import sys
+from typing import Any
 
 import torch
 
 MIB = 1 << 20
+NUMERIC_PACKAGES = ("resilient_t5", "torch", "transformers", "accelerate", "numpy", "tokenizers", "sentencepiece")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -21,6 +26,29 @@ def describe(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / MIB:.0f} MiB"
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def numeric_conditions(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result depend on beside the configuration: hardware, versions, threads, flags.
+
+    Two processes that agree in all of it, on a CPU or with deterministic kernels, compute the same bits.
+    """
+    conditions: dict[str, Any] = {f"version of {name}": importlib.metadata.version(name) for name in NUMERIC_PACKAGES}
+    conditions |= {
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if device.type == "cuda":
+        conditions |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        }
+    return conditions
 
 
 def memory_mib(device: torch.device) -> float:

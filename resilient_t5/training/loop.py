@@ -3,7 +3,8 @@
 from enum import StrEnum
 
 from resilient_t5.training.judge import judge
-from resilient_t5.training.report import log_updates, report_refused
+from resilient_t5.training.recovery import guard_update, notice_suspend, save_if_due
+from resilient_t5.training.report import log_updates, report_status
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 
@@ -24,31 +25,37 @@ def train(run: Run, stop: StopSignal) -> StopReason:
     """Train until there is a reason to stop. One pass is one optimizer update; nothing else advances training.
 
     Evaluation comes before the save of the same update, so a checkpoint holds its own verdict; the reason to stop is
-    looked for before the next update, so resuming a finished run does nothing.
+    looked for before the next update, so resuming a finished run does nothing. Whatever a rollback changes is read anew
+    in the next pass.
 
     Raises:
         Diverged: the guard gave up.
+        DeviceLost: the machine slept, and its GPU with it.
         StorageError: a save failed for a reason that waiting does not mend.
     """
     while True:
+        notice_suspend(run)
+        if stop.status_requested:
+            report_status(run, stop)
         if evaluation_due(run):
             judge(run, stop)
-        if (cause := run.saver.due(run.state, stop)) is not None:
-            run.saver.save(run.state, cause, stop)
+        save_if_due(run, stop)
         if (reason := why_stop(run, stop)) is not None:
             return reason
         with run.timing.measure("wait"):
             micro_batches = run.reader.take()
+        if run.guard.passes_over(run.state.attempted):
+            run.state.pass_over()
+            continue
         with run.timing.measure("update"):
             result = run.updater(micro_batches, run.state.attempted, run.learning_rate(), lambda: stop.requested)
         if result is None:
             continue
         run.state.count(result)
         run.display.advance(run.state.update)
-        if not result.applied:
-            report_refused(run, result)
-        elif run.state.update % run.config.telemetry.log_every == 0:
+        if result.applied and run.state.update % run.config.telemetry.log_every == 0:
             log_updates(run)
+        guard_update(run, stop, micro_batches, result)
 
 
 def why_stop(run: Run, stop: StopSignal) -> StopReason | None:

@@ -1,10 +1,17 @@
-"""The rows and lines about updates: what was trained since the last row, and what the guard refused."""
+"""What is said between evaluations: the row of the updates since the last one, and the status file that SIGUSR2 asks for."""
 
-from resilient_t5.errors import Diverged
+import json
+import os
+from datetime import datetime
+
+from resilient_t5.training.directory import write_whole
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.progress import train_line
 from resilient_t5.training.run import Run
-from resilient_t5.training.state import SinceLog, UpdateResult
+from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.state import SinceLog
+
+STATUS = "status.json"
 
 
 def log_updates(run: Run) -> None:
@@ -23,7 +30,8 @@ def log_updates(run: Run) -> None:
         epoch=state.attempted / run.plan.updates_per_epoch,
         target_tokens=state.target_tokens,
         useful_token_share=since.useful_tokens / since.padded_tokens,
-        nonfinite_total=run.guard.total,
+        nonfinite_total=run.guard.memory.skipped,
+        order_sha256=state.order_sha256,
         tokens_per_s=since.useful_tokens / (update_s + wait_s),
         update_s=update_s / since.updates,
         data_wait_share=wait_s / (update_s + wait_s),
@@ -34,21 +42,28 @@ def log_updates(run: Run) -> None:
     run.display.line(train_line(row, run.plan.total_updates, left), keep="numbers")
 
 
-def report_refused(run: Run, result: UpdateResult) -> None:
-    """Record an update that the guard kept from the weights, with its raw values; end a run that is broken.
-
-    Raises:
-        Diverged: too many updates in a row or in a window were refused.
-    """
-    loss, update = result.nll_sum / result.target_tokens, run.state.update
-    diagnosis = run.guard.observe(run.state.attempted)
-    run.telemetry.row("guard", update, attempted=run.state.attempted, loss=loss, gradient_norm=result.gradient_norm)
-    run.display.line(
-        f"guard  update {update + 1} refused: loss {loss}, gradient norm {result.gradient_norm}; weights untouched"
-    )
-    if diagnosis is not None:
-        raise Diverged(
-            diagnosis,
-            where=f"update {update}",
-            mend="Lower optim.lr, lengthen schedule.warmup, or set hardware.precision to fp32 or bf16",
-        )
+def report_status(run: Run, stop: StopSignal) -> None:
+    """Write status.json: where the run stands at this moment. A disk that refuses it is counted, and ends nothing."""
+    stop.status_requested = False
+    state, newest, memory = run.state, run.vault.newest, run.guard.memory
+    status = {
+        "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
+        "pid": os.getpid(),
+        "update": state.update,
+        "total_updates": run.plan.total_updates,
+        "attempted": state.attempted,
+        "phase": run.convergence.phase.name,
+        "best": state.best,
+        "last": state.last,
+        "newest_checkpoint": None if newest is None else newest.name,
+        "save_in_flight": run.saver.writer.busy,
+        "guard": {"skipped": memory.skipped, "backoffs": memory.backoffs, "rollbacks": memory.rollbacks},
+        "wall_s": run.wall_s(),
+        "spent_s": run.timing.spent_s,
+        "peak_memory_mib": memory_mib(run.device),
+    }
+    try:
+        write_whole(run.directory / STATUS, json.dumps(status, indent=2) + "\n")
+    except OSError:
+        run.telemetry.write_errors += 1
+    run.display.line(f"status {run.directory / STATUS} written at update {state.update}")

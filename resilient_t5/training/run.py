@@ -1,6 +1,8 @@
 """Run: all the parts of one training run; `build_run` is the only place that constructs them."""
 
 import hashlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, GradScalerKwargs
 
+from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.reading import load_checkpoint
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
@@ -35,11 +38,12 @@ from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.evaluate import Evaluator
 from resilient_t5.training.guard import Guard
-from resilient_t5.training.host import choose_device
+from resilient_t5.training.host import choose_device, numeric_conditions
 from resilient_t5.training.progress import Display
 from resilient_t5.training.saving import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
 from resilient_t5.training.state import RunState
+from resilient_t5.training.suspend import slept_s
 from resilient_t5.training.telemetry import Telemetry
 from resilient_t5.training.timing import Left, Timing
 from resilient_t5.training.update import Updater
@@ -48,7 +52,6 @@ from resilient_t5.training.update import Updater
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}
 # A GPU's attention kernels want lengths in eights; a CPU only pays for the padding.
 PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
-FP16_REFUSALS = 20
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -74,14 +77,23 @@ class Run:
     saver: Saver
     reader: Reader
     telemetry: Telemetry
+    audit: AuditTrail
     display: Display
     timing: Timing
+    slept_s: float
+    """Seconds that the machine had slept when it was last asked."""
 
     def learning_rate(self) -> float:
-        """Rate of the update about to be done: the schedule, times the cooldown once there is one."""
+        """Rate of the update about to be done: the schedule, times the cooldown and the guard's factor where there is one."""
         machine, update = self.convergence, self.state.update
-        factor = cooldown_factor(update, machine.cooldown_start, machine.cooldown_updates)
+        factor = cooldown_factor(update, machine.cooldown_start, machine.cooldown_updates) * self.guard.factor_at(update)
         return factor * lr_at(update, self.plan, self.config.schedule, self.config.optim)
+
+    def open_telemetry(self) -> None:
+        """Open metrics.jsonl and TensorBoard again where the state stands; what was written about later updates goes."""
+        self.telemetry.close()
+        self.telemetry = telemetry_from(self.state, self.config)
+        self.audit.attach(self.telemetry, self.display)
 
     def wall_s(self) -> float:
         """Wall-clock seconds that this run has trained, over all its resumes."""
@@ -122,14 +134,25 @@ class Corpus:
         return self.store.tokenizer.decode(self.active_to_full[known].tolist())
 
 
-def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None, audit: AuditTrail, display: Display) -> Run:
+def build_run(
+    config: Config,
+    store: Store,
+    vault: Vault,
+    loaded: Loaded | None,
+    *,
+    audit: AuditTrail,
+    display: Display,
+    claim: Callable[[], None],
+) -> Run:
     """Construct every part of a run over a prepared store, as it stands in `loaded`, or at update 0.
+
+    Args:
+        claim: called when everything has proved to be usable, before the first byte is written into the run.
 
     Raises:
         ConfigError, DataError: a part cannot be built as it is configured.
         ResumeMismatch: `loaded` belongs to another run.
     """
-    directory = Path(config.run.dir)
     device, precision, accelerator = build_device(config)
     corpus = Corpus.over(store, config)
     model = build_trained_model(config, corpus, device, precision)
@@ -138,19 +161,20 @@ def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None,
     batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
-    guard = Guard(tolerated=FP16_REFUSALS if precision.name == "fp16" else 0)
+    guard = Guard(plan.warmup_updates)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
     ids = trained_ids(corpus, model)
     fingerprints = {"data": data_sha256(config, store), "vocabulary": vocabulary_sha256(store, ids)}
-    saver = Saver(writer, config, fingerprints, updater, convergence, guard, timing)
-    if loaded is None and config.run.fork is not None:
-        saver.take_weights(load_checkpoint(Path(config.run.fork)))
-    state = RunState() if loaded is None else saver.restore(loaded)
-    telemetry = Telemetry(directory, from_update=state.update, tensorboard=config.telemetry.tensorboard)
+    conditions = {"precision": precision.name, **sizes, **numeric_conditions(device)}
+    saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, timing)
+    evaluator = build_evaluator(config, corpus, accelerator, model, sizes)
+    state = restored(saver, loaded, config)
+    claim()
+    telemetry = telemetry_from(state, config)
     audit.attach(telemetry, display)
     return Run(
         config=config,
-        directory=directory,
+        directory=Path(config.run.dir),
         device=device,
         precision=precision,
         store=store,
@@ -158,7 +182,7 @@ def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None,
         batches=batches,
         plan=plan,
         updater=updater,
-        evaluator=build_evaluator(config, corpus, accelerator, model, sizes),
+        evaluator=evaluator,
         convergence=convergence,
         guard=guard,
         state=state,
@@ -166,9 +190,27 @@ def build_run(config: Config, store: Store, vault: Vault, loaded: Loaded | None,
         saver=saver,
         reader=Reader(batches, state.attempted, config.batch.readers),
         telemetry=telemetry,
+        audit=audit,
         display=display,
         timing=timing,
+        slept_s=slept_s(),
     )
+
+
+def restored(saver: Saver, loaded: Loaded | None, config: Config) -> RunState:
+    """The state of `loaded` put into the parts; or that of a new run, with the weights it forks from."""
+    if loaded is not None:
+        return saver.restore(loaded)
+    if config.run.fork is not None:
+        saver.take_weights(load_checkpoint(Path(config.run.fork)))
+    rng.start(config.run.seed)
+    return RunState()
+
+
+def telemetry_from(state: RunState, config: Config) -> Telemetry:
+    """The log of a run that goes on from `state`."""
+    directory, tensorboard = Path(config.run.dir), config.telemetry.tensorboard
+    return Telemetry(directory, from_update=state.update, evaluated_update=state.evaluated_update, tensorboard=tensorboard)
 
 
 def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
@@ -183,6 +225,10 @@ def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
     precision = choose_precision(config.hardware.precision, device)
     if precision.name == "fp16" and device.type == "cpu":
         raise ConfigError("hardware.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    if config.hardware.deterministic:
+        # cuBLAS reads it when the first matrix product creates its handle, which has not happened yet.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.hardware.deterministic)
     keep_cudnn_attention_out()
     # Moments of rows that are rarely seen decay into denormal numbers, which a CPU multiplies many times slower.
     torch.set_flush_denormal(True)

@@ -38,21 +38,33 @@ class Saver:
     config: Config
     fingerprints: dict[str, str]
     """What the state belongs to: `data` (the store) and `vocabulary` (tokenizer and trained rows)."""
+    conditions: dict[str, Any]
+    """What bits depend on beside the mathematics: machine, versions, threads, the cut into micro-batches."""
     updater: Updater
     convergence: ConvergenceMachine
     guard: Guard
     timing: Timing
-    submitted_update: int = -1
-    committed_update: int = -1
+    submitted: tuple[int, bool] = (-1, False)
+    """The update of the last save that was asked for, and whether it was the best."""
+    committed: tuple[int, bool] = (-1, False)
+    """The same of the last save that is on disk."""
+    changed_conditions: list[str] = field(default_factory=list)
+    """What differs from the process that saved what this one went on from; empty means bit for bit (on a CPU)."""
     submitted_at_s: float = field(default_factory=time.monotonic)
+    write_s: float = 0.0
 
     def due(self, state: RunState, stop: StopSignal) -> str | None:
-        """Why a checkpoint is due at this update, or None: a new best, asked for, the first, by count, by clock."""
+        """Why a checkpoint is due at this update, or None: a new best, asked for, the first, by count, by clock.
+
+        Raises:
+            ResilientError: what the writer raised since it was last looked after.
+        """
+        self._note(self.writer.poll())
         settings, update = self.config.checkpoint, state.update
         asked, stop.save_requested = stop.save_requested, False
-        if update == self.submitted_update:
+        if self.submitted in ((update, True), (update, is_best(state))):
             return None
-        if state.best is not None and state.best["update"] == update == state.evaluated_update:
+        if is_best(state):
             return "best"
         if asked:
             return "asked"
@@ -68,21 +80,27 @@ class Saver:
         the disk is full.
         """
         begun_s = time.monotonic()
-        parts = self.capture(state, "periodic" if cause == "asked" else cause)
+        parts, best = self.capture(state, "periodic" if cause == "asked" else cause), is_best(state)
         must = cause != "periodic"
         # The save that a signal asks for must not be cut short by that signal; all others may be.
         should_stop = None if cause == "signal" else lambda: stop.requested
-        if self.writer.submit(parts, best=cause == "best", must=must, should_stop=should_stop):
-            self.submitted_update, self.submitted_at_s = state.update, time.monotonic()
+        if self.writer.submit(parts, best=best, must=must, should_stop=should_stop):
+            self.submitted, self.submitted_at_s = (state.update, best), time.monotonic()
         self._note(self.writer.poll())
         self.timing.add("save", time.monotonic() - begun_s)
 
     def finish(self, state: RunState, cause: str, stop: StopSignal) -> None:
-        """Make sure that this update is on disk before the process leaves."""
+        """Make sure that this update is on disk before the process leaves.
+
+        Where a deadline is near, a save that is in flight is worth more than one that cannot be finished: it is waited
+        for, and the newest state is saved only if the time that is left is enough for it.
+        """
         begun_s = time.monotonic()
-        # A signal's save makes one that waits for room on the disk give up, so nothing is waited for before it.
-        self._note(self.writer.poll() if cause == "signal" else self.writer.drain())
-        if self.committed_update != state.update:
+        if cause == "signal":
+            self.writer.hurry()
+        self._note(self.writer.drain())
+        wanted = (state.update, is_best(state))
+        if self.committed not in ((state.update, True), wanted) and (cause != "signal" or stop.left_s > self.write_s):
             self.save(state, cause, stop)
             self._note(self.writer.drain())
         self.timing.add("save", time.monotonic() - begun_s)
@@ -99,14 +117,15 @@ class Saver:
             state={
                 "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
                 "convergence": self.convergence.state(),
-                "guard": self.guard.to_json(),
+                "guard": self.guard.state(),
                 "optimizer": optimizer_values,
                 "rng": random_values,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "mathematics": mathematics(self.config),
+                "conditions": self.conditions,
             },
             reason=reason,
-            health={"finite": self.guard.consecutive == 0, "loss": loss},
+            health={**self.guard.health(), "loss": loss},
             metric=loss,
             fingerprints={"config": mathematics_sha256(self.config), **self.fingerprints},
         )
@@ -130,12 +149,14 @@ class Saver:
         updater, scaler = self.updater, self.updater.accelerator.scaler
         put_model_tensors(updater.model, loaded.tensors["model"])
         load_named_state(updater.optimizer, updater.model, loaded.tensors["optimizer"], loaded.state["optimizer"])
-        rng.restore(loaded.tensors["rng"], loaded.state["rng"])
+        one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
         if scaler is not None and loaded.state["scaler"] is not None:
             scaler.load_state_dict(loaded.state["scaler"])
         self.convergence.restore(loaded.state["convergence"])
         self.guard.restore(loaded.state["guard"])
-        self.submitted_update = self.committed_update = loaded.update
+        self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
+        self.changed_conditions = changed_keys(loaded.state["conditions"], self.conditions)
+        self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
         return RunState.from_json(loaded.state["run"])
 
     def take_weights(self, loaded: Loaded) -> None:
@@ -154,7 +175,12 @@ class Saver:
 
     def _note(self, committed: list[Committed]) -> None:
         for checkpoint in committed:
-            self.committed_update = checkpoint.update
+            self.committed, self.write_s = (checkpoint.update, checkpoint.is_best), checkpoint.seconds
+
+
+def is_best(state: RunState) -> bool:
+    """Whether the state is the best of its run, as far as it is known."""
+    return state.best is not None and state.best["update"] == state.update == state.evaluated_update
 
 
 class AuditTrail:

@@ -1,17 +1,21 @@
 """Signals and the STOP file: handlers set flags, the loop decides.
 
 A handler writes no file and no log line. It notes the first signal that asks the run to stop and when it came; what is
-running polls `requested`. Only a second SIGINT leaves at once, which is safe because a save survives even SIGKILL.
+running polls `requested`. Only a second SIGINT leaves at once, which is safe because a save survives even SIGKILL. From a
+SIGTERM or SIGHUP on, a thread watches the deadline: whoever sent it will send SIGKILL soon, and the last commit stands.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Literal
 
 from resilient_t5.errors import ExitCode
 
@@ -20,7 +24,11 @@ STOPPING = {
     signal.SIGTERM: ExitCode.TERMINATED,
     signal.SIGHUP: ExitCode.HANGUP,
 }
+HURRIED = (signal.SIGTERM, signal.SIGHUP)
 STOP_FILE_POLL_S = 1.0
+DEADLINE_S = 25.0
+"""Below the 30 s that SLURM and Kubernetes wait between SIGTERM and SIGKILL."""
+WATCH_S = 0.25
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -34,38 +42,77 @@ class StopSignal:
 
     Works in the main thread only; elsewhere, and for a signal that was ignored when the process began (nohup), it
     changes nothing. The former handlers come back at the end.
+
+    Args:
+        run_directory: a file STOP in it counts as a Ctrl+C.
+        deadline_s: seconds after SIGTERM or SIGHUP at which the process leaves, whatever it is doing.
+        on_usr1: what SIGUSR1 asks for: `save` and go on, or `requeue`: save and leave with 75.
     """
 
-    def __init__(self, run_directory: Path | None = None):
+    def __init__(
+        self,
+        run_directory: Path | None = None,
+        *,
+        deadline_s: float = DEADLINE_S,
+        on_usr1: Literal["save", "requeue"] = "save",
+    ):
         self.stop_file = None if run_directory is None else run_directory / "STOP"
         self.received: signal.Signals | None = None
-        self.received_at_s = 0.0
+        self.count = 0
+        """Stopping signals received so far."""
         self.save_requested = False
+        self.status_requested = False
+        self._deadline_s, self._on_usr1 = deadline_s, on_usr1
+        self._leave_at_s: float | None = None
+        self._interrupts = 0
         self._file_polled_at_s = float("-inf")
         self._former: dict[signal.Signals, Handler] = {}
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._watch_deadline, name="deadline", daemon=True)
 
     def __enter__(self) -> "StopSignal":
-        for number in (*STOPPING, signal.SIGUSR1):
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in (*STOPPING, signal.SIGUSR1, signal.SIGUSR2):
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
                 self._former[number] = former
                 signal.signal(number, self._note)
-        if sys.__stderr__ is not None:
-            faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
+        if signal.SIGUSR2 in self._former and sys.__stderr__ is not None:
+            with contextlib.suppress(OSError, ValueError):  # a standard error without a descriptor has no stacks to show
+                faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True, chain=True)
+        self._watch.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        faulthandler.unregister(signal.SIGUSR2)
         for number, former in self._former.items():
             signal.signal(number, former)
-        faulthandler.unregister(signal.SIGUSR2)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
+        if number == signal.SIGUSR2:
+            self.status_requested = True
+        elif number == signal.SIGUSR1 and self._on_usr1 == "save":
             self.save_requested = True
-        elif self.received is None:
-            self.received, self.received_at_s = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT and self.received == signal.SIGINT:
-            os._exit(ExitCode.INTERRUPTED)
+        else:
+            self._note_stop(signal.Signals(number))
+
+    def _note_stop(self, number: signal.Signals) -> None:
+        self.count += 1
+        if self.received is None:
+            self.received = number
+        if number in HURRIED and self._leave_at_s is None:
+            self._leave_at_s = time.monotonic() + self._deadline_s
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                os._exit(ExitCode.INTERRUPTED)
+
+    def _watch_deadline(self) -> None:
+        while not self._ended.wait(WATCH_S):
+            if self.left_s <= 0.0:
+                os._exit(self.exit_code)
 
     @property
     def requested(self) -> bool:
@@ -77,13 +124,20 @@ class StopSignal:
         if self.received is None and self.stop_file is not None and now_s - self._file_polled_at_s >= STOP_FILE_POLL_S:
             self._file_polled_at_s = now_s
             if self.stop_file.exists():
-                self.received, self.received_at_s = signal.SIGINT, now_s
+                self.received = signal.SIGINT
         return self.received is not None
 
     @property
+    def left_s(self) -> float:
+        """Seconds until the process has to be gone; infinite when nobody is in a hurry."""
+        return float("inf") if self._leave_at_s is None else self._leave_at_s - time.monotonic()
+
+    @property
     def exit_code(self) -> ExitCode:
-        """The exit code of the signal that was received."""
-        return STOPPING[self.received] if self.received is not None else ExitCode.OK
+        """The exit code of the signal that was received; 75 for a requeue."""
+        if self.received is None:
+            return ExitCode.OK
+        return STOPPING.get(self.received, ExitCode.RESUMABLE)
 
 
 def die_by(number: signal.Signals) -> None:

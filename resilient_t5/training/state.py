@@ -1,6 +1,7 @@
 """Everything that moves during a run, beside the tensors: plain values that become state.json."""
 
 import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ class UpdateResult:
     """What one attempted update did; sums and counts, never means.
 
     `nll_sum` is in nats over `target_tokens`; `gradient_norm` is the global norm before clipping; `applied` is False
-    when the gradient or the loss was not finite and the weights were left alone.
+    when the weights were left alone, and `why` says then what was wrong. `overflow` is an update of float16 with a finite
+    loss and a gradient that is not. `example_ids` ascend, so they do not depend on the cut into micro-batches.
     """
 
     nll_sum: float
@@ -24,7 +26,9 @@ class UpdateResult:
     useful_tokens: int
     padded_tokens: int
     micro_batches: int
-    examples: int
+    example_ids: tuple[int, ...]
+    overflow: bool = False
+    why: str = ""
 
 
 @dataclass
@@ -45,10 +49,11 @@ class SinceLog:
 
 @dataclass
 class RunState:
-    """Counters and sums. `count` is the only place where they move (law 2 of the design).
+    """Counters and sums. `count` and `pass_over` are where they move (law 2 of the design).
 
     `update` counts optimizer updates that were applied and drives schedule and cadence; `attempted` also counts those
-    that the guard refused and drives the data cursor, so a refused update never sees its examples again.
+    that were refused or passed over and drives the data cursor, so a refused update never sees its examples again.
+    `order_sha256` is a chain over the examples of every attempted update: two runs that agree in it saw the same ones.
     """
 
     update: int = 0
@@ -58,6 +63,7 @@ class RunState:
     target_tokens: int = 0
     useful_tokens: int = 0
     padded_tokens: int = 0
+    order_sha256: str = ""
     window_nll_sum: float = 0.0
     window_tokens: int = 0
     since_log: SinceLog = field(default_factory=SinceLog)
@@ -72,7 +78,8 @@ class RunState:
     def count(self, result: UpdateResult) -> None:
         """Account for one attempted update."""
         self.attempted += 1
-        self.examples += result.examples
+        self.examples += len(result.example_ids)
+        self.order_sha256 = hashlib.sha256(f"{self.order_sha256} {result.example_ids}".encode()).hexdigest()
         if not result.applied:
             return
         self.update += 1
@@ -93,6 +100,10 @@ class RunState:
         since.gradient_norm_sum += result.gradient_norm
         since.learning_rate = result.learning_rate
         since.gradient_norm_max = max(since.gradient_norm_max, result.gradient_norm)
+
+    def pass_over(self) -> None:
+        """Go on behind an update that is not attempted at all."""
+        self.attempted += 1
 
     @property
     def useful_token_share(self) -> float:

@@ -8,7 +8,6 @@ never ends a run.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,12 +21,19 @@ AUDIT_KINDS = ("start", "end", "save", "guard", "signal")
 
 
 class Telemetry:
-    """Writes the rows of one run. Open it with the update that the run goes on from (0 for a new one)."""
+    """Writes the rows of one run.
 
-    def __init__(self, directory: Path, *, from_update: int, tensorboard: bool):
+    Args:
+        directory: of the run.
+        from_update: the update that the run goes on from; 0 for a new one.
+        evaluated_update: the last update whose evaluation is part of that state, below 0 for none; None: `from_update`.
+        tensorboard: draw the rows, too.
+    """
+
+    def __init__(self, directory: Path, *, from_update: int, evaluated_update: int | None = None, tensorboard: bool):
         self.path = directory / "metrics.jsonl"
         self.write_errors = 0
-        drop_rows_beyond(self.path, from_update)
+        drop_rows_beyond(self.path, from_update, from_update if evaluated_update is None else evaluated_update)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = Board(directory / "tensorboard", from_update=from_update) if tensorboard else None
 
@@ -110,13 +116,20 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def drop_rows_beyond(path: Path, update: int) -> None:
-    """Keep what belongs to the run up to `update`, and the audit trail; replaces the file whole."""
+def drop_rows_beyond(path: Path, update: int, evaluated_update: int) -> None:
+    """Keep the audit trail, training rows up to `update`, and what evaluations up to `evaluated_update` said.
+
+    An evaluation that a state does not know of will be done again. The file is replaced whole.
+    """
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["update"] <= update or row["kind"] in AUDIT_KINDS]
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-metrics-", delete=False) as file:
+    last = {"train": update}
+    kept = [
+        row for row in read_rows(path) if row["kind"] in AUDIT_KINDS or row["update"] <= last.get(row["kind"], evaluated_update)
+    ]
+    temporary = path.with_name(".tmp-metrics.jsonl")
+    with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(temporary, path)

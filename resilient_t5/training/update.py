@@ -7,15 +7,15 @@ sum / tokens of the whole update, and that divisor is known on the CPU before th
 Shapes: B examples, S source tokens, T target tokens.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
 from resilient_t5.config import OptimConfig
-from resilient_t5.data.batches import MicroBatch
-from resilient_t5.errors import DataError
+from resilient_t5.data.batches import IGNORED, MicroBatch
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.numerics import seed_dropout
 from resilient_t5.model.tables import T5Model
@@ -37,35 +37,37 @@ class Updater:
     ) -> UpdateResult | None:
         """Do update number `attempted` at learning rate `lr`; None when `interrupted` between two micro-batches.
 
-        An interrupted update leaves no gradient behind and is done again, whole, after the resume.
-
-        Raises:
-            DataError: the update holds no target token.
+        An interrupted update leaves no gradient behind and is done again, whole, after the resume. One that cannot be
+        computed (no target token, an id outside the vocabulary) is refused before the model sees it, and one whose loss
+        or gradient is not finite before the optimizer moves.
         """
         tokens = sum(micro_batch.target_tokens for micro_batch in micro_batches)
-        if tokens == 0:
-            raise DataError(f"update {attempted} holds no target token", mend="The store is damaged; prepare it again")
-        nll_sums = []
-        for index, micro_batch in enumerate(micro_batches):
-            if interrupted():
-                self.optimizer.zero_grad(set_to_none=True)
-                return None
-            nll_sums.append(self.accumulate(micro_batch, tokens, attempted, index))
-        nll_sum, norm, scaled = self._norm_and_clip(torch.stack(nll_sums).sum())
-        applied = self._move(lr, nll_sum, norm)
+        fault = fault_of(micro_batches, self.model.shared.weight.shape[0])
+        nll_sum = norm = math.nan
+        if not fault:
+            nll_sums = []
+            for index, micro_batch in enumerate(micro_batches):
+                if interrupted():
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return None
+                nll_sums.append(self.accumulate(micro_batch, tokens, attempted, index))
+            nll_sum, norm = self._norm_and_clip(torch.stack(nll_sums).sum())
+            fault = "" if self._move(lr, nll_sum, norm) else "loss or gradient not finite"
         clip = self.settings.clip_norm
         return UpdateResult(
             nll_sum=nll_sum,
             gradient_norm=norm,
             learning_rate=lr,
-            applied=applied,
-            clipped=scaled and clip > 0 and norm > clip,
+            applied=not fault,
+            clipped=not fault and 0 < clip < norm,
             target_tokens=tokens,
             source_tokens=sum(int(m.useful_tokens) for m in micro_batches) - tokens,
             useful_tokens=sum(m.useful_tokens for m in micro_batches),
             padded_tokens=sum(m.padded_tokens for m in micro_batches),
             micro_batches=len(micro_batches),
-            examples=sum(len(m.example_ids) for m in micro_batches),
+            example_ids=tuple(sorted(int(example) for m in micro_batches for example in m.example_ids)),
+            overflow=self.accelerator.scaler is not None and math.isfinite(nll_sum) and not math.isfinite(norm),
+            why=fault,
         )
 
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
@@ -88,7 +90,7 @@ class Updater:
         self.accelerator.backward(parts.loss)
         return parts.nll_sum
 
-    def _norm_and_clip(self, nll_sum: torch.Tensor) -> tuple[float, float, bool]:
+    def _norm_and_clip(self, nll_sum: torch.Tensor) -> tuple[float, float]:
         """Unscale, measure, clip. One host synchronisation reads loss and norm together."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
@@ -97,21 +99,33 @@ class Updater:
         if self.settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
         values = torch.stack([nll_sum.float(), norm.float().to(nll_sum.device)]).tolist()
-        return values[0], values[1], self.settings.clip_norm > 0
+        return values[0], values[1]
 
     def _move(self, lr: float, nll_sum: float, norm: float) -> bool:
         """Move the weights unless loss or gradient is not finite; with fp16 the scaler learns of the overflow."""
-        finite = _finite(nll_sum) and _finite(norm)
+        finite, scaler = math.isfinite(nll_sum) and math.isfinite(norm), self.accelerator.scaler
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.step(self.optimizer)
-            self.accelerator.scaler.update()
+        if finite and scaler is not None:
+            scaler.step(self.optimizer)
         elif finite:
             self.optimizer.step()
+        if scaler is not None:
+            scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+def fault_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:
+    """Why these micro-batches must not reach a model of `rows` vocabulary rows; empty when nothing is wrong with them.
+
+    An id out of range reads foreign memory or, on a GPU, takes the whole context down, so it is looked for on the CPU.
+    """
+    if not any(micro_batch.target_tokens for micro_batch in micro_batches):
+        return "no target token"
+    for micro_batch in micro_batches:
+        source_BS, labels_BT = micro_batch.source_BS, micro_batch.labels_BT
+        negative = source_BS.min() < 0 or ((labels_BT < 0) & (labels_BT != IGNORED)).any()
+        if negative or source_BS.max() >= rows or labels_BT.max() >= rows:
+            return "token id outside the vocabulary"
+    return ""

@@ -4,7 +4,7 @@ All documents of a batch are handled as one long text, so that the cost per docu
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,6 @@ import numpy as np
 from resilient_t5.data.chunks import cut_chunks
 from resilient_t5.data.terms import TermMatcher, token_spans
 from resilient_t5.data.tokenizer import Encoded, EncodedBatch
-
-# Measured: a search of this length stays in the cache; longer ones take up to a quarter more.
-SEARCHED_CHARACTERS = 8_000
 
 
 @dataclass(frozen=True)
@@ -57,42 +54,14 @@ class FoundTerms:
 
 def find_terms(matcher: TermMatcher | None, texts: Sequence[str], batch: EncodedBatch) -> FoundTerms:
     """Every term occurrence of the texts, as tokens of the batch."""
-    found, widened = [np.zeros((0, 3), dtype=np.int32)], 0
     if matcher is None:
-        return FoundTerms(found[0], widened)
-    for first, last in _groups(texts):
-        spans, count = _find_in_group(matcher, texts, batch, first, last)
-        found.append(spans)
-        widened += count
-    return FoundTerms(np.concatenate(found), widened)
-
-
-def _groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Runs of texts that are searched together."""
-    first = characters = 0
-    for number, text in enumerate(texts, start=1):
-        characters += len(text)
-        if characters >= SEARCHED_CHARACTERS or number == len(texts):
-            yield first, number
-            first, characters = number, 0
-
-
-def _find_in_group(
-    matcher: TermMatcher, texts: Sequence[str], batch: EncodedBatch, first: int, last: int
-) -> tuple[np.ndarray, int]:
-    """The occurrences in texts [first, last), laid end to end for one search; int32 (m, 3), and how many were widened."""
-    group = texts[first:last]
-    matches = matcher.find("\n".join(group))
-    if not matches:
-        return np.zeros((0, 3), dtype=np.int32), 0
-    offsets = batch.offsets[first : last + 1]
+        return FoundTerms(np.zeros((0, 3), dtype=np.int32), 0)
+    # Both sides count from the beginning of all texts, which lie end to end with a line break between two.
+    begins = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])], dtype=np.int32)
+    shift = np.repeat(begins, np.diff(batch.offsets))
     tokens = batch.tokens
-    part = slice(offsets[0], offsets[-1])
-    begins = np.cumsum([0, *(len(text) + 1 for text in group[:-1])], dtype=np.int32)
-    shift = np.repeat(begins, np.diff(offsets))
-    spans, widened = token_spans(matches, Encoded(tokens.ids[part], tokens.starts[part] + shift, tokens.ends[part] + shift))
-    spans[:, :2] += np.int32(offsets[0])
-    return spans, widened
+    placed = Encoded(tokens.ids, tokens.starts + shift, tokens.ends + shift)
+    return FoundTerms(*token_spans(matcher.find_together(texts), placed))
 
 
 def cut_examples(

@@ -6,11 +6,13 @@ an alphabetic script must not touch another one there: "ALS" is not in "also", b
 
 The automaton (Aho and Corasick, 1975) reports all overlapping matches; those that break the word rule are dropped before
 the leftmost-longest ones are chosen. The other way round, a longer match that breaks the rule would hide a shorter one
-that keeps it.
+that keeps it. What follows the automaton works on arrays of a whole batch: a Python object per match costs what the
+search costs.
 """
 
+import itertools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,8 @@ from resilient_t5.errors import DataError
 LONGEST_TERM_CHARACTERS = 200
 FOLDED_CHARACTERS = 0x20000  # the scripts with case and the full width forms lie below
 FIRST_WIDE_SCRIPT = 0x2E80  # CJK, kana and Hangul, which set no spaces between words, lie from here on
+# Measured: a search of this length stays in the cache; longer ones take up to a quarter more.
+SEARCHED_CHARACTERS = 8_000
 
 Match = tuple[int, int, int]
 
@@ -58,15 +62,22 @@ def _folding() -> np.ndarray:
 
 def fold(text: str) -> str:
     """`text` in small letters and half width, character by character: always of the same length."""
+    return _folded(text)[0]
+
+
+def _folded(text: str) -> tuple[str, np.ndarray]:
+    """`fold`, and its code points: uint8 or uint32 (characters,)."""
     if text.isascii():
-        return text.lower()
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    return _folding()[codes].astype("<u4", copy=False).tobytes().decode("utf-32-le", "surrogatepass")
+        small = text.lower()
+        return small, np.frombuffer(small.encode("ascii"), dtype=np.uint8)
+    codes = _folding()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")].astype("<u4", copy=False)
+    return codes.tobytes().decode("utf-32-le", "surrogatepass"), codes
 
 
-def _in_word(character: str) -> bool:
-    """True for letters and digits of scripts that set spaces between words."""
-    return character.isalnum() and ord(character) < FIRST_WIDE_SCRIPT
+@cache
+def _in_word() -> np.ndarray:
+    """bool (0x2e81,): letters and digits of scripts that set spaces between words; the last stands for all code points above."""
+    return np.array([chr(code).isalnum() for code in range(FIRST_WIDE_SCRIPT)] + [False])
 
 
 def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
@@ -81,15 +92,15 @@ def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
     """
     listed = TermList()
     known: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        term = line.strip()
+    stripped = [line.strip() for line in lines]
+    # One call for all: folding costs by the call, and a term holds no line break.
+    for number, (term, folded) in enumerate(zip(stripped, fold("\n".join(stripped)).split("\n"), strict=False), start=1):
         if len(term) > LONGEST_TERM_CHARACTERS:
             raise DataError(
                 f"a term has {len(term)} characters, {LONGEST_TERM_CHARACTERS} are the most",
                 where=f"{where}:{number}",
                 mend="Write one term per line; is this the text instead of the terms?",
             )
-        folded = fold(term)
         if not term:
             listed.blanks_dropped += 1
         elif folded in known:
@@ -126,11 +137,8 @@ class TermMatcher:
 
     def __init__(self, terms: Sequence[str]):
         self.terms = clean_terms(terms).terms
-        folded = [fold(term) for term in self.terms]
-        self._opens_word = [_in_word(term[0]) for term in folded]
-        self._closes_word = [_in_word(term[-1]) for term in folded]
         self._automaton = ahocorasick_rs.AhoCorasick(
-            folded,
+            [fold(term) for term in self.terms],
             matchkind=ahocorasick_rs.MatchKind.Standard,
             store_patterns=False,
             implementation=ahocorasick_rs.Implementation.ContiguousNFA,  # measured: as fast as the DFA, a tenth of its build
@@ -138,40 +146,66 @@ class TermMatcher:
 
     def find(self, text: str) -> list[Match]:
         """Occurrences (start, end, term id) in characters of `text`, ascending, leftmost-longest, not overlapping."""
-        folded = fold(text)
-        kept = []
-        opens, closes, last = self._opens_word, self._closes_word, len(folded)
-        for term, start, end in self._automaton.find_matches_as_indexes(folded, overlapping=True):
-            if opens[term] and start and _in_word(folded[start - 1]):
-                continue
-            if closes[term] and end < last and _in_word(folded[end]):
-                continue
-            kept.append((start, -end, term))
-        kept.sort()
-        found, done = [], 0
-        for start, minus_end, term in kept:
-            if start >= done:
-                done = -minus_end
-                found.append((start, done, term))
-        return found
+        return [(start, end, term) for start, end, term in self.find_together([text]).tolist()]
+
+    def find_together(self, texts: Sequence[str]) -> np.ndarray:
+        """`find` in texts laid end to end with a line break between two: int32 (m, 3), positions in the whole."""
+        folded, codes = _folded("\n".join(texts))
+        matches = [np.zeros((0, 3), dtype=np.int32)]
+        for begin, end in _pieces(texts):
+            found = self._automaton.find_matches_as_indexes(folded[begin:end], overlapping=True)
+            flat = np.fromiter(itertools.chain.from_iterable(found), np.int32, 3 * len(found))
+            matches.append(flat.reshape(-1, 3) + np.array([0, begin, begin], dtype=np.int32))
+        term, start, end = np.concatenate(matches).T
+        letters = np.concatenate([[False], _in_word().take(codes, mode="clip"), [False]])
+        inside_word = letters[:-1] & letters[1:]  # places between two letters, where no term may begin or end
+        kept = np.flatnonzero(~(inside_word[start] | inside_word[end]))
+        start, end, term = start[kept], end[kept], term[kept]
+        chosen = _leftmost_longest(start, end)
+        return np.stack([start[chosen], end[chosen], term[chosen]], axis=1)
 
 
-def token_spans(matches: Sequence[Match], encoded: Encoded) -> tuple[np.ndarray, int]:
+def _pieces(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Character ranges of whole texts, laid end to end with a line break between two, that are searched in one call."""
+    begin = end = 0
+    for text in texts:
+        end += len(text) + 1
+        if end - begin >= SEARCHED_CHARACTERS:
+            yield begin, end
+            begin = end
+    yield begin, end
+
+
+def _leftmost_longest(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Places of the matches that a reader from the left takes, the longest of each start; int64, ascending by start."""
+    order = np.argsort((start.astype(np.int64) << 32) - end)
+    first = np.ones(len(order), dtype=bool)
+    np.not_equal(start[order[1:]], start[order[:-1]], out=first[1:])
+    order = order[first]
+    taken, done = [], 0
+    for place, (begin, beyond) in enumerate(zip(start[order].tolist(), end[order].tolist(), strict=True)):
+        if begin >= done:
+            done = beyond
+            taken.append(place)
+    return order[taken]
+
+
+def token_spans(matches: np.ndarray, encoded: Encoded) -> tuple[np.ndarray, int]:
     """Place occurrences on tokens.
 
     A term that begins or ends inside a token is widened to the whole token; two neighbours may then share one. A term on
     which no token stands (the tokenizer dropped its characters) is left out.
 
     Args:
-        matches: (start, end, term id) in characters, as `TermMatcher.find` gives them.
+        matches: int32 (m, 3): start, end, term id in characters, as `TermMatcher.find_together` gives them.
         encoded: the tokens of the same text.
 
     Returns:
         int32 (occurrences, 3): token start, token end (exclusive), term id; and how many were widened.
     """
-    if not matches:
+    if not len(matches):
         return np.zeros((0, 3), dtype=np.int32), 0
-    start, end, term = np.array(matches, dtype=np.int32).T
+    start, end, term = matches.T
     first = np.searchsorted(encoded.ends, start, side="right")
     beyond = np.searchsorted(encoded.starts, end, side="left")
     covered = first < beyond

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.data.terms import Match, TermMatcher, clean_terms, fold, read_terms, token_spans
@@ -57,6 +57,7 @@ def plain_search(terms: list[str], text: str) -> list[Match]:
 LETTERS = "abAB1 -\u4e2d\u6587\u836f\uff21\uff42\uff11\uff0c\u00e9\u00c9\u00df\u0130"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(LETTERS, min_size=1, max_size=5), max_size=12), st.text(LETTERS, max_size=60))
 def test_matches_equal_those_of_a_plain_search(terms: list[str], text: str) -> None:
     """Leftmost-longest under the word rule, on strings where matches nest, overlap and touch letters."""
@@ -82,6 +83,7 @@ def test_terms_are_found_as_a_reader_finds_them(terms: list[str], text: str, fou
     assert [text[start:end] for start, end, _ in TermMatcher(terms).find(text)] == found
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_folding_keeps_every_position(text: str) -> None:
     """One character for one, twice the same as once, and each as if it stood alone."""
@@ -133,11 +135,11 @@ def tokens(*spans: tuple[int, int]) -> Encoded:
 def test_terms_are_placed_on_whole_tokens_and_the_widened_are_counted() -> None:
     """A clean run, a cut token on each side, bytes that share a character, a term without any token."""
     encoded = tokens((0, 0), (0, 2), (2, 4), (4, 7), (8, 9), (8, 9), (8, 9), (9, 12))
-    spans, widened = token_spans([(0, 4, 5), (3, 5, 6), (7, 8, 7), (8, 9, 8), (9, 11, 9)], encoded)
+    spans, widened = token_spans(np.array([(0, 4, 5), (3, 5, 6), (7, 8, 7), (8, 9, 8), (9, 11, 9)], np.int32), encoded)
     assert spans.tolist() == [[1, 3, 5], [2, 4, 6], [4, 7, 8], [7, 8, 9]]
     assert spans.dtype == np.int32
     assert widened == 2
-    assert token_spans([], encoded)[0].shape == (0, 3)
+    assert token_spans(np.zeros((0, 3), np.int32), encoded)[0].shape == (0, 3)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.data())
@@ -155,7 +157,7 @@ def test_every_character_of_a_term_is_inside_its_tokens(lengths: list[int], data
         for number, (low, high) in enumerate(zip(encoded.starts.tolist(), encoded.ends.tolist(), strict=True))
         if low < end and high > start and high > low
     ]
-    spans, widened = token_spans([(start, end, 0)], encoded)
+    spans, widened = token_spans(np.array([(start, end, 0)], np.int32), encoded)
     assert spans[0, :2].tolist() == [sharing[0], sharing[-1] + 1]
     assert widened == (encoded.starts[sharing[0]] < start or encoded.ends[sharing[-1]] > end)
 

@@ -136,7 +136,10 @@ class Saver:
         self.convergence.restore(loaded.state["convergence"])
         self.guard.restore(loaded.state["guard"])
         self.submitted_update = self.committed_update = loaded.update
-        return RunState.from_json(loaded.state["run"])
+        state = RunState.from_json(loaded.state["run"])
+        # Only the machine ends a run for good, and a raised patience may have reopened it.
+        state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
+        return state
 
     def take_weights(self, loaded: Loaded) -> None:
         """Start a new run from the weights of another run's checkpoint, and from nothing else of it.

@@ -7,6 +7,7 @@ from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
 from resilient_t5.config_values import updates_at
 from resilient_t5.training.convergence import ConvergenceMachine
 from resilient_t5.training.curves import EPOCH_WINDOWS, WINDOW_UPDATES, Curve, cadence, windows_of
+from resilient_t5.training.explanation import told_verdict
 from resilient_t5.training.phases import Phase
 from resilient_t5.training.presets import Rules, unreachable
 from resilient_t5.training.rivals import Outcome, lowest
@@ -94,9 +95,7 @@ def story(result: Replay, *, whole: bool = False) -> list[str]:
     lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
     for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
         if whole or number == 0 or verdict.events or verdict.stop:
-            events = ", ".join(event for event in verdict.events if event != "phase")
-            line = f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {verdict.why}"
-            lines.append(f"{line} [{events}]" if events else line)
+            lines.append(f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {told_verdict(verdict)}")
     return lines + _balance(result, min(finite), finite[0])
 
 

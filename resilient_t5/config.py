@@ -54,12 +54,15 @@ __all__ = [
     "mathematics_sha256",
 ]
 
-# What a resume may change: where things lie, when they are reported or saved, and what only costs speed or memory.
+# What a resume may change: where things lie, when they are reported or saved, what only costs speed or memory, and how
+# long the run waits at a plateau: raised on purpose, it reopens a run that had saturated.
 FREE_SECTIONS = ("checkpoint.", "telemetry.")
 FREE_KEYS = (
     "batch.micro_tokens",
     "batch.pad_multiple",
     "batch.readers",
+    "convergence.patience",
+    "convergence.patience_max",
     "data.encoding",
     "data.store",
     "data.terms",

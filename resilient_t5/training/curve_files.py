@@ -10,12 +10,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from resilient_t5.errors import DataError
 from resilient_t5.training.curves import Curve, Recorded
 from resilient_t5.training.presets import Rules
 from resilient_t5.training.window import Window
+
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 LINE_BYTES_MAX = 1 << 26
 FILE_BYTES_MAX = 1 << 31
@@ -122,6 +125,7 @@ def _our_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
     windows: list[Window] = []
     recorded: list[Recorded] = []
     rules: Rules | None = None
+    window_rules: list[Rules] = []
     for where, row in rows:
         kind = row.get("kind")
         if kind == "start" and isinstance(row.get("rules"), dict):
@@ -135,6 +139,7 @@ def _our_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
         points += pair
         if isinstance(row.get("window"), dict):
             windows.append(window_of_row(row["window"], where))
+            window_rules += [rules] if rules else []
         if "phase" in row:
             recorded.append(Recorded(int(pair[0][0]), str(row["phase"]), str(row.get("why", ""))))
     if any(later.update <= earlier.update for earlier, later in zip(windows[:-1], windows[1:], strict=True)):
@@ -146,6 +151,7 @@ def _our_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
         training=_rising(training, str(path), needed=False),
         windows=tuple(windows) if len(windows) == len(points) else (),
         rules=rules,
+        window_rules=tuple(window_rules) if len(window_rules) == len(points) else (),
         recorded=tuple(recorded),
     )
 
@@ -209,9 +215,10 @@ def _tensorboard(path: Path, tag: str | None) -> list[Curve]:
     directories = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
     curves = []
     for directory in directories:
-        log = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+        log = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
         log.Reload()
-        tags = log.Tags()["scalars"]
+        series = _scalars(log)
+        tags = list(series)
         names = [_plain_name(name) for name in tags]
         found = _find(names, (_plain_name(tag),) if tag else EVALUATION_NAMES)
         if found is None:
@@ -219,7 +226,7 @@ def _tensorboard(path: Path, tag: str | None) -> list[Curve]:
         train = _find(names, TRAINING_NAMES)
         where = str(directory)
         points, training = (
-            [] if index is None else [(float(event.step), float(event.value)) for event in log.Scalars(tags[index])]
+            [] if index is None else [(float(update), value) for update, value in series[tags[index]]]
             for index in (found, train)
         )
         name = directory.name if directory != path else path.resolve().name
@@ -228,6 +235,17 @@ def _tensorboard(path: Path, tag: str | None) -> list[Curve]:
         problem = "no event file with an evaluation loss" if directories else "nothing here that can be replayed"
         raise DataError(problem, where=str(path), mend=f"Name the tag with --tag, or give {FORMS}")
     return curves
+
+
+def _scalars(log: "EventAccumulator") -> dict[str, list[tuple[int, float]]]:
+    """(update, value) of every scalar tag; TensorFlow 2 writes a scalar as a tensor without a dimension."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    series = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    for tag in log.Tags()["tensors"]:
+        if log.SummaryMetadata(tag).plugin_data.plugin_name == "scalars":
+            series[tag] = [(event.step, float(make_ndarray(event.tensor_proto))) for event in log.Tensors(tag)]
+    return series
 
 
 def _find(names: list[str], wanted: Iterable[str]) -> int | None:

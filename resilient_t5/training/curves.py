@@ -28,6 +28,7 @@ class Curve:
     """Evaluation and training losses as (position, loss), positions rising strictly in the recording's own unit.
 
     `windows` is there only for a run of ours: the very windows its machine observed, with the rules it obeyed.
+    `window_rules` holds those of each window, since a resume may change the patience; `rules` are the last ones.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Curve:
     """Positions that make one window, where the recording says so; else each evaluation is one window."""
     windows: tuple[Window, ...] = ()
     rules: Rules | None = None
+    window_rules: tuple[Rules, ...] = ()
     recorded: tuple[Recorded, ...] = ()
 
     @property

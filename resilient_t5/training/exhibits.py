@@ -16,6 +16,7 @@ from resilient_t5.training.host import memory_mib
 from resilient_t5.training.picture import draw_replay
 from resilient_t5.training.replay import replay
 from resilient_t5.training.run import Run
+from resilient_t5.training.telemetry import read_rows
 
 WINDOWS_PICTURE = "windows.png"
 SETTINGS_SHOWN = (
@@ -53,6 +54,14 @@ def show_samples(run: Run, report: RestorationReport) -> None:
     except OSError:
         run.telemetry.write_errors += 1
     run.display.line(f"sample {run.state.update:>6} {report.samples[0].restored}", keep="sample")
+
+
+def show_events(run: Run) -> None:
+    """Everything that the convergence machine had to tell so far, as one table in TensorBoard."""
+    told = [row for row in read_rows(run.telemetry.path) if row["kind"] == "evaluation" and row.get("events")]
+    lines = [f"| {row['update']} | {row['phase']} | {', '.join(row['events'])} | {_cell(row['why'])} |" for row in told]
+    table = "\n".join(["| update | phase | events | why |", "| --- | --- | --- | --- |", *lines])
+    run.telemetry.text("events/log", table, run.state.update)
 
 
 def show_outcome(run: Run) -> None:

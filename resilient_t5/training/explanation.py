@@ -5,7 +5,7 @@ import math
 from resilient_t5.training.phases import AFTER_PLATEAU, Phase, Sign
 from resilient_t5.training.presets import Rules
 from resilient_t5.training.trend import DIRECTION_CODES, HORIZON_WINDOWS, Trend
-from resilient_t5.training.window import State, Window
+from resilient_t5.training.window import State, Verdict, Window
 
 
 def cause_of(rules: Rules, state: State, window: Window, reference: float | None, *, previous: Phase, sign: Sign) -> str:
@@ -61,3 +61,9 @@ def told(plateau: int, patience: int, trend: Trend | None) -> str:
 def told_earliest(update: int | None) -> str:
     """The end of the line: when the run could stop at the earliest."""
     return f", earliest stop {update}" if update is not None else ""
+
+
+def told_verdict(verdict: Verdict) -> str:
+    """Why the run goes on or stops, with the events in brackets; a change of phase shows in the phase itself."""
+    events = ", ".join(event for event in verdict.events if event != "phase")
+    return f"{verdict.why} [{events}]" if events else verdict.why

@@ -6,7 +6,7 @@ import time
 from resilient_t5.restoration.report import RestorationReport
 from resilient_t5.training.convergence import Verdict, Window
 from resilient_t5.training.evaluate import Evaluation, evaluate, restore_terms
-from resilient_t5.training.exhibits import show_samples
+from resilient_t5.training.exhibits import show_events, show_samples
 from resilient_t5.training.progress import evaluation_line, phase_line, restoration_line
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
@@ -34,7 +34,9 @@ def judge(run: Run, stop: StopSignal) -> None:
     if verdict.phase != verdict.previous:
         names = {"phase": verdict.phase.name, "former": verdict.previous.name}
         run.telemetry.row("phase", run.state.update, **names, why=verdict.why)
-    run.display.line(phase_line(verdict.phase.name, verdict.why), keep="phase")
+    run.display.line(phase_line(verdict), keep="phase")
+    if verdict.events:
+        show_events(run)
     run.timing.add("evaluation", time.monotonic() - begun_s)
 
 
@@ -92,8 +94,8 @@ def tell_evaluation(run: Run, evaluation: Evaluation, window: Window, verdict: V
         why=verdict.why,
         events=list(verdict.events),
         window=dataclasses.asdict(window),
-        earliest_stop_update=verdict.earliest_stop_update,
         convergence_phase=int(verdict.phase),
+        convergence_earliest_stop_update=verdict.earliest_stop_update,
         **{f"convergence_{name}": value for name, value in verdict.statistics.items()},
         evaluation_s=duration_s,
     )

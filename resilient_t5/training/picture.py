@@ -19,7 +19,7 @@ BAND: dict[Phase, Color] = {
     Phase.PLATEAU: (255, 240, 205),
     Phase.SECONDARY_CONVERGENCE: (186, 230, 201),
     Phase.EXTENDED: (255, 225, 190),
-    Phase.COOLDOWN: (214, 226, 244),
+    Phase.COOLDOWN: (203, 233, 235),
     Phase.SATURATED: (250, 214, 214),
     Phase.STOPPED: (240, 170, 170),
 }

@@ -13,8 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from resilient_t5.training.explanation import told_verdict
 from resilient_t5.training.live import LiveView
 from resilient_t5.training.timing import Left, readable
+from resilient_t5.training.window import Verdict
 
 
 class Display:
@@ -110,9 +112,9 @@ def restoration_line(row: Mapping[str, Any]) -> str:
     )
 
 
-def phase_line(phase: str, why: str) -> str:
-    """The console line of a verdict: the phase and why the run goes on or stops."""
-    return f"phase  {phase} {why}"
+def phase_line(verdict: Verdict) -> str:
+    """The console line of a verdict: the phase, why the run goes on or stops, and what happened beside that."""
+    return f"phase  {verdict.phase.name} {told_verdict(verdict)}"
 
 
 def tokens_text(tokens_per_s: float) -> str:

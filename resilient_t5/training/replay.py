@@ -7,6 +7,7 @@ from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
 from resilient_t5.config_values import updates_at
 from resilient_t5.training.convergence import ConvergenceMachine
 from resilient_t5.training.curves import EPOCH_WINDOWS, WINDOW_UPDATES, Curve, cadence, windows_of
+from resilient_t5.training.explanation import told_verdict
 from resilient_t5.training.phases import Phase
 from resilient_t5.training.presets import Rules, unreachable
 from resilient_t5.training.rivals import Outcome, lowest
@@ -44,14 +45,21 @@ def replay_rules(curve: Curve, settings: ConvergenceConfig, clock: str = "window
 
 
 def replay(curve: Curve, rules: Rules, clock: str = "windows") -> Replay:
-    """Let a fresh machine observe the recording until it stops."""
-    machine = ConvergenceMachine(rules)
+    """Let a fresh machine observe the recording until it stops.
+
+    A run of ours that was resumed with another patience is replayed with the rules of each window, as it happened.
+    """
     windows = windows_of(curve, clock)
+    in_force = curve.window_rules if rules == curve.rules and curve.window_rules else (rules,) * len(windows)
+    machine = ConvergenceMachine(in_force[0] if in_force else rules)
     verdicts: list[Verdict] = []
-    for window in windows:
-        verdicts.append(machine.observe(window))
-        if verdicts[-1].stop:
+    for window, rules_now in zip(windows, in_force, strict=True):
+        if rules_now != machine.rules:
+            former, machine = machine, ConvergenceMachine(rules_now)
+            machine.restore(former.state())
+        if machine.reason is not None:
             break
+        verdicts.append(machine.observe(window))
     return Replay(curve, rules, windows, tuple(verdicts), machine.best)
 
 
@@ -87,9 +95,7 @@ def story(result: Replay, *, whole: bool = False) -> list[str]:
     lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
     for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
         if whole or number == 0 or verdict.events or verdict.stop:
-            events = ", ".join(event for event in verdict.events if event != "phase")
-            line = f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {verdict.why}"
-            lines.append(f"{line} [{events}]" if events else line)
+            lines.append(f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {told_verdict(verdict)}")
     return lines + _balance(result, min(finite), finite[0])
 
 
@@ -108,6 +114,7 @@ def _balance(result: Replay, least: float, first: float) -> list[str]:
     given_up = f"gives up {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, came at {at}"
     lines.append(f"keeps {best.loss:.4g} of update {best.update}; {given_up if best.loss > least else 'gives up nothing'}")
     lines.append(f"saves {len(windows) - done} windows, {100 * (1 - done / len(windows)):.0f} % of the recording")
-    if any(verdict.phase is Phase.COOLDOWN for verdict in result.verdicts):
+    has_cooled = result.curve.windows and result.rules == result.curve.rules
+    if any(verdict.phase is Phase.COOLDOWN for verdict in result.verdicts) and not has_cooled:
         lines.append("the recording did not cool down: what a falling learning rate would have gained is not in these figures")
     return lines

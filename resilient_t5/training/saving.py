@@ -157,7 +157,10 @@ class Saver:
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
         self.changed_conditions = changed_keys(loaded.state["conditions"], self.conditions)
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
-        return RunState.from_json(loaded.state["run"])
+        state = RunState.from_json(loaded.state["run"])
+        # Only the machine ends a run for good, and a raised patience may have reopened it.
+        state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
+        return state
 
     def take_weights(self, loaded: Loaded) -> None:
         """Start a new run from the weights of another run's checkpoint, and from nothing else of it.

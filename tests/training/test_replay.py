@@ -117,6 +117,20 @@ def test_a_tensorboard_directory_is_read_in_full_and_a_resumed_update_once(tmp_p
         read_curves(tmp_path / "run" / "tensorboard", tag="nowhere")
 
 
+def test_scalars_that_tensorflow_2_wrote_as_tensors_are_read(tmp_path):
+    """Keras' board: one run for training and one for validation, the same tag in both."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(tmp_path / "validation"))
+    for epoch, loss in enumerate([3.0, 2.5]):
+        writer.add_event(Event(step=epoch, summary=scalar_pb("epoch_loss", loss)))
+    writer.close()
+    (curve,) = read_curves(tmp_path, tag="epoch_loss")
+    assert (curve.name, curve.evaluations) == ("validation", ((0.0, 3.0), (1.0, 2.5)))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -1,0 +1,135 @@
+"""A run whose loss stands still and then falls a second time: what the peer's rule gives up there, and where ours ends.
+
+The notes state four facts each, and an invented formulary settles every one of them by the other three together; any two
+tell nothing of the rest. So a model first learns the templates and which kind of word is missing, stands at the loss of
+a guess among the words of that kind, and learns the formulary much later. Nothing is put into the loss: the plateau
+belongs to the task.
+
+For each seed three things happen: `configs/second-descent.yaml` trains as it stands; the same run trains once more under
+`seed-code`, the peer's rule, scaled to the length of the run as the peer's 6000 / 1000 stand to its 60,000 updates; and
+that rule is replayed over the first run, which must stop at the same update with the same best.
+
+    python benchmarks/second_descent.py [--seeds 42 43 44] [--dir runs/second-descent] [--json FILE]
+    python benchmarks/second_descent.py --notes_only         writes the notes that the configuration names, and stops
+
+The last line is JSON: {"seeds": {seed: {"seed_code": {...}, "ours": {...}, "replay_agrees": true}}}.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from resilient_t5.config_training import ConvergenceConfig
+from resilient_t5.training.curve_files import read_curves
+from resilient_t5.training.picture import draw_replay
+from resilient_t5.training.replay import replay, replay_rules
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "second-descent.yaml"
+NOTES_DIRECTORY = Path("runs/second-descent-notes")
+NOTES = 9800
+"""600 updates of 16 to an epoch, so that five epochs are 3000 updates: a twentieth of the peer's run."""
+PEER_STARTS_AT = 300
+"""The peer's 6000 of 60,000 updates; the configuration evaluates every 50, its 1000."""
+FACTS = {
+    "disease": ("pneumonia", "cystitis", "cellulitis"),
+    "age": ("infant", "teenager", "pensioner"),
+    "kidneys": ("normal", "reduced", "failing"),
+    "drug": ("amoxicillin", "cefuroxime", "doxycycline"),
+}
+LABELS = {
+    "disease": ("Diagnosis", "Disease", "Seen for"),
+    "age": ("Group", "Patient", "Card"),
+    "kidneys": ("Kidneys", "Creatinine", "Urine"),
+    "drug": ("Drug", "Given", "Plan"),
+}
+# Several marks behind each word: SentencePiece makes a piece only of what has more than one continuation.
+AFTER_LABEL, AFTER_FACT = (": ", ", ", " - "), (".", ";", "!")
+
+
+def notes(count: int, seed: int) -> list[str]:
+    """Notes of four sentences in any order; the drug is settled by the sum of the other three, modulo their number."""
+    draw, found = random.Random(seed), []
+    size = len(FACTS["drug"])
+    for _ in range(count):
+        chosen = [draw.randrange(size) for _ in range(3)]
+        chosen.append(sum(chosen) % size)
+        sentences = [
+            draw.choice(LABELS[kind]) + draw.choice(AFTER_LABEL) + FACTS[kind][index] + draw.choice(AFTER_FACT)
+            for kind, index in zip(FACTS, chosen, strict=True)
+        ]
+        draw.shuffle(sentences)
+        found.append(" ".join(sentences))
+    return found
+
+
+def write_notes(directory: Path) -> tuple[Path, Path]:
+    """The notes and the term list as files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text, terms = directory / "notes.txt", directory / "terms.txt"
+    text.write_text("\n\n".join(notes(NOTES, seed=1)) + "\n", encoding="utf-8")
+    terms.write_text("\n".join(word for words in FACTS.values() for word in words) + "\n", encoding="utf-8")
+    return text, terms
+
+
+def train(run: Path, *arguments: str) -> dict[str, object]:
+    """One run of bin/train to its own end; its summary."""
+    command = [sys.executable, str(ROOT / "bin" / "train"), "--config", str(CONFIG), "--run.dir", str(run), *arguments]
+    with (run.parent / f"{run.name}.log").open("a", encoding="utf-8") as console:
+        subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, check=True)
+    summary: dict[str, object] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def compare(directory: Path, seed: int, inputs: list[str]) -> dict[str, object]:
+    """Both rules on one seed, each in a run of its own, and the peer's replayed over ours."""
+    common = [*inputs, "--run.seed", str(seed), "--data.store", str(directory / "store")]
+    peer = ConvergenceConfig(preset="seed-code", start=PEER_STARTS_AT, judge_from=PEER_STARTS_AT)
+    scaled = ["--convergence.preset", "seed-code", "--convergence.on_saturation", "stop"]
+    scaled += ["--convergence.start", str(PEER_STARTS_AT), "--convergence.judge_from", str(PEER_STARTS_AT)]
+    ours = train(directory / f"ours-{seed}", *common)
+    theirs = train(directory / f"seed-code-{seed}", *common, *scaled)
+    (curve,) = read_curves(directory / f"ours-{seed}")
+    assert curve.rules is not None
+    draw_replay(replay(curve, curve.rules), directory / f"ours-{seed}.png")
+    told = replay(curve, replay_rules(curve, peer))
+    draw_replay(told, directory / f"seed-code-{seed}.png")
+    stopped = told.verdicts[-1].update if told.stopped else None
+    agrees = stopped == (theirs["updates"] if theirs["status"] == "saturated" else None)
+    agrees = agrees and told.best is not None and theirs["best"]["loss"] == told.best.loss  # type: ignore[index]
+    return {"seed_code": _figures(theirs), "ours": _figures(ours), "replayed_stop": stopped, "replay_agrees": agrees}
+
+
+def _figures(summary: dict[str, object]) -> dict[str, object]:
+    return {key: summary[key] for key in ("stop_reason", "updates", "best", "wall_s")}
+
+
+def main() -> int:
+    """Run all seeds; print a line for each, and JSON last."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--dir", type=Path, default=Path("runs/second-descent"), help="where the runs go")
+    parser.add_argument("--json", type=Path, help="also write the last line there")
+    parser.add_argument("--notes_only", action="store_true", help="only write the notes that the configuration names")
+    arguments = parser.parse_args()
+    if arguments.notes_only:
+        print(*write_notes(NOTES_DIRECTORY))
+        return 0
+    text, terms = write_notes(arguments.dir / "notes")
+    inputs = ["--data.train", str(text), "--data.terms", str(terms)]
+    seeds = {}
+    for seed in arguments.seeds:
+        seeds[str(seed)] = found = compare(arguments.dir, seed, inputs)
+        print(f"seed {seed}: {json.dumps(found)}", flush=True)
+    line = json.dumps({"seeds": seeds})
+    if arguments.json:
+        arguments.json.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,7 +37,8 @@ def open_run(config: Config, directory: Path) -> Run:
     store = prepare(config, directory.parent / "store")
     audit = AuditTrail()
     vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    return build_run(config, store, vault, None, audit, Display("quiet", directory / "train.log"))
+    display = Display("quiet", directory / "train.log")
+    return build_run(config, store, vault, None, audit=audit, display=display, claim=lambda: None)
 
 
 def loop_s(run: Run, updates: int) -> float:

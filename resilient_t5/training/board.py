@@ -6,6 +6,8 @@ own that are never purged (pytorch #32651, #42379), so hyper-parameters are writ
 curves are put together by the layout of the custom scalars tab. Losses also stand in the default tab, where most people stay.
 """
 
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ GROUPS = {
 """TensorBoard group of a row's values: those that depend on the run, those that depend on the machine."""
 
 MACHINE_ENDINGS = ("_s", "_per_s", "_mib", "_wait_share", "_gib")
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 CONVERGENCE_PREFIX = "convergence_"
 LAYOUT = {
     "Loss": {"loss": ["Multiline", ["train/loss", "evaluation/loss", "evaluation/best"]]},
@@ -50,6 +53,7 @@ class Board:
     """The event files of one run, opened with the update that the run goes on from (0 for a new one)."""
 
     def __init__(self, directory: Path, *, from_update: int):
+        _wait_for_a_later_second(directory)
         self._writer = SummaryWriter(str(directory), purge_step=0 if from_update == 0 else from_update + 1)
         if from_update == 0:
             self._writer.add_custom_scalars(LAYOUT)
@@ -91,3 +95,10 @@ class Board:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+def _wait_for_a_later_second(directory: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which hold whole seconds: at most one second is waited."""
+    former = [int(found[1]) for path in directory.glob("events.*") if (found := EVENT_FILE.match(path.name))]
+    while former and 0 <= max(former) - time.time() + 1 <= 1:
+        time.sleep(0.02)

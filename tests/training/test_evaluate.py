@@ -27,7 +27,7 @@ def run(tiny_config, tmp_path_factory):
     audit = AuditTrail()
     vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
     store = prepare(config, directory / "store")
-    run = build_run(config, store, vault, None, audit, Display("quiet", None))
+    run = build_run(config, store, vault, None, audit=audit, display=Display("quiet", None), claim=lambda: None)
     yield run
     run.reader.close()
     run.telemetry.close()
@@ -92,7 +92,8 @@ def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: P
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "train", "test")
     audit = AuditTrail()
     vault = Vault(tmp_path, run_id="1" * 32, settings=config.checkpoint, audit=audit)
-    other = build_run(config, prepare(config, tmp_path / "store"), vault, None, audit, Display("quiet", None))
+    store = prepare(config, tmp_path / "store")
+    other = build_run(config, store, vault, None, audit=audit, display=Display("quiet", None), claim=lambda: None)
     other.reader.close()
     other.telemetry.close()
     torch.set_flush_denormal(False)

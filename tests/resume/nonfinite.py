@@ -31,7 +31,7 @@ def attack_nonfinite(server, folder, trials, seed):
     begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder, SHORT)
     clean = arena.finish("clean")
     best = json.loads((clean / "summary.json").read_text())["best"]
-    counts = {name: 0 for name in ("committed_non_finite", "best_not_finite", "wrong_outcome", "rows_without_raw_value")}
+    counts = dict.fromkeys(("committed_non_finite", "best_not_finite", "wrong_outcome", "rows_without_raw_value"), 0)
     places, bad = dict.fromkeys(PLACES, 0), []
     for trial in range(trials):
         place = PLACES[trial % len(PLACES)]

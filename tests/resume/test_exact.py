@@ -75,7 +75,7 @@ def test_the_number_of_readers_changes_nothing(arena, readers):
 
 
 def test_another_micro_tokens_keeps_every_optimizer_batch_and_says_what_it_does_not_keep(arena):
-    """The chain over the examples is the same to the end; dropout is keyed by micro-batch, so the bits are not, and it is told."""
+    """The chain over the examples is the same to the end; dropout is keyed by micro-batch, so the bits are not."""
     strike = {"place": "micro-batch", "number": int(signal.SIGTERM), "call": 30}
     arena.server.run(arena.argv("recut"), arena.console("recut"), [("tests.resume.placing:signal_at", strike)])
     run = arena.finish("recut", "--batch.micro_tokens", "150")

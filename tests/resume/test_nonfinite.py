@@ -12,9 +12,7 @@ from tests.resume.nonfinite import SHORT, attack_nonfinite
 TRIALS = int(os.environ.get("RESILIENT_T5_NAN", "100"))
 
 
-def test_nothing_that_is_not_finite_is_committed_and_the_run_does_what_the_guard_promises(
-    fork_server, tmp_path, record_property
-):
+def test_nothing_that_is_not_finite_is_committed_and_the_guard_keeps_its_promise(fork_server, tmp_path, record_property):
     """R17: in loss, gradient, parameter, optimizer and metric, useless batches, once and for good: skip, roll back, give up."""
     figures, _ = attack_nonfinite(fork_server, tmp_path, TRIALS, seed=1)
     record_property("trials", figures["trials"])

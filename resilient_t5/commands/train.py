@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
+from resilient_t5.commands.supervise import FLAG, supervise
 from resilient_t5.config import check_trainable
 from resilient_t5.errors import ExitCode
 
+FLAGS = ((FLAG, {"action": "store_true", "help": "start the run again when it is killed, as long as it gets further"}),)
 DESCRIPTION = "Train a T5 or mT5 to restore damaged text; an interrupted run goes on where it stopped."
 
 
@@ -17,8 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    arguments = parse_arguments(argv, "train", DESCRIPTION)
+    own = [argument for argument in argv if argument != FLAG]
+    arguments = parse_arguments(own, "train", DESCRIPTION, FLAGS)
     check_trainable(arguments.config)
+    if len(own) < len(argv):
+        return supervise(own, Path(arguments.config.run.dir))
     return _run(arguments)
 
 
@@ -29,3 +35,7 @@ def _run(arguments: Arguments) -> ExitCode:
 
     given = {key: (value, arguments.sources.get(key, "")) for key, value in differences(arguments.config).items()}
     return train_in_directory(arguments.config, config_text(arguments.config), given)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

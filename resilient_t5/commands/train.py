@@ -3,15 +3,21 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
 from resilient_t5.commands.reference import write_commented
+from resilient_t5.commands.supervise import FLAG as SUPERVISE
+from resilient_t5.commands.supervise import supervise
 from resilient_t5.config import check_trainable
 from resilient_t5.errors import ExitCode
 
 DESCRIPTION = "Train a T5 or mT5 to restore damaged text; an interrupted run goes on where it stopped."
-FLAGS = (("--init", {"type": str, "default": None, "help": "write all settings, with comments, into this new file and stop"}),)
+FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--init", {"type": str, "default": None, "help": "write all settings, with comments, into this new file and stop"}),
+    (SUPERVISE, {"action": "store_true", "help": "start the run again when it is killed, as long as it gets further"}),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    arguments = parse_arguments(argv, "train", DESCRIPTION, FLAGS)
+    own = [argument for argument in argv if argument != SUPERVISE]
+    arguments = parse_arguments(own, "train", DESCRIPTION, FLAGS)
     if arguments.flags["init"] is not None:
         return _init(arguments)
     check_trainable(arguments.config)
+    if len(own) < len(argv):
+        return supervise(own, Path(arguments.config.run.dir))
     return _run(arguments)
 
 
@@ -41,3 +50,7 @@ def _run(arguments: Arguments) -> ExitCode:
 
     given = {key: (value, arguments.sources.get(key, "")) for key, value in differences(arguments.config).items()}
     return train_in_directory(arguments.config, config_text(arguments.config), given)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

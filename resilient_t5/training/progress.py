@@ -94,9 +94,10 @@ def train_line(row: Mapping[str, Any], total_updates: int, left: Left) -> str:
 def evaluation_line(row: Mapping[str, Any], is_best: bool) -> str:
     """The console line of an evaluation row."""
     mark = " (best)" if is_best else ""
+    best = "none so far" if row["best"] is None else f"{row['best']:.4f} at {row['best_update']}"
     return (
         f"eval   {row['update']:>6} loss {row['loss']:.4f}{mark} token accuracy {row['token_accuracy']:.3f}"
-        f" | best {row['best']:.4f} at {row['best_update']} | {readable(row['evaluation_s'])}"
+        f" | best {best} | {readable(row['evaluation_s'])}"
     )
 
 

@@ -43,7 +43,10 @@ def attack_mutants(server, folder):
 def interrupted(arena, number, mutant, more=()):
     """A run that got one signal in the middle of an update, and is not resumed yet."""
     name = f"half-{int(number)}-{mutant}".replace(" ", "-")
-    strike = ("tests.resume.placing:signal_at", {"place": "micro-batch", "number": int(number), "call": INTERRUPTED_CALLS[number]})
+    strike = (
+        "tests.resume.placing:signal_at",
+        {"place": "micro-batch", "number": int(number), "call": INTERRUPTED_CALLS[number]},
+    )
     status = arena.server.run(arena.argv(name), arena.console(name), [*more, *STORM, strike])
     assert status == -number, f"exit {status}: {arena.console(name).read_text()[-1500:]}"
     return arena.folder / name

@@ -31,7 +31,7 @@ def attack_nonfinite(server, folder, trials, seed):
     begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder, SHORT)
     clean = arena.finish("clean")
     best = json.loads((clean / "summary.json").read_text())["best"]
-    counts = {name: 0 for name in ("committed_non_finite", "best_not_finite", "wrong_outcome", "rows_without_raw_value")}
+    counts = dict.fromkeys(("committed_non_finite", "best_not_finite", "wrong_outcome", "rows_without_raw_value"), 0)
     places, bad = dict.fromkeys(PLACES, 0), []
     for trial in range(trials):
         place = PLACES[trial % len(PLACES)]
@@ -84,7 +84,9 @@ def outcome_is_right(spoil, status, rows, run, summary, clean_best):
         kept = spoil["update"] != 4 or summary["best"]["update"] < 12  # the clean run's best is its last evaluation
         return status == 0 and actions == [] and (summary["best"] == clean_best or not kept or spoil["update"] < 4)
     if spoil["updates"] == FOR_GOOD and spoil["update"] + 4 * 4 <= FOR_GOOD:
-        return status == 70 and actions.count("rolled back") == 3 and actions[-1] == "abort" and (run / "diagnosis.json").exists()
+        return (
+            status == 70 and actions.count("rolled back") == 3 and actions[-1] == "abort" and (run / "diagnosis.json").exists()
+        )
     if spoil["updates"] > 3 or spoil["place"] in ("parameter", "optimizer"):
         return status == 0 and actions.count("rolled back") == 1
     return status == 0 and actions == ["skip"] * spoil["updates"]

@@ -21,7 +21,7 @@ def signal_at(place, number, call=1, stamp=None, times=1):
         number: of the signal.
         call: counted from 1; with `place` "save" from the first byte of a checkpoint's file on.
         stamp: file that gets the moment on the monotonic clock, in seconds.
-        times: how many of them, one after the other.
+        times: how many of them, 20 ms apart.
     """
     counter = iter(range(1, 1 << 60))
 
@@ -32,6 +32,8 @@ def signal_at(place, number, call=1, stamp=None, times=1):
             Path(stamp).write_text(json.dumps(time.monotonic()))
         for _ in range(times):
             os.kill(os.getpid(), number)
+            if times > 1:  # two signals of one kind that come together are one
+                time.sleep(0.02)
         if number == signal.SIGKILL:
             time.sleep(10)
 
@@ -132,6 +134,71 @@ def fill_disk_from(call, free_again_after=None):
         return inner(self, path) if asked[0] < call or over else 0
 
     FileSystem.free_bytes = free_bytes
+
+
+def ignore_hangup():
+    """What nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def hang_at_write(call):
+    """Write number `call` of a checkpoint never comes back."""
+    from resilient_t5.checkpoint.fsops import FileSystem
+
+    counter = iter(range(1, 1 << 60))
+    before(FileSystem, "write", lambda *_: time.sleep(3600) if next(counter) == call else None)
+
+
+def lose_device(call):
+    """Micro-batch number `call` finds that the device is gone."""
+    import torch
+
+    from resilient_t5.training.update import Updater
+
+    counter = iter(range(1, 1 << 60))
+
+    def fail(*arguments):
+        if next(counter) == call:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore of it")
+
+    before(Updater, "accumulate", fail)
+
+
+def sleep_machine(call, device):
+    """At look number `call` the clock says that the machine slept for an hour; the run takes its device for `device`."""
+    import torch
+
+    from resilient_t5.training import recovery
+
+    inner, counter = recovery.slept_s, iter(range(1, 1 << 60))
+    recovery.slept_s = lambda: inner() + (3600.0 if next(counter) >= call else 0.0)
+    look = recovery.notice_suspend
+
+    def notice_suspend(run):
+        own, run.device = run.device, torch.device(device)
+        try:
+            look(run)
+        finally:
+            run.device = own
+
+    from resilient_t5.training import loop
+
+    loop.notice_suspend = notice_suspend
+
+
+def kill_after_rollback():
+    """SIGKILL as soon as a rollback is committed."""
+    from resilient_t5.checkpoint.vault import Vault
+
+    inner = Vault.save
+
+    def save(self, parts, *, best):
+        committed = inner(self, parts, best=best)
+        if parts.reason == "rollback":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return committed
+
+    Vault.save = save
 
 
 def spoil(place, update=6, value="nan", updates=1):
@@ -240,7 +307,9 @@ def _spoil_ignored(attempts, number):
 
 
 def _spoil_range(attempts, number):
-    _spoil_batch(attempts, lambda batch: {"source_BS": batch.source_BS + (1 << 20) * (batch.source_BS == batch.source_BS.max())})
+    _spoil_batch(
+        attempts, lambda batch: {"source_BS": batch.source_BS + (1 << 20) * (batch.source_BS == batch.source_BS.max())}
+    )
 
 
 def _current_attempt():

@@ -1,0 +1,47 @@
+"""bin/checkpoints: what a run has on disk, and whether every byte of it is still what was written. It changes nothing."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from resilient_t5.commands.failure import reported
+from resilient_t5.errors import ExitCode, NoValidCheckpoint
+
+DESCRIPTION = "List the checkpoints of a run, newest first; --verify reads every byte and compares it with its sha256."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `bin/checkpoints` and return its exit code: 0, or 66 when a checkpoint is damaged or there is none."""
+    parser = argparse.ArgumentParser(prog="bin/checkpoints", description=DESCRIPTION)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--verify", action="store_true", help="read and check every byte, not only manifests and sizes")
+    arguments = parser.parse_args(argv)
+    return reported(lambda: _list(arguments.run, arguments.verify))
+
+
+def _list(run: Path, verify: bool) -> int:
+    # Imported late: torch takes seconds, and --help must not wait for it.
+    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.checkpoint.manifest import Damaged, parse_name
+    from resilient_t5.checkpoint.reading import read_directory, read_stored
+
+    directory, fs, damaged = run / "checkpoints", FileSystem(), 0
+    numbered = [(key[1], name) for name in fs.names(directory) if (key := parse_name(name)) is not None]
+    names = [name for _, name in sorted(numbered, reverse=True)]
+    if not names:
+        raise NoValidCheckpoint(f"{run} holds no checkpoint", where=str(directory), mend="Name the run directory")
+    for name in names:
+        try:
+            manifest, _ = read_stored(fs, directory / name, None)
+            if verify:
+                read_directory(fs, directory / name, None)
+            metric = "" if manifest.metric is None else f" | loss {manifest.metric:.4f}"
+            marks = f"{'  best' if manifest.is_best else ''}{'' if manifest.healthy else '  not healthy'}"
+            state = "whole" if verify else "sizes right"
+            size = f"{manifest.bytes / 2**20:.1f} MiB"
+            sys.stdout.write(f"{name}  {manifest.reason:<8} {manifest.created}  {size}  {state}{metric}{marks}\n")
+        except Damaged as damage:
+            damaged += 1
+            sys.stdout.write(f"{name}  DAMAGED  {damage}\n")
+    return int(ExitCode.NO_VALID_CHECKPOINT if damaged else ExitCode.OK)

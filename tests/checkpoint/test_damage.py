@@ -113,7 +113,7 @@ def base(scratch):
     return scratch / "base"
 
 
-def test_every_damage_to_the_newest_checkpoint_is_found_and_the_older_one_loads(base, scratch):
+def test_every_damage_to_the_newest_checkpoint_is_found_and_the_older_one_loads(base, scratch, record_property):
     """All of them, with one extra load at most, one entry in quarantine, and nothing deleted."""
     draw = random.Random(11)
     for number in range(DAMAGES):
@@ -129,6 +129,7 @@ def test_every_damage_to_the_newest_checkpoint_is_found_and_the_older_one_loads(
         assert len(quarantined) == 1 and len(live_names(directory)) == 2
         assert quarantined[0].name.endswith("." + events[0][1]["reason"])
         shutil.rmtree(directory)
+    record_property("trials", DAMAGES)
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(base, scratch):

@@ -144,9 +144,18 @@ def act(run, action, value, flag):
             os.utime(path, (10**9 + value, 10**9 + value))
 
 
+@pytest.fixture
+def tried(record_property):
+    """One entry for every run that was tried; hypothesis decides how many those are."""
+    runs = []
+    yield runs
+    record_property("trials", len(runs))
+    record_property("actions", sum(runs))
+
+
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(keep_last=st.integers(2, 4), actions=st.lists(ACTIONS, min_size=3, max_size=9))
-def test_retention_keeps_what_it_promises_whatever_happens(keep_last, actions):
+def test_retention_keeps_what_it_promises_whatever_happens(tried, keep_last, actions):
     """Best on disk, enough whole ones, newest and newest healthy never deleted, the count bounded; after every action."""
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place) as directory:
@@ -154,6 +163,7 @@ def test_retention_keeps_what_it_promises_whatever_happens(keep_last, actions):
         for action in actions:
             act(run, *action)
             run.check()
+    tried.append(len(actions))
 
 
 def test_the_checkpoint_that_was_resumed_from_stays_until_two_newer_are_committed(scratch):

@@ -60,7 +60,7 @@ def count_calls(base, work):
 
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["once", "for good"])
-def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_on):
+def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_on, record_property):
     """The save raises an error that names the errno, or has committed; older ones are whole; a later save works."""
     calls, refused, committed = count_calls(base, scratch / "work"), 0, 0
     for at, (_, operation) in enumerate(calls):
@@ -85,15 +85,17 @@ def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_
             shutil.rmtree(directory)
     assert refused > 80
     assert committed > 40
+    record_property("trials", refused + committed)
 
 
-def test_no_error_at_any_call_of_a_start_deletes_anything(base, scratch):
+def test_no_error_at_any_call_of_a_start_deletes_anything(base, scratch, record_property):
     """A start loads a checkpoint or says why not; what it could not read is at most in quarantine."""
     shutil.copytree(base, scratch / "work")
     counted = FailingHook(None, 0)
     make_vault(scratch / "work", fs=FileSystem(counted)).load_newest()
+    codes = (*CODES, errno.EACCES, errno.EMFILE)
     for at in range(len(counted.operations)):
-        for code in (*CODES, errno.EACCES, errno.EMFILE):
+        for code in codes:
             directory = scratch / "run"
             shutil.copytree(base, directory)
             try:
@@ -107,6 +109,7 @@ def test_no_error_at_any_call_of_a_start_deletes_anything(base, scratch):
             if code in (errno.EACCES, errno.EMFILE, errno.EROFS, errno.ENOSPC):
                 assert not (directory / "checkpoints" / "quarantine").exists(), "an innocent checkpoint was condemned"
             shutil.rmtree(directory)
+    record_property("trials", len(counted.operations) * len(codes))
 
 
 def test_an_error_leaves_no_descriptor_open(base):

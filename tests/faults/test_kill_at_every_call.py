@@ -58,7 +58,7 @@ def three_committed(directory):
     return directory
 
 
-def kill_at_each(action, base, scratch):
+def kill_at_each(action, base, scratch, record_property):
     """Yield (moment number, directory, what the child acknowledged) for a kill at every moment of `action`."""
     shutil.copytree(base, scratch / "counted")
     moments = count_moments(action, scratch / "counted")
@@ -70,11 +70,13 @@ def kill_at_each(action, base, scratch):
         yield at, directory, acknowledged
         shutil.rmtree(directory)
     assert moments > 30
+    record_property("trials", moments)
 
 
-def test_a_kill_at_any_call_of_a_save_leaves_only_whole_checkpoints(scratch):
+def test_a_kill_at_any_call_of_a_save_leaves_only_whole_checkpoints(scratch, record_property):
     """No live name holds a part, no older checkpoint that retention keeps is lost, and the run goes on."""
-    for at, directory, acknowledged in kill_at_each(save_the_next, three_committed(scratch / "base"), scratch):
+    base = three_committed(scratch / "base")
+    for at, directory, acknowledged in kill_at_each(save_the_next, base, scratch, record_property):
         assert set(valid_updates(directory).values()) >= {3}, f"moment {at}"
         assert len(valid_updates(directory)) >= 2
         vault = make_vault(directory)
@@ -87,11 +89,11 @@ def test_a_kill_at_any_call_of_a_save_leaves_only_whole_checkpoints(scratch):
         assert is_exactly(make_vault(directory).load_newest(), 5)
 
 
-def test_a_kill_at_any_call_of_the_first_save_leaves_a_run_that_can_start(scratch):
+def test_a_kill_at_any_call_of_the_first_save_leaves_a_run_that_can_start(scratch, record_property):
     """There is the first checkpoint or none at all, never an error and never a part."""
     (scratch / "base").mkdir()
     outcomes = set()
-    for _, directory, acknowledged in kill_at_each(save_the_first, scratch / "base", scratch):
+    for _, directory, acknowledged in kill_at_each(save_the_first, scratch / "base", scratch, record_property):
         vault = make_vault(directory / "new" / "run")
         vault.sweep()
         loaded = vault.load_newest()
@@ -104,12 +106,12 @@ def test_a_kill_at_any_call_of_the_first_save_leaves_a_run_that_can_start(scratc
 
 
 @pytest.mark.parametrize("damaged_file", ["model.safetensors", "MANIFEST.json"])
-def test_a_kill_at_any_call_of_a_recovery_leaves_a_run_that_recovers(scratch, damaged_file):
+def test_a_kill_at_any_call_of_a_recovery_leaves_a_run_that_recovers(scratch, damaged_file, record_property):
     """Quarantine and sweep may die anywhere: the next start falls back to the same checkpoint."""
     base = three_committed(scratch / "base")
     newest = base / "checkpoints" / live_names(base)[-1] / damaged_file
     newest.write_bytes(newest.read_bytes()[:-1])
-    for _, directory, acknowledged in kill_at_each(recover, base, scratch):
+    for _, directory, acknowledged in kill_at_each(recover, base, scratch, record_property):
         vault = make_vault(directory)
         vault.sweep()
         assert leftovers(directory) == []

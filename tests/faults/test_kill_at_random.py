@@ -48,7 +48,7 @@ def start(directory, background):
     return pid, reading
 
 
-def test_no_kill_loses_an_acknowledged_save_or_leaves_a_part(scratch):
+def test_no_kill_loses_an_acknowledged_save_or_leaves_a_part(scratch, record_property):
     """After each kill every live checkpoint is whole, none that was acknowledged is lost, and the next process goes on."""
     draw, acknowledged, saves = random.Random(5), 0, 0
     for kill in range(KILLS):
@@ -68,6 +68,7 @@ def test_no_kill_loses_an_acknowledged_save_or_leaves_a_part(scratch):
         assert len(found) >= 3
         best = max(found.values()) // 3 * 3
         assert best in found.values() or best == 0, "the best is gone"
-    print(f"{KILLS} kills, {saves} saves acknowledged, 0 lost")
     make_vault(scratch / "run").sweep()
     assert leftovers(scratch / "run") == []
+    record_property("trials", KILLS)
+    record_property("saves_acknowledged", saves)

@@ -118,17 +118,17 @@ def three_saved(scratch):
 
 
 @pytest.mark.parametrize(("model", "fewest"), [("journal", 100), ("weak", 300)])
-def test_no_power_loss_during_two_saves_loses_or_mixes_anything(three_saved, scratch, model, fewest):
+def test_no_power_loss_during_two_saves_loses_or_mixes_anything(three_saved, scratch, model, fewest, record_property):
     """In every state: the acknowledged checkpoint loads exactly, live names are whole, and the pointers hold."""
     calls = recorded(three_saved, scratch / "work", action=save_twice)
     total, bad, complaint = count_bad(three_saved, calls, model, scratch, saved=3)
-    print(f"{model}: {total} states, {bad} bad")
     assert bad == 0, complaint
     assert total > fewest
+    record_property("trials", total)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_power_loss_during_a_start_with_quarantine_loses_anything(three_saved, scratch, model):
+def test_no_power_loss_during_a_start_with_quarantine_loses_anything(three_saved, scratch, model, record_property):
     """The damaged newest checkpoint is in the way or in quarantine; the older one and then the new one load."""
     newest = three_saved / "checkpoints" / live_names(three_saved)[-1] / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
@@ -144,20 +144,20 @@ def test_no_power_loss_during_a_start_with_quarantine_loses_anything(three_saved
         if loaded.q < acknowledged or loaded.q == 3 or not is_exactly(loaded, loaded.update):
             bad.append(acknowledged)
         shutil.rmtree(directory)
-    print(f"{model}: {total} states, {len(bad)} bad")
     assert bad == []
     assert total > 60
+    record_property("trials", total)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_power_loss_during_the_first_save_prevents_a_start(scratch, model):
+def test_no_power_loss_during_the_first_save_prevents_a_start(scratch, model, record_property):
     """Before the acknowledgement there may be nothing; after it there is the first checkpoint."""
     base = scratch / "base"
     base.mkdir()
     total, bad, complaint = count_bad(base, recorded(base, scratch / "work"), model, scratch, saved=0)
-    print(f"{model}: {total} states, {bad} bad")
     assert bad == 0, complaint
     assert total > 50
+    record_property("trials", total)
 
 
 class WithoutFsync(FileSystem):
@@ -287,16 +287,16 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize(("mutant", "words"), MUTANTS.items(), ids=lambda item: getattr(item, "__name__", ""))
-def test_a_protocol_that_leaves_one_thing_out_is_caught(three_saved, scratch, monkeypatch, mutant, words):
+def test_a_protocol_that_leaves_one_thing_out_is_caught(three_saved, scratch, monkeypatch, mutant, words, record_property):
     """At least one state of each mutant does the damage that the left-out thing prevents."""
     kind, kind_of_fs = mutant(monkeypatch)
     calls = recorded(three_saved, scratch / "work", kind, kind_of_fs)
     total, _, complaint = count_bad(three_saved, calls, "weak", scratch, saved=3, stop_at=words)
-    print(f"{mutant.__name__}: caught at state {total}: {complaint}")
-    assert words in complaint
+    assert words in complaint, f"{mutant.__name__}: {total} states, {complaint}"
+    record_property("mutants_caught", 1)
 
 
-def test_a_first_save_without_fsync_of_the_run_directory_is_caught(scratch):
+def test_a_first_save_without_fsync_of_the_run_directory_is_caught(scratch, record_property):
     """The directory `checkpoints` itself must be durable before the first acknowledgement."""
     base = scratch / "base"
     base.mkdir()
@@ -308,10 +308,12 @@ def test_a_first_save_without_fsync_of_the_run_directory_is_caught(scratch):
     calls = recorded(base, scratch / "work", kind_of_fs=Mutant)
     assert any(call[0] == "make_directory" for call in calls)
     assert "lost" in count_bad(base, calls, "weak", scratch, saved=0, stop_at="lost")[2]
+    record_property("mutants_caught", 1)
 
 
-def test_without_any_fsync_even_an_ordered_journal_loses_an_acknowledged_save(three_saved, scratch, monkeypatch):
+def test_without_any_fsync_even_an_ordered_journal_loses_an_acknowledged_save(three_saved, scratch, record_property):
     """The stronger of the two models can fail as well."""
     mutant = type("Mutant", (FileSystem,), {"fsync": lambda s, f: None, "fsync_directory": lambda s, p: None})
     calls = recorded(three_saved, scratch / "work", kind_of_fs=mutant)
     assert "lost" in count_bad(three_saved, calls, "journal", scratch, saved=3, stop_at="lost")[2]
+    record_property("mutants_caught", 1)

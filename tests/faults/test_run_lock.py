@@ -39,7 +39,7 @@ def start_together(directory, ready):
     return pid, reading
 
 
-def test_of_eight_starters_exactly_one_wins(scratch):
+def test_of_eight_starters_exactly_one_wins(scratch, record_property):
     """In every round one process holds the lock, seven leave with 69, and kill -9 of the winner frees it."""
     for number in range(ROUNDS):
         directory = scratch / f"run-{number}"
@@ -59,6 +59,7 @@ def test_of_eight_starters_exactly_one_wins(scratch):
             assert lock.is_exclusive
         for descriptor in (ready, go, *(reading for _, reading in started)):
             os.close(descriptor)
+    record_property("trials", ROUNDS)
 
 
 def test_a_forked_worker_does_not_keep_the_run_held(scratch):

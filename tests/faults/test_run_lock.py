@@ -68,11 +68,11 @@ def test_a_forked_worker_does_not_keep_the_run_held(scratch):
     holder = os.fork()
     if holder == 0:
         with RunLock(scratch):
-            worker = os.fork()
-            if worker == 0:
+            if os.fork() == 0:
+                # Told by the worker itself: until it has run for the first time its copy of the lock counts.
+                os.write(writing, b"%d" % os.getpid())
                 time.sleep(30)
                 os._exit(0)
-            os.write(writing, b"%d" % worker)
             time.sleep(30)
         os._exit(0)
     worker = int(os.read(reading, 20))

@@ -1,0 +1,354 @@
+"""Five ways to save a training run after every update, each with its own documented calls, for benchmarks/crash.py.
+
+All of them train the same thing: a T5 of 0.3 million parameters whose gradient is one everywhere, under AdamW, with torch's
+random state set anew by every update. So the whole state is a function of the update number, and one sha256 over weights,
+optimizer and random state tells after a resume whether it is the state of the update that the system says it is.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import accelerate
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.utils import ProjectConfiguration
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, TrainerCallback
+
+from resilient_t5.checkpoint import rng
+from resilient_t5.checkpoint.lock import RunLock
+from resilient_t5.checkpoint.vault import Loaded, Parts, Vault
+from resilient_t5.checkpoint.writer import Writer
+from resilient_t5.config import CheckpointConfig
+from resilient_t5.model.optim import load_named_state, named_state
+from resilient_t5.training.saving import model_tensors, put_model_tensors
+
+RUN_ID = "0" * 32
+FOREVER = 10**9
+
+Acknowledge = Callable[[int], None]
+Found = tuple[int, str]
+"""What a resume came back with: the update that the system names, and the digest of the state."""
+
+
+class Subject:
+    """The model and its optimizer; `train_once` is one update."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=1024, d_model=96, d_kv=16, d_ff=192, num_layers=2, num_heads=4)
+        self.model = T5ForConditionalGeneration(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def train_once(self, update: int) -> None:
+        """Do update number `update`, counted from one."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch.manual_seed(update)
+
+    def digest(self) -> str:
+        """Sha256 over weights, optimizer state and torch's random state."""
+        digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+            for key, value in sorted(self.optimizer.state[parameter].items()):
+                digest.update(key.encode() + value.detach().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def reference_digests(updates: int) -> list[str]:
+    """The digest after each update from 1 on."""
+    subject, digests = Subject(), []
+    for update in range(1, updates + 1):
+        subject.train_once(update)
+        digests.append(subject.digest())
+    return digests
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to save.
+
+    `train(directory, acknowledge, saves)` saves after every update and acknowledges it once the save call came back;
+    `resume(directory, path)` is a new process' resume call, on what the system finds itself when `path` is None, or on the
+    checkpoint `path`; `checkpoints(directory)` lists what is there, oldest first.
+    """
+
+    name: str
+    how: str
+    train: Callable[[Path, Acknowledge, int], None]
+    resume: Callable[[Path, Path | None], Found]
+    checkpoints: Callable[[Path], list[Path]]
+
+
+def numbered(directory: Path, pattern: str) -> list[Path]:
+    """Entries whose name matches, by the last number in it."""
+    found = [path for path in directory.glob("*") if re.fullmatch(pattern, path.name)]
+    return sorted(found, key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
+
+
+# resilient_t5: what bin/train does around its loop, and the parts that it captures
+
+
+def ours_vault(directory: Path, keep_last: int) -> Vault:
+    """The run's vault; events go nowhere."""
+    settings = CheckpointConfig(keep_last=keep_last)
+    return Vault(directory, run_id=RUN_ID, settings=settings, audit=lambda event, fields: None)
+
+
+def train_ours(directory: Path, acknowledge: Acknowledge, saves: int) -> None:
+    subject = Subject()
+    with RunLock(directory):
+        vault = ours_vault(directory, 3)
+        vault.sweep()
+        writer = Writer(vault, background=True)
+        for update in range(1, saves + 1):
+            subject.train_once(update)
+            writer.submit(ours_parts(subject, update), best=False, must=True)
+            for committed in writer.drain():
+                acknowledge(committed.update)
+
+
+def ours_parts(subject: Subject, update: int) -> Parts:
+    optimizer_tensors, optimizer_values = named_state(subject.optimizer, subject.model)
+    random_tensors, random_values = rng.capture()
+    return Parts(
+        update=update,
+        tensors={"model": model_tensors(subject.model), "optimizer": optimizer_tensors, "rng": random_tensors},
+        state={"optimizer": optimizer_values, "rng": random_values},
+        reason="periodic",
+        health={"finite": True},
+        fingerprints={},
+    )
+
+
+def resume_ours(directory: Path, path: Path | None) -> Found:
+    subject = Subject()
+    with RunLock(directory), torch.no_grad():
+        vault = ours_vault(directory, 3)
+        vault.sweep()
+        loaded: Loaded | None = vault.load_newest() if path is None else vault.load(path.name)
+        if loaded is None:
+            raise FileNotFoundError("no checkpoint")
+        put_model_tensors(subject.model, loaded.tensors["model"])
+        load_named_state(subject.optimizer, subject.model, loaded.tensors["optimizer"], loaded.state["optimizer"])
+        rng.restore(loaded.tensors["rng"], loaded.state["rng"])
+    return loaded.update, subject.digest()
+
+
+# torch.save over one file
+
+
+def train_torch_save(directory: Path, acknowledge: Acknowledge, saves: int) -> None:
+    subject = Subject()
+    for update in range(1, saves + 1):
+        subject.train_once(update)
+        state = {"model": subject.model.state_dict(), "optimizer": subject.optimizer.state_dict(), "update": update}
+        torch.save({**state, "rng": torch.get_rng_state()}, directory / "state.pt")
+        acknowledge(update)
+
+
+def resume_torch_save(directory: Path, path: Path | None) -> Found:
+    subject = Subject()
+    state = torch.load(path or directory / "state.pt")
+    subject.model.load_state_dict(state["model"])
+    subject.optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["update"], subject.digest()
+
+
+# Accelerate: save_state and load_state with automatic naming
+
+
+class Counter:
+    """The update number, registered for checkpointing."""
+
+    def __init__(self) -> None:
+        self.update = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"update": self.update}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.update = state["update"]
+
+
+def prepared(directory: Path, total_limit: int) -> tuple[Subject, accelerate.Accelerator, Counter]:
+    """Everything handed to Accelerate as its guide on checkpoints does."""
+    subject, counter = Subject(), Counter()
+    project = ProjectConfiguration(str(directory), automatic_checkpoint_naming=True, total_limit=total_limit)
+    accelerator = accelerate.Accelerator(cpu=True, project_config=project)
+    accelerator.prepare(subject.model, subject.optimizer)
+    accelerator.register_for_checkpointing(counter)
+    return subject, accelerator, counter
+
+
+def train_accelerate(directory: Path, acknowledge: Acknowledge, saves: int, total_limit: int) -> None:
+    subject, accelerator, counter = prepared(directory, total_limit)
+    for update in range(1, saves + 1):
+        subject.train_once(update)
+        counter.update = update
+        accelerator.save_state()
+        acknowledge(update)
+
+
+def resume_accelerate(directory: Path, path: Path | None) -> Found:
+    subject, accelerator, counter = prepared(directory, 3)
+    accelerator.load_state(None if path is None else str(path))
+    return counter.update, subject.digest()
+
+
+# Seq2SeqTrainer: save_steps=1 and resume_from_checkpoint
+
+
+class OnesTrainer(Seq2SeqTrainer):
+    """A Seq2SeqTrainer whose loss has the gradient one everywhere."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return sum(parameter.sum() for parameter in model.parameters())
+
+
+class Tell(TrainerCallback):
+    """Sets the random state like `train_once`; acknowledges saves; calls `begun` before the first update after a start."""
+
+    def __init__(self, acknowledge: Acknowledge | None, begun: Callable[[int], None] | None):
+        self.acknowledge, self.begun = acknowledge, begun
+
+    def on_step_begin(self, args, state, control, **more):
+        if self.begun is not None:
+            self.begun(state.global_step)
+
+    def on_step_end(self, args, state, control, **more):
+        torch.manual_seed(state.global_step)
+
+    def on_save(self, args, state, control, **more):
+        if self.acknowledge is not None:
+            self.acknowledge(state.global_step)
+
+
+def make_trainer(directory: Path, saves: int, total_limit: int, tell: Tell) -> tuple[Subject, OnesTrainer]:
+    subject = Subject()
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(directory),
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=total_limit,
+        max_steps=saves,
+        per_device_train_batch_size=1,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    examples = [{"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([5, 1])}] * 1000
+    constant = torch.optim.lr_scheduler.LambdaLR(subject.optimizer, lambda update: 1.0)
+    optimizers = (subject.optimizer, constant)
+    return subject, OnesTrainer(subject.model, arguments, train_dataset=examples, optimizers=optimizers, callbacks=[tell])
+
+
+def train_trainer(directory: Path, acknowledge: Acknowledge, saves: int, total_limit: int) -> None:
+    make_trainer(directory, saves, total_limit, Tell(acknowledge, None))[1].train()
+
+
+class Resumed(Exception):
+    """The trainer is about to do its first update; what was found is known."""
+
+
+def resume_trainer(directory: Path, path: Path | None) -> Found:
+    found: list[Found] = []
+
+    def begun(update: int) -> None:
+        found.append((update, subject.digest()))
+        raise Resumed
+
+    subject, trainer = make_trainer(directory, FOREVER, 3, Tell(None, begun))
+    with contextlib.suppress(Resumed):
+        trainer.train(resume_from_checkpoint=True if path is None else str(path))
+    return found[0]
+
+
+# torch.distributed.checkpoint: a folder for each save, the newest that has its .metadata counts (the rule of torchtitan)
+
+
+def dcp_state(subject: Subject, update: int) -> dict:
+    model, optimizer = get_state_dict(subject.model, subject.optimizer)
+    return {"model": model, "optimizer": optimizer, "update": update, "rng": torch.get_rng_state()}
+
+
+def train_dcp(directory: Path, acknowledge: Acknowledge, saves: int) -> None:
+    subject = Subject()
+    for update in range(1, saves + 1):
+        subject.train_once(update)
+        dcp.save(dcp_state(subject, update), checkpoint_id=str(directory / f"step-{update}"))
+        acknowledge(update)
+        for old in numbered(directory, r"step-\d+")[:-3]:
+            shutil.rmtree(old)
+
+
+def resume_dcp(directory: Path, path: Path | None) -> Found:
+    subject = Subject()
+    if path is None:
+        path = [folder for folder in numbered(directory, r"step-\d+") if (folder / ".metadata").exists()][-1]
+    state = dcp_state(subject, 0)
+    dcp.load(state, checkpoint_id=str(path))
+    set_state_dict(subject.model, subject.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["update"], subject.digest()
+
+
+def accelerate_with(limit: int) -> System:
+    return System(
+        f"accelerate_limit_{limit}",
+        f"Accelerator.save_state, total_limit={limit}; load_state()",
+        lambda directory, acknowledge, saves: train_accelerate(directory, acknowledge, saves, limit),
+        resume_accelerate,
+        lambda directory: numbered(directory / "checkpoints", r"checkpoint_\d+"),
+    )
+
+
+def trainer_with(limit: int) -> System:
+    return System(
+        f"seq2seq_trainer_limit_{limit}",
+        f"Seq2SeqTrainer, save_steps=1, save_total_limit={limit}; resume_from_checkpoint=True",
+        lambda directory, acknowledge, saves: train_trainer(directory, acknowledge, saves, limit),
+        resume_trainer,
+        lambda directory: numbered(directory, r"checkpoint-\d+"),
+    )
+
+
+SYSTEMS = (
+    System(
+        "resilient_t5",
+        "lock, sweep, vault and background writer as bin/train uses them, keep_last=3; load_newest",
+        train_ours,
+        resume_ours,
+        lambda directory: numbered(directory / "checkpoints", r"u\d+-\d+"),
+    ),
+    System(
+        "torch_save",
+        "torch.save over one file; torch.load",
+        train_torch_save,
+        resume_torch_save,
+        lambda directory: [path for path in [directory / "state.pt"] if path.exists()],
+    ),
+    accelerate_with(1),
+    accelerate_with(3),
+    trainer_with(1),
+    trainer_with(3),
+    System(
+        "dcp_folders",
+        "torch.distributed.checkpoint, a folder a save, last 3 kept; newest with .metadata, dcp.load",
+        train_dcp,
+        resume_dcp,
+        lambda directory: numbered(directory, r"step-\d+"),
+    ),
+)

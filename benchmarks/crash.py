@@ -16,6 +16,8 @@ removed; then the same resume call. Bad is
 Where it raises and there is nothing older, that is counted apart. Damage that changes nothing of what was trained
 (a file that the resume does not need) is no fault, and neither is an older state that is whole.
 
+The file is written after each system and keeps what it held of the others: a table can be made in pieces.
+
 Everything lies in memory (/dev/shm) where there is such a place: a kill does not care, and a benchmark does not wear a disk.
 The last line is JSON. How each system is called: benchmarks/crash_systems.py.
 """
@@ -232,7 +234,7 @@ def main() -> int:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "in_memory": os.access(MEMORY, os.W_OK),
-        "systems": {},
+        "systems": json.loads(options.json.read_text())["systems"] if options.json and options.json.exists() else {},
     }
     judge = Judge(call(lambda: reference_digests(DIGESTS)))
     with tempfile.TemporaryDirectory(dir=MEMORY if result["in_memory"] else None) as folder:
@@ -245,10 +247,9 @@ def main() -> int:
             words = "  ".join(f"{kind} {found['bad']:>3}" for kind, found in damages.items())
             sys.stdout.write(f"{system.name:>24}  kills {kills['bad']:>3} of {kills['trials']} bad  | {words}  bad\n")
             sys.stdout.flush()
-    line = json.dumps(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(line + "\n")
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

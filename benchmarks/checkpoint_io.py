@@ -78,7 +78,8 @@ def open_run(directory: Path) -> Run:
     audit = AuditTrail()
     vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
     store = prepare(config, directory.parent / "store")
-    return build_run(config, store, vault, None, audit=audit, display=Display("quiet", directory / "train.log"))
+    display = Display("quiet", directory / "train.log")
+    return build_run(config, store, vault, None, audit=audit, display=display, claim=lambda: None)
 
 
 def block(run: Run, saves: bool) -> dict[str, float]:

@@ -63,8 +63,8 @@ def load_named_state(
 ) -> None:
     """Put a state from `named_state` into an optimizer that was built the same way; every dtype stays as it was saved.
 
-    torch's own loading casts the state to the dtype of the parameter; this copies. The learning rate is not restored:
-    it is a function of the update.
+    torch's own loading casts the state to the dtype of the parameter; this does not. A tensor that lies where the optimizer
+    wants it becomes the optimizer's own, without a copy. The learning rate is not restored: it is a function of the update.
 
     Raises:
         ResumeMismatch: another optimizer, other groups or parameters, or a tensor of the wrong shape.
@@ -84,7 +84,7 @@ def load_named_state(
             raise ResumeMismatch("the optimizer state does not fit the model", where=name, mend=mend)
         # A scalar lies where its optimizer wants it: fused kernels count on the device, everything else on the CPU.
         stays = tensor.ndim == 0 and not _is_fused(optimizer)
-        state.setdefault(parameter, {})[key] = tensor.detach().clone().to("cpu" if stays else parameter.device)
+        state.setdefault(parameter, {})[key] = tensor.detach().to("cpu" if stays else parameter.device)
     optimizer.state.clear()
     optimizer.state.update(state)
 

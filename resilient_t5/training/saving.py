@@ -131,7 +131,7 @@ class Saver:
         )
 
     def restore(self, loaded: Loaded) -> RunState:
-        """Put `loaded` into the parts; returns the counters.
+        """Put `loaded` into the parts and take its model and optimizer tensors away; returns the counters.
 
         Raises:
             ResumeMismatch: the checkpoint belongs to other settings, other data or another model; every key is named.
@@ -147,8 +147,9 @@ class Saver:
                 mend="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
             )
         updater, scaler = self.updater, self.updater.accelerator.scaler
-        put_model_tensors(updater.model, loaded.tensors["model"])
-        load_named_state(updater.optimizer, updater.model, loaded.tensors["optimizer"], loaded.state["optimizer"])
+        # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
+        put_model_tensors(updater.model, loaded.tensors.pop("model"))
+        load_named_state(updater.optimizer, updater.model, loaded.tensors.pop("optimizer"), loaded.state["optimizer"])
         one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
         if scaler is not None and loaded.state["scaler"] is not None:
             scaler.load_state_dict(loaded.state["scaler"])

@@ -91,7 +91,7 @@ def test_the_state_keeps_its_dtype_when_parameters_are_bf16(name, make_model, ma
     assert loaded.keys() == tensors.keys()
     for key, value in tensors.items():
         assert (loaded[key].dtype, torch.equal(loaded[key], value)) == (value.dtype, True), key
-        assert loaded[key].data_ptr() != value.data_ptr()
+        assert loaded[key].data_ptr() == value.data_ptr()  # a copy would double the memory of a resume
 
 
 def test_names_of_the_state_are_those_of_the_parameters(make_model, make_examples, collate):

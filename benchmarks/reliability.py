@@ -87,6 +87,32 @@ ATTACKS = (
         ("tests/faults/test_disk_errors.py",),
     ),
     Attack(
+        "R7",
+        "exact resume under random SIGKILL, SIGTERM and SIGINT: dropout, accumulation, readers 0 and 2, AdamW and Adafactor",
+        "runs",
+        "weights, optimizer, metric rows and order of every run identical by sha256",
+        ("tests/resume/test_exact.py::test_no_interruption_changes_a_run",),
+        "RESILIENT_T5_RUNS",
+        200,
+        {"RESILIENT_T5_INTERRUPTIONS": "10"},
+    ),
+    Attack(
+        "R9",
+        "one item of the state left out at a time",
+        "mutants",
+        "at least 15 of 16 caught",
+        ("tests/resume/test_state_is_complete.py",),
+    ),
+    Attack(
+        "R10",
+        "signal to exit, in every phase",
+        "signals",
+        "p99 within a micro-batch, the write and 0.1 s; the right code; all saved; no hang",
+        ("tests/resume/test_exits.py::test_a_signal_in_any_phase_ends_the_run_at_once_and_saved",),
+        "RESILIENT_T5_EXITS",
+        1_000,
+    ),
+    Attack(
         "R12",
         "retention under random saves, NaN metrics, crashes, damage, resumes, clock jumps",
         "runs",
@@ -103,6 +129,15 @@ ATTACKS = (
         ("tests/faults/test_run_lock.py",),
         "RESILIENT_T5_STARTS",
         200,
+    ),
+    Attack(
+        "R17",
+        "values that are not finite in loss, gradient, parameter, optimizer state, metric; labels all ignored, ids out of range",
+        "injections",
+        "none committed, the best unchanged, skip, roll back and give up as specified",
+        ("tests/resume/test_nonfinite.py",),
+        "RESILIENT_T5_NAN",
+        500,
     ),
 )
 

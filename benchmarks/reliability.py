@@ -132,7 +132,7 @@ ATTACKS = (
     ),
     Attack(
         "R17",
-        "values that are not finite in loss, gradient, parameter, optimizer state, metric; labels all ignored, ids out of range",
+        "NaN and infinity in loss, gradient, parameter, optimizer, metric; labels all ignored, ids out of range",
         "injections",
         "none committed, the best unchanged, skip, roll back and give up as specified",
         ("tests/resume/test_nonfinite.py",),

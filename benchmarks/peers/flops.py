@@ -1,0 +1,54 @@
+"""Floating-point operations that one micro-batch of a T5 costs, from its shapes; a multiply-add counts as two.
+
+Only matrix products count, as in torch's FlopCounterMode, which tests/benchmarks/test_flops.py holds these formulas
+against. Padding, recomputed activations and recomputed logits are counted, because they are computed.
+
+Symbols of the formulas: B examples, S source and T target positions with padding, N positions that reach the head,
+V vocabulary rows, R rows of a block; d width, f feed-forward width, i = heads x width of a head, L layers of a stack.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MicroShape:
+    """The shape of one micro-batch as it was computed."""
+
+    examples: int
+    source: int
+    """S"""
+    target: int
+    """T"""
+    head: int
+    """N: every target position where whole logits are made, the labels alone where they are not."""
+
+
+def stack_flops(config: Any, shape: MicroShape) -> int:
+    """Forward pass of encoder and decoder.
+
+    Args:
+        config: a T5Config or MT5Config.
+        shape: the micro-batch.
+    """
+    d, f, i = config.d_model, config.d_ff, config.num_heads * config.d_kv
+    feed = (3 if config.is_gated_act else 2) * d * f
+    s, t = shape.source, shape.target
+    encoder = config.num_layers * (2 * s * (4 * d * i + feed) + 4 * s * s * i)
+    crossed = 2 * s * 2 * d * i + 4 * t * s * i
+    decoder = config.num_decoder_layers * (2 * t * (6 * d * i + feed) + 4 * t * t * i + crossed)
+    return int(shape.examples * (encoder + decoder))
+
+
+def peer_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
+    """Forward and backward with whole logits: 3 x forward, and the stacks once more where activations are recomputed."""
+    stacks, head = stack_flops(config, shape), 2 * shape.head * config.d_model * config.vocab_size
+    return (4 if checkpointing else 3) * stacks + 3 * head
+
+
+def our_flops(config: Any, shape: MicroShape, *, checkpointing: bool, block_rows: int) -> int:
+    """Forward and backward with the head in blocks: the logits of all blocks but the last are made a second time."""
+    rows = config.vocab_size
+    last_block = rows - (rows - 1) // block_rows * block_rows
+    head = 2 * shape.head * config.d_model * (4 * rows - last_block)
+    return (4 if checkpointing else 3) * stack_flops(config, shape) + head

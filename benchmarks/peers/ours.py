@@ -1,0 +1,64 @@
+"""Our side: the run that bin/train builds, update after update, through its reader, updater and counters."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.flops import MicroShape, our_flops
+from benchmarks.peers.processes import Meter, cap_memory
+from benchmarks.peers.setup import Setup
+from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.data.batches import MicroBatch
+from resilient_t5.data.store import Store
+from resilient_t5.model.vocabulary_gradients import BLOCK_ROWS
+from resilient_t5.training.host import choose_device
+from resilient_t5.training.progress import Display
+from resilient_t5.training.run import Run, build_run
+from resilient_t5.training.saving import AuditTrail
+
+
+def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
+    """Figures of our timed updates, in this process. What the loop adds to them is measured by loop_overhead."""
+    device = choose_device(setup.device)
+    cap_memory(device, setup.memory_gib)
+    meter = Meter(device)
+    run = open_run(setup, seed)
+    meter.forget_peak()
+    try:
+        for _ in range(setup.warm_updates):
+            _update(run)
+        meter.start()
+        done = [micro_batch for _ in range(setup.updates) for micro_batch in _update(run)]
+        figures = meter.stop()
+    finally:
+        run.reader.close()
+        run.telemetry.close()
+    model, checkpointing = run.updater.model, run.updater.model.encoder.gradient_checkpointing
+    shapes = [MicroShape(*m.source_BS.shape, m.labels_BT.shape[1], m.target_tokens) for m in done]
+    return figures | {
+        "updates": setup.updates,
+        "examples": sum(shape.examples for shape in shapes),
+        "target_tokens": sum(m.target_tokens for m in done),
+        "flops": sum(our_flops(model.config, s, checkpointing=checkpointing, block_rows=BLOCK_ROWS) for s in shapes),
+        "vocabulary_rows": model.config.vocab_size,
+        "loss": run.state.window_nll_sum / max(1, run.state.window_tokens),
+    }
+
+
+def open_run(setup: Setup, seed: int) -> Run:
+    """A run at update 0 in a directory of its own."""
+    config = setup.config(seed)
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    audit = AuditTrail()
+    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    return build_run(config, Store.open(Path(setup.store)), vault, None, audit, Display("quiet", directory / "train.log"))
+
+
+def _update(run: Run) -> list[MicroBatch]:
+    """The next update, as the loop does it; its micro-batches."""
+    micro_batches = run.reader.take()
+    result = run.updater(micro_batches, run.state.attempted, run.learning_rate(), lambda: False)
+    if result is None or not result.applied:
+        raise FloatingPointError("an update was refused: the comparison would count work that moved nothing")
+    run.state.count(result)
+    return micro_batches

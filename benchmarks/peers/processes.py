@@ -1,0 +1,116 @@
+"""One side of a comparison in a process of its own, and the clocks and memory that are read in it.
+
+The processes are forked from a server that has only imported the libraries: nothing that another side allocated, cached
+or tuned is there, and the imports are paid once.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from resilient_t5.training.host import MIB, memory_mib
+
+PRELOADED = ["torch", "transformers.trainer_seq2seq", "resilient_t5.training.run", "benchmarks.peers.trainers"]
+
+
+class SideFailed(RuntimeError):
+    """A side ended without a result; its own traceback stands above."""
+
+
+@dataclass(frozen=True)
+class OutOfDeviceMemory:
+    """What a side reports instead of figures when it does not fit."""
+
+    message: str
+
+
+def in_fresh_process(side: Callable[..., Any], *arguments: Any) -> Any:
+    """`side(*arguments)` of a module-level function, in a new process; `OutOfDeviceMemory` where the device is too small.
+
+    Raises:
+        SideFailed: the process died or raised.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, side, arguments))
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        answer = None
+    process.join()
+    if process.exitcode != 0 or answer is None:
+        raise SideFailed(f"{side.__name__}{arguments} ended with {process.exitcode}")
+    return answer
+
+
+def _answer(sender: Connection, side: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send(side(*arguments))
+    except torch.OutOfMemoryError as error:
+        sender.send(OutOfDeviceMemory(str(error).partition("\n")[0]))
+    sender.close()
+
+
+class Meter:
+    """Wall clock, CPU seconds and peak memory from `start` to `stop` on a device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.loading_mib = 0.0
+
+    def start(self) -> None:
+        """Begin; what was allocated before stays in the peak, what was freed does not."""
+        _synchronize(self.device)
+        self._wall_s, self._cpu_s = time.perf_counter(), time.process_time()
+
+    def stop(self) -> dict[str, float]:
+        """Seconds since `start`, and the peak since `forget_peak`."""
+        _synchronize(self.device)
+        return {
+            "wall_s": time.perf_counter() - self._wall_s,
+            "cpu_s": time.process_time() - self._cpu_s,
+            "peak_mib": memory_mib(self.device),
+            "loading_peak_mib": self.loading_mib,
+        }
+
+    def forget_peak(self) -> None:
+        """Note the peak of loading, and begin the peak of training."""
+        self.loading_mib = memory_mib(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
+            refs.write("5")  # the high-water mark becomes what is resident now
+
+
+def resident_mib(device: torch.device) -> float:
+    """Memory in use now: what the GPU allocator holds, or the resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MIB
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() / MIB
+
+
+def cap_memory(device: torch.device, memory_gib: float | None) -> None:
+    """Let this process allocate no more on the GPU than a card of `memory_gib` has."""
+    if memory_gib is None:
+        return
+    if device.type != "cuda":
+        sys.exit("benchmark error: --memory-gib caps a GPU, and this is a CPU. Leave it out, or name a GPU with --device")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total), device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

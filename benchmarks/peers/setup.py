@@ -1,0 +1,112 @@
+"""What all sides of a comparison share: corpus, tokenizer, store, model directory, and the masked examples.
+
+The full model has as many vocabulary rows as mT5, 250,112, and random weights. The tokenizer is trained on the corpus and
+has fewer pieces; they are the first rows of the tables, and the rows behind them stand for the pieces of mT5 that this
+corpus never uses. A peer trains all rows, since it has no other way. Ours cuts to the rows that the store calls active:
+every piece of the trained tokenizer. mT5's own tokenizer would leave fewer active rows on such a corpus.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from resilient_t5.config import Config
+from resilient_t5.config_data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
+from resilient_t5.config_training import CheckpointConfig, EvaluationConfig, HardwareConfig, RunConfig
+from resilient_t5.data.corruption import corrupt
+from resilient_t5.data.keyed import order
+from resilient_t5.data.prepare import prepare
+from resilient_t5.data.store import Store
+from resilient_t5.data.token_table import build_token_table
+from resilient_t5.model.load import SpecialIds, build_model, save_model
+
+MT5_ROWS = 250_112
+EXAMPLES_PER_UPDATE = 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where the parts lie, and the sizes that all sides use. Plain values: it travels to the processes of the sides."""
+
+    store: str
+    model: str
+    scratch: str
+    data: DataConfig
+    device: str
+    memory_gib: float | None
+    updates: int
+    """Timed updates of the tuned Trainer and of ours."""
+    script_updates: int
+    """Timed updates of the script: each one costs about ten times as much."""
+    warm_updates: int
+
+    def config(self, seed: int) -> Config:
+        """Our configuration: the defaults, over this store and model."""
+        return Config(
+            data=dataclasses.replace(self.data, store=self.store),
+            tokenizer=TokenizerConfig(name_or_path=str(Path(self.store) / "tokenizer")),
+            model=ModelConfig(name_or_path=self.model),
+            corruption=CorruptionConfig(),
+            batch=BatchConfig(examples_per_update=EXAMPLES_PER_UPDATE),
+            evaluation=EvaluationConfig(every=10**9, examples=1, restore_examples=0),
+            checkpoint=CheckpointConfig(every_minutes=None, every_updates=None),
+            hardware=HardwareConfig(device=self.device),
+            run=RunConfig(dir=self.scratch, seed=seed),
+        )
+
+
+def make_store(data: DataConfig, tokenizer: TokenizerConfig, model: ModelConfig, directory: Path) -> Store:
+    """Prepare the corpus, or open the store that is there."""
+    return prepare(Config(data=dataclasses.replace(data, store=str(directory)), tokenizer=tokenizer, model=model), directory)
+
+
+def make_model(store: Store, settings: ModelConfig, rows: int, directory: Path) -> None:
+    """Write a model of random weights with `rows` vocabulary rows, as `from_pretrained` and our own loader read it."""
+    special = SpecialIds(store.tokenizer.pad_id, store.tokenizer.eos_id, decoder_start_id=store.tokenizer.pad_id)
+    directory.mkdir()
+    save_model(build_model(settings, vocabulary_rows=rows, special=special, seed=1), directory)
+
+
+@dataclass(frozen=True)
+class MaskedExamples(Dataset):  # type: ignore[type-arg]
+    """Examples as our corruption masks them, in full ids: the data set of a Trainer. Ragged, like `Corrupted`."""
+
+    source: np.ndarray
+    source_offsets: np.ndarray
+    target: np.ndarray
+    target_offsets: np.ndarray
+    rows: np.ndarray
+    """Which examples, in which order."""
+
+    def only(self, rows: np.ndarray) -> "MaskedExamples":
+        """Examples `rows` of the whole epoch, in this order."""
+        return dataclasses.replace(self, rows=np.asarray(rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row = int(self.rows[position])
+        source = self.source[self.source_offsets[row] : self.source_offsets[row + 1]].tolist()
+        target = self.target[self.target_offsets[row] : self.target_offsets[row + 1]].tolist()
+        return {"input_ids": source, "attention_mask": [1] * len(source), "labels": target}
+
+
+def masked_epoch(setup: Setup, seed: int) -> MaskedExamples:
+    """The whole first epoch in the order of our own run with this seed.
+
+    Masks are a function of (seed, epoch, example), so a run of ours with this seed sees the same masked examples.
+    """
+    config, store = setup.config(seed), Store.open(Path(setup.store))
+    ids = order(seed, 0, np.arange(len(store.train)), len(store.train))
+    table = build_token_table(store.tokenizer, store.active_to_full, None)
+    settings = {"settings": config.corruption, "data": config.data, "table": table}
+    drawn = corrupt(store.train, ids, np.zeros(len(ids), np.int64), seed=seed, **settings)
+    to_full = store.active_to_full
+    return MaskedExamples(
+        to_full[drawn.source], drawn.source_offsets, to_full[drawn.target], drawn.target_offsets, np.arange(len(ids))
+    )

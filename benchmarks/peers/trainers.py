@@ -1,0 +1,193 @@
+"""The peers on transformers 5.x: the script that many people start from, and the best Seq2SeqTrainer of a careful user.
+
+The script: everything padded to the maximum, pads in the loss, 2 examples x 8, gradient checkpointing, fp16 on a GPU,
+everything else as transformers has it. Only names that transformers 5 removed were changed. `mended` masks the pads and
+divides the loss by the accumulation: Seq2SeqTrainer believes that a T5 does so itself, and it does not.
+
+The tuned Trainer: padding to the longest of a batch, batches of neighbours in length, sdpa, fused AdamW, 16 examples in
+one batch, no checkpointing, bf16 where the device has it, the loss scale mended.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    MT5ForConditionalGeneration,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from benchmarks.peers.flops import MicroShape, peer_flops
+from benchmarks.peers.processes import Meter, cap_memory
+from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, Setup, masked_epoch
+from resilient_t5.training.host import choose_device
+
+MEGABATCH_UPDATES = 50  # transformers sorts this many batches by length together
+Features = list[dict[str, Any]]
+
+
+@dataclass
+class Padded:
+    """The script's collator: every example to the maximum, as its tokenizer calls did; remembers what it gave."""
+
+    source: int
+    target: int
+    pad_id: int
+    label_pad: int
+    given: list[tuple[MicroShape, int]] = field(default_factory=list)
+
+    def __call__(self, features: Features) -> dict[str, torch.Tensor]:
+        def full(name: str, width: int, value: int) -> torch.Tensor:
+            return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in features])
+
+        shape = MicroShape(len(features), self.source, self.target, len(features) * self.target)
+        self.given.append((shape, sum(len(row["labels"]) for row in features)))
+        return {
+            "input_ids": full("input_ids", self.source, self.pad_id),
+            "attention_mask": full("attention_mask", self.source, 0),
+            "labels": full("labels", self.target, self.label_pad),
+        }
+
+
+@dataclass
+class Dynamic:
+    """DataCollatorForSeq2Seq, and what it gave."""
+
+    collator: DataCollatorForSeq2Seq
+    given: list[tuple[MicroShape, int]] = field(default_factory=list)
+
+    def __call__(self, features: Features) -> Any:
+        useful = sum(len(row["labels"]) for row in features)
+        batch = self.collator(features)
+        (examples, source), target = batch["input_ids"].shape, batch["labels"].shape[1]
+        self.given.append((MicroShape(examples, source, target, examples * target), useful))
+        return batch
+
+
+class Clock(TrainerCallback):
+    """Starts the meter behind the warm-up and stops it behind the last update."""
+
+    def __init__(self, meter: Meter, warm: int, last: int):
+        self.meter, self.warm, self.last = meter, warm, last
+        self.figures: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called behind every update."""
+        if state.global_step == self.warm:
+            self.meter.start()
+        if state.global_step == self.last:
+            self.figures = self.meter.stop()
+
+
+def run_script(setup: Setup, seed: int, mended: bool) -> dict[str, Any]:
+    """Figures of the script's timed updates, in this process."""
+    examples = masked_epoch(setup, seed)
+    count = (setup.warm_updates + setup.script_updates) * EXAMPLES_PER_UPDATE
+    label_pad = -100 if mended else 0
+    collator = Padded(setup.data.max_source_tokens, setup.data.max_target_tokens, 0, label_pad)
+    cuda = choose_device(setup.device).type == "cuda"
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": EXAMPLES_PER_UPDATE // 2,
+        "gradient_checkpointing": True,
+        "fp16": cuda,
+        "logging_steps": 100,
+    }
+    data = examples.only(np.arange(count) % len(examples))
+    return _train(setup, data, collator, settings, updates=setup.script_updates, mended=mended)
+
+
+def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
+    """Figures of the tuned Trainer's timed updates, in this process.
+
+    The batches are those that group_by_length makes of the whole epoch. It sorts 50 updates together and begins with the
+    longest of all, so the first few would be no sample of anything: the timed ones are taken at equal distances from the
+    second stretch of 50.
+    """
+    examples = masked_epoch(setup, seed)
+    lengths = np.diff(examples.source_offsets).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    grouped = np.array(get_length_grouped_indices(lengths, EXAMPLES_PER_UPDATE, generator=generator))
+    stretch = min(MEGABATCH_UPDATES, len(lengths) // (4 * EXAMPLES_PER_UPDATE))
+    batches = grouped[stretch * EXAMPLES_PER_UPDATE :][: stretch * EXAMPLES_PER_UPDATE].reshape(stretch, EXAMPLES_PER_UPDATE)
+    timed = ((np.arange(setup.updates) + 0.5) * stretch / setup.updates).astype(int)
+    warm = np.full(setup.warm_updates, stretch // 2)
+    tokenizer = AutoTokenizer.from_pretrained(Path(setup.store) / "tokenizer")
+    collator = Dynamic(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
+    device = choose_device(setup.device)
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    settings = {
+        "per_device_train_batch_size": EXAMPLES_PER_UPDATE,
+        "optim": "adamw_torch_fused",
+        "bf16": native,
+        "fp16": device.type == "cuda" and not native,
+        "train_sampling_strategy": "sequential",
+        "dataloader_num_workers": 0,
+        "logging_steps": 100,
+    }
+    data = examples.only(batches[np.concatenate([warm, timed])].ravel())
+    return _train(setup, data, collator, settings, updates=setup.updates, mended=True)
+
+
+def quiet() -> None:
+    """No progress bars and no advice: the table is what a person should see."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def build_trainer(
+    model: MT5ForConditionalGeneration, settings: dict[str, Any], scratch: str, device: torch.device, **parts: Any
+) -> Seq2SeqTrainer:
+    """A Seq2SeqTrainer that neither saves nor reports."""
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=scratch,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        learning_rate=5e-5,
+        **settings,
+    )
+    trainer = Seq2SeqTrainer(model=model, args=arguments, **parts)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(
+    setup: Setup, data: Any, collator: Padded | Dynamic, settings: dict[str, Any], *, updates: int, mended: bool
+) -> dict[str, Any]:
+    device = choose_device(setup.device)
+    cap_memory(device, setup.memory_gib)
+    quiet()
+    meter, last = Meter(device), setup.warm_updates + updates
+    model = MT5ForConditionalGeneration.from_pretrained(setup.model, dtype=torch.float32, attn_implementation="sdpa")
+    clock = Clock(meter, setup.warm_updates, last)
+    whole = {**settings, "max_steps": last}
+    trainer = build_trainer(model, whole, setup.scratch, device, train_dataset=data, data_collator=collator, callbacks=[clock])
+    if mended:
+        trainer.loss_is_scaled_for_ga = False
+    meter.forget_peak()
+    trainer.train()
+    per_update = len(collator.given) // last
+    timed = collator.given[setup.warm_updates * per_update : last * per_update]
+    checkpointing = bool(settings.get("gradient_checkpointing"))
+    return clock.figures | {
+        "updates": updates,
+        "examples": sum(shape.examples for shape, _ in timed),
+        "target_tokens": sum(useful for _, useful in timed),
+        "flops": sum(peer_flops(model.config, shape, checkpointing=checkpointing) for shape, _ in timed),
+        "vocabulary_rows": model.config.vocab_size,
+        "loss": trainer.state.log_history[-1].get("train_loss"),
+    }

@@ -70,7 +70,7 @@ def test_presets_have_the_published_number_of_parameters(preset, parameters, mon
 
 
 def test_weights_are_a_function_of_the_seed_and_leave_the_global_stream_alone():
-    """Two builds agree bit for bit whatever ran before, another seed differs in all that is drawn, torch's stream does not move."""
+    """Two builds agree bit for bit whatever ran before, another seed differs where it draws, torch's stream stays."""
     settings = ModelConfig(preset="tiny")
     before = torch.random.get_rng_state()
     first = build_model(settings, vocabulary_rows=64, special=SPECIAL, seed=5)

@@ -15,7 +15,8 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import DataError
-from resilient_t5.model.presets import fill_with_first_weights, shape_of
+from resilient_t5.model.first_weights import fill_with_first_weights
+from resilient_t5.model.presets import shape_of
 from resilient_t5.model.tables import ALIASES, HEAD, SHARED, SpecialIds, T5Model, is_tied, scales_decoder_output, set_tables
 from resilient_t5.model.weights import (
     CONFIG_FILE,

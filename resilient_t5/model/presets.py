@@ -1,26 +1,10 @@
-"""Shapes of the models that can be built from scratch, and their first weights.
+"""Shapes of the models that can be built from scratch."""
 
-The first weights are those of T5 (Raffel et al. 2020, as in Mesh TensorFlow) but for the scale of the residual stream.
-Whatever writes into it starts at STREAM_SCALE of T5's deviation; it is normalised wherever it is read, so every layer
-computes what T5's does. The decoder's last norm makes up for it, up to logits that still leave the loss near that of a
-uniform guess. Weights of that size move by a useful share under AdamW at 1e-3; T5's embeddings, of deviation 1, hardly do.
-"""
-
-import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.tables import HEAD, SHARED, T5Model, scales_decoder_output
-
-LAST_NORM = "decoder.final_layer_norm.weight"
-STREAM_SCALE = 0.04
-LARGEST_LOGIT_DEVIATION = 0.6
-# A tied model sees its own input token with a logit of up to sqrt(d) deviations.
-LARGEST_LOGIT = 7.0
 
 
 @dataclass(frozen=True)
@@ -62,38 +46,3 @@ def shape_of(settings: ModelConfig) -> Shape:
         raise ConfigError("model.preset is not set: a model from scratch needs a shape")
     sizes = {key: getattr(settings, key) for key in ("d_model", "d_ff", "num_layers", "num_heads")}
     return replace(PRESETS[settings.preset], **{key: value for key, value in sizes.items() if value is not None})
-
-
-def first_value(name: str, config: Any, *, scaled: bool) -> tuple[float, float]:
-    """Mean and standard deviation that a parameter of this name starts with; a norm has deviation 0.
-
-    `scaled`: the decoder's output is multiplied by d_model**-0.5 before the head.
-    """
-    d, inner = config.d_model, config.num_heads * config.d_kv
-    if name == LAST_NORM:
-        deviation = min(LARGEST_LOGIT_DEVIATION, LARGEST_LOGIT * d**-0.5)
-        return deviation / STREAM_SCALE * (1.0 if scaled else d**-0.5), 0.0
-    if name.endswith("layer_norm.weight"):
-        return 1.0, 0.0
-    if name in (SHARED, HEAD):
-        return 0.0, STREAM_SCALE
-    if name.endswith(".q.weight"):
-        return 0.0, (d * config.d_kv) ** -0.5  # scores are not divided by sqrt(d_kv), the weights are
-    if name.endswith(".o.weight"):
-        return 0.0, STREAM_SCALE * inner**-0.5
-    if name.endswith(".wo.weight"):
-        return 0.0, STREAM_SCALE * config.d_ff**-0.5
-    return 0.0, d**-0.5
-
-
-@torch.no_grad()
-def fill_with_first_weights(model: T5Model, seed: int) -> None:
-    """Draw every parameter from a stream of its own, keyed by seed and name; no global stream is touched."""
-    for name, parameter in model.named_parameters():
-        mean, deviation = first_value(name, model.config, scaled=scales_decoder_output(model))
-        if deviation == 0.0:
-            parameter.fill_(mean)
-            continue
-        key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        parameter.normal_(mean, deviation, generator=generator)

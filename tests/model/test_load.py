@@ -70,7 +70,7 @@ def test_presets_have_the_published_number_of_parameters(preset, parameters, mon
 
 
 def test_weights_are_a_function_of_the_seed_and_leave_the_global_stream_alone():
-    """Two builds agree bit for bit whatever ran before, another seed differs, torch's stream does not move."""
+    """Two builds agree bit for bit whatever ran before, another seed differs where it draws, torch's stream stays."""
     settings = ModelConfig(preset="tiny")
     before = torch.random.get_rng_state()
     first = build_model(settings, vocabulary_rows=64, special=SPECIAL, seed=5)
@@ -80,7 +80,8 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_stream_alone():
     other = build_model(settings, vocabulary_rows=64, special=SPECIAL, seed=6)
     for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
-        assert "layer_norm" in name or not torch.equal(a, c), name
+        set_by_hand = "layer_norm" in name or "relative_attention_bias" in name or name.endswith("SelfAttention.q.weight")
+        assert set_by_hand or not torch.equal(a, c), name
 
 
 def test_a_model_without_a_preset_is_refused():

@@ -1,0 +1,109 @@
+"""The first weights of a model from scratch: T5's shapes, and attention that looks at the right place from the start.
+
+Drawn as T5 draws them, a small model spends its whole budget on finding which sentinel it is asked for and what stands
+beside it. So the weights begin as trained attention looks (mimetic initialisation, Trockman & Kolter 2023, arXiv
+2305.09828), with T5's own parameters only; everything is trained on and every export is a plain T5:
+
+* Cross-attention: queries and keys are the same matrix, so a decoder that reads a sentinel looks at that sentinel in
+  the source.
+* Self-attention: the relative position bias of some heads points at one neighbour, the other heads average over
+  everything; queries begin at zero, so that no random score disturbs either.
+
+Whatever writes into the residual stream starts at STREAM_SCALE of T5's deviation; the stream is normalised wherever it
+is read, so every layer computes the same. The decoder's last norm makes up for it, up to logits that still leave the
+loss near that of a uniform guess. Weights of that size move by a useful share under AdamW at 1e-3; T5's embeddings, of
+deviation 1, hardly do.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from resilient_t5.model.tables import HEAD, SHARED, T5Model, scales_decoder_output
+
+LAST_NORM = "decoder.final_layer_norm.weight"
+POSITION_BIAS = "relative_attention_bias.weight"
+CROSS_ATTENTION = "EncDecAttention"
+STREAM_SCALE = 0.04
+# All layers of a stack together write less than the embedding, so that a token can still be told behind them.
+BRANCH_SCALE = 0.5
+LARGEST_LOGIT_DEVIATION = 0.6
+# A tied model sees its own input token with a logit of nearly sqrt(d) deviations.
+LARGEST_LOGIT = 4.5
+# Scores of two equal tokens in cross-attention, and of a neighbour above all else: e**8 and e**5 against a hundred others.
+SAME_TOKEN_SCORE = 8.0
+NEIGHBOUR_SCORE = 5.0
+
+
+def first_value(name: str, config: Any, *, scaled: bool) -> tuple[float, float]:
+    """Mean and standard deviation that a parameter of this name is drawn with; a norm has deviation 0.
+
+    `scaled`: the decoder's output is multiplied by d_model**-0.5 before the head.
+    """
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    branch = BRANCH_SCALE * STREAM_SCALE * config.num_layers**-0.5
+    if name == LAST_NORM:
+        deviation = min(LARGEST_LOGIT_DEVIATION, LARGEST_LOGIT * d**-0.5)
+        return deviation / STREAM_SCALE * (1.0 if scaled else d**-0.5), 0.0
+    if name.endswith("layer_norm.weight"):
+        return 1.0, 0.0
+    if name in (SHARED, HEAD):
+        return 0.0, STREAM_SCALE
+    if name.endswith((f"{CROSS_ATTENTION}.q.weight", f"{CROSS_ATTENTION}.k.weight")):
+        return 0.0, (SAME_TOKEN_SCORE / (d * config.d_kv)) ** 0.5
+    if name.endswith(".q.weight"):
+        return 0.0, 0.0
+    if name.endswith(".o.weight"):
+        return 0.0, branch * inner**-0.5
+    if name.endswith(".wo.weight"):
+        return 0.0, branch * config.d_ff**-0.5
+    return 0.0, d**-0.5
+
+
+def neighbour_of(head: int, heads: int, *, in_decoder: bool) -> int | None:
+    """Distance in tokens, negative to the left, of the neighbour that a head of self-attention begins at.
+
+    None for a head that averages: a third of the encoder's heads or more, half of the decoder's.
+    """
+    if in_decoder:
+        return -1 - head if head < heads // 2 else None
+    return (-1 - head // 2 if head % 2 == 0 else 1 + head // 2) if head < 2 * (heads // 3) else None
+
+
+def position_bias(buckets: int, heads: int, *, in_decoder: bool) -> torch.Tensor:
+    """The relative position bias (buckets, heads): NEIGHBOUR_SCORE for the neighbour of each head, else 0.
+
+    T5 has one bucket a distance for near tokens: bucket n for n tokens to the left, and in the encoder, which looks
+    both ways, buckets // 2 + n for n tokens to the right.
+    """
+    bias = torch.zeros(buckets, heads)
+    for head in range(heads):
+        distance = neighbour_of(head, heads, in_decoder=in_decoder)
+        exact = buckets // (2 if in_decoder else 4)
+        if distance is not None and abs(distance) < exact:
+            bias[-distance if distance < 0 else buckets // 2 + distance, head] = NEIGHBOUR_SCORE
+    return bias
+
+
+@torch.no_grad()
+def fill_with_first_weights(model: T5Model, seed: int) -> None:
+    """Draw every parameter from a stream of its own, keyed by seed and name; no global stream is touched."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if name.endswith(POSITION_BIAS):
+            in_decoder = name.startswith("decoder.")
+            parameter.copy_(position_bias(*parameter.shape, in_decoder=in_decoder))
+            continue
+        mean, deviation = first_value(name, config, scaled=scales_decoder_output(model))
+        # The keys of cross-attention are its queries.
+        _draw(parameter, mean, deviation, f"{seed} {name.replace(f'{CROSS_ATTENTION}.k', f'{CROSS_ATTENTION}.q')}")
+
+
+def _draw(parameter: torch.Tensor, mean: float, deviation: float, key: str) -> None:
+    if deviation == 0.0:
+        parameter.fill_(mean)
+        return
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    parameter.normal_(mean, deviation, generator=generator)

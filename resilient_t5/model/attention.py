@@ -111,6 +111,18 @@ def additive_mask(bias_1HQK: torch.Tensor | None, visible: torch.Tensor | None, 
 class _LeanAttention(nn.Module):
     """What the two classes below share: a forward over `attend`. With a cache, transformers' own forward runs."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    dropout: float
+    n_heads: int
+    key_value_proj_dim: int
+    inner_dim: int
+    is_causal: bool
+    has_relative_attention_bias: bool
+    compute_bias: Any
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -121,9 +133,7 @@ class _LeanAttention(nn.Module):
         **rest: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         if past_key_values is not None:
-            return super().forward(  # type: ignore[misc]
-                hidden_states, mask, key_value_states, position_bias, past_key_values, **rest
-            )
+            return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **rest)
         source = hidden_states if key_value_states is None else key_value_states
         query_BHQW, key_BHKW, value_BHKW = (
             self._split(self.q(hidden_states)),

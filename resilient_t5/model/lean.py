@@ -185,10 +185,15 @@ class LeanLinear(nn.Linear):
 class LeanFeedForward(nn.Module):
     """T5's feed-forward layer, gated or not, over `FeedForward`."""
 
+    wo: nn.Linear
+    dropout: nn.Dropout
+    activation_name: str
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated = hasattr(self, "wi_0")
-        gate = self.wi_0(hidden_states) if gated else self.wi(hidden_states)
-        linear = self.wi_1(hidden_states) if gated else None
+        first: Any = getattr(self, "wi_0", None)
+        gated = first is not None
+        gate = first(hidden_states) if gated else self.get_submodule("wi")(hidden_states)
+        linear = self.get_submodule("wi_1")(hidden_states) if gated else None
         probability = self.dropout.p if self.training else 0.0
         keep = torch.empty_like(gate, dtype=torch.bool).bernoulli_(1.0 - probability) if probability > 0 else None
         factor = 1.0 / (1.0 - probability)
@@ -201,7 +206,8 @@ def install_lean_layers(model: T5Model) -> None:
 
     Works with and without autocast, checkpointing, float32 islands (before or after), evaluation and generation.
     """
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         kind = type(module)
         if kind in LEAN_ATTENTION:
             # The class alone differs, so parameter, name and hooks stay what they are.
@@ -215,4 +221,5 @@ def install_lean_layers(model: T5Model) -> None:
             module.__class__ = LeanDropout
         elif kind is nn.Linear and module is not model.lm_head:
             module.__class__ = LeanLinear
-    model.decoder.final_layer_norm.__class__ = LeanLastNorm
+    last: Any = model.decoder.final_layer_norm
+    last.__class__ = LeanLastNorm

@@ -93,7 +93,7 @@ def load_model(name_or_path: str, settings: ModelConfig) -> T5Model:
         DataError: the directory is not a whole, undamaged T5 or mT5 checkpoint; the message says what it lacks.
     """
     directory = resolve_directory(name_or_path)
-    config, declared_untied = _read_config(directory)
+    config, declared_untied = read_config(directory)
     if settings.dropout is not None:
         config.dropout_rate = settings.dropout
     files = find_weights(directory)
@@ -165,7 +165,7 @@ def _put(model: T5Model, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(path), leaf, parameter)
 
 
-def _read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
+def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
     """The configuration from the keys that are known and checked, and whether the file declares the tables untied."""
     raw, where = read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE)
     kind = raw.get("model_type")

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resilient_t5.errors import ConfigError
+from resilient_t5.model.lean import LeanLinear
 from resilient_t5.model.loss import token_nll
 from resilient_t5.model.tables import T5Model
 
@@ -65,11 +66,11 @@ def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device:
     return Precision("fp32", f"{torch.cuda.get_device_name(device)} has no fast 16-bit products")
 
 
-class WideOutput(nn.Linear):
+class WideOutput(LeanLinear):
     """A linear layer whose product leaves in float32, so that what follows cannot overflow float16."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.linear(input, self.weight).float()
+        return super().forward(input).float()
 
 
 class WideProduct(nn.Linear):

@@ -21,6 +21,7 @@ from resilient_t5.data.full_ids import in_full_ids
 from resilient_t5.data.store import Split, Store
 from resilient_t5.data.token_table import TokenTable, build_token_table
 from resilient_t5.errors import ConfigError
+from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
 from resilient_t5.model.numerics import (
     FIRST_LOSS_SCALE,
@@ -245,6 +246,7 @@ def build_trained_model(config: Config, corpus: Corpus, device: torch.device, pr
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
         cut_vocabulary(model, corpus.active_to_full)
+    install_lean_layers(model)
     if config.model.gradient_checkpointing is True:
         model.gradient_checkpointing_enable()
     if precision.name == "fp16":

@@ -1,0 +1,142 @@
+"""The planner's peak against the measured one, over shapes, number formats, optimizers and checkpointing, on this CPU.
+
+Measured is what torch's allocator held at most during a whole update of two micro-batches of the longest shape: every
+allocation and release as the profiler records it, on top of weights, optimizer state and micro-batches. That is what
+`torch.cuda.max_memory_allocated` counts on a GPU, and it repeats to the byte. The resident size is printed beside it: it
+also holds what malloc kept back and the buffers of the matrix library, and differs from run to run. Each case runs in a
+process of its own.
+
+    python benchmarks/plan.py [--json benchmarks/results/plan.json]
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+# shape, rows, precision, optimizer, checkpointing, examples, source, target
+CASES: list[tuple[str, int, str, str, bool, int, int, int]] = [
+    ("tiny", 700, "fp32", "adamw", False, 8, 96, 48),
+    ("tiny", 8000, "fp32", "adamw", False, 16, 128, 64),
+    ("mini", 1200, "fp32", "adamw", False, 32, 64, 32),
+    ("mini", 8000, "fp32", "adafactor", False, 16, 128, 64),
+    ("mini", 8000, "fp32", "adamw", True, 16, 128, 64),
+    ("mini", 8000, "bf16", "adamw", False, 16, 128, 64),
+    ("small", 32128, "fp32", "adamw", False, 2, 256, 128),
+    ("mt5-small", 32768, "fp32", "adamw", False, 2, 512, 256),
+    ("mt5-small", 32768, "fp32", "adamw", True, 2, 512, 256),
+    ("mt5-small", 32768, "bf16", "adamw", False, 2, 512, 256),
+    ("mt5-small", 32768, "fp32", "adafactor", False, 8, 110, 46),
+]
+
+
+def measure(case: Sequence[Any]) -> dict[str, float]:
+    """Peak bytes of one update of two micro-batches, in this process."""
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+    from torch.profiler import ProfilerActivity, profile
+
+    from resilient_t5.config_data import ModelConfig
+    from resilient_t5.config_training import OptimConfig
+    from resilient_t5.data.batches import MicroBatch
+    from resilient_t5.model.lean import install_lean_layers
+    from resilient_t5.model.load import SpecialIds, build_model
+    from resilient_t5.model.optim import build_optimizer, named_state
+    from resilient_t5.training.update import Updater
+
+    preset, rows, precision, name, checkpointing, examples, source, target = case
+    torch.set_num_threads(1)
+    model = build_model(ModelConfig(preset=preset), vocabulary_rows=rows, special=SpecialIds(0, 1, 0), seed=1).train()
+    install_lean_layers(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=True)
+    settings = OptimConfig(name=name)
+    updater = Updater(accelerator, model, build_optimizer(model, settings, torch.device("cpu")), settings, 1)
+
+    def micro_batch(seed: int) -> MicroBatch:
+        generator = torch.Generator().manual_seed(seed)
+        source_BS = torch.randint(2, rows, (examples, source), generator=generator)
+        mask_BS = torch.ones_like(source_BS)
+        mask_BS[0, source // 2 :] = 0
+        labels_BT = torch.randint(2, rows, (examples, target), generator=generator)
+        return MicroBatch(source_BS, mask_BS, labels_BT, np.arange(examples), labels_BT.numel(), 1, 1)
+
+    micro_batches = [micro_batch(0), micro_batch(1)]
+    updater(micro_batches, 0, 1e-4, lambda: False)
+    states = named_state(updater.optimizer, model)[0]
+    standing = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    standing += sum(tensor.untyped_storage().nbytes() for tensor in states.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        updater(micro_batches, 1, 1e-4, lambda: False)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return {"measured": standing + float(held.max()), "standing": float(standing)}
+
+
+def resident(case: Sequence[Any]) -> float:
+    """Bytes by which the resident size of this process rose from before the model to the end of an update."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+    measure(("tiny", 300, "fp32", "adamw", False, 2, 8, 8))
+    before = status("VmRSS")
+    measure(case)
+    return float(status("VmHWM") - before)
+
+
+def predicted(case: Sequence[Any]) -> float:
+    """The planner's peak for the same update."""
+    from resilient_t5.model.activations import Execution, MicroBatchShape
+    from resilient_t5.model.memory import training_peak
+    from resilient_t5.model.shapes import PLANNED_SHAPES, sizes_of_shape
+
+    preset, rows, precision, name, checkpointing, examples, source, target = case
+    sizes = sizes_of_shape(PLANNED_SHAPES[preset], rows)
+    run = Execution(precision, checkpointing, on_gpu=False)
+    return training_peak(sizes, name, run, MicroBatchShape(examples, source, target)).total
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table and one line of JSON; with --case N measure one case and print its figures."""
+    if argv[:1] == ["--case"]:
+        case = CASES[int(argv[1])]
+        found = measure(case) if argv[2] == "allocated" else {"resident": resident(case)}
+        sys.stdout.write(json.dumps(found) + "\n")
+        return 0
+    rows = []
+    for number, case in enumerate(CASES):
+        row: dict[str, Any] = {"case": list(case), "predicted": predicted(case)}
+        for kind in ("allocated", "resident"):
+            command = [sys.executable, __file__, "--case", str(number), kind]
+            row |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        row["error"] = row["predicted"] / row["measured"] - 1
+        rows.append(row)
+        sys.stdout.write(
+            f"{' '.join(map(str, case)):55} predicted {row['predicted'] / MIB:8.1f} MiB | measured {row['measured'] / MIB:8.1f}"
+            f" | {100 * row['error']:+5.1f} % | weights and states {row['standing'] / MIB:8.1f}"
+            f" | resident {row['resident'] / MIB:8.1f}\n"
+        )
+        sys.stdout.flush()
+    cases = [{"case": row["case"]} | {f"{k}_mib": row[k] / MIB for k in ("predicted", "measured", "resident")} for row in rows]
+    result = {
+        "benchmark": "plan",
+        "worst_error_share": max(abs(row["error"]) for row in rows),
+        "median_error_share": statistics.median(abs(row["error"]) for row in rows),
+        "cases": cases,
+    }
+    if argv[:1] == ["--json"]:
+        Path(argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

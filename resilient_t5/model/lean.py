@@ -1,0 +1,225 @@
+"""Layers of a T5 that keep for their backward pass only what it cannot make again.
+
+transformers' layers, run eagerly, keep every intermediate: eight feed-forward widths for a gated GELU, the normed input
+beside the input, a 16-bit copy of every weight under autocast, and a mask of B x heads x S x S in every layer. Here a
+norm keeps its input, a product keeps its input and the weight itself, and a feed-forward layer keeps what its first
+products gave; the rest is computed a second time. That costs element-wise work and no matrix product but the scores of
+attention on a CPU (`model/attention.py`). What is computed is the same up to rounding, in forward and backward.
+
+`model/activations.py` counts what these layers keep. Shapes: B examples, S tokens, D model width, F feed-forward width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.models.mt5.modeling_mt5 import MT5DenseActDense, MT5DenseGatedActDense, MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense, T5LayerNorm
+
+from resilient_t5.model.attention import LEAN_ATTENTION
+from resilient_t5.model.tables import T5Model
+from resilient_t5.model.vocabulary_gradients import wide_product
+
+aten = torch.ops.aten
+Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Name in a T5 configuration: the function, and the gradient of its input from that of its output.
+ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derivative]] = {
+    "relu": (torch.relu, lambda grad, gate: aten.threshold_backward(grad, gate, 0)),
+    "gelu": (functional.gelu, lambda grad, gate: aten.gelu_backward(grad, gate)),
+    "gelu_new": (
+        lambda gate: functional.gelu(gate, approximate="tanh"),
+        lambda grad, gate: aten.gelu_backward(grad, gate, approximate="tanh"),
+    ),
+    "silu": (functional.silu, lambda grad, gate: aten.silu_backward(grad, gate)),
+    "swish": (functional.silu, lambda grad, gate: aten.silu_backward(grad, gate)),
+}
+
+
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of a matrix product with this operand: autocast's where it is on, else the operand's own."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
+class RmsNorm(torch.autograd.Function):
+    """x / rms(x) * weight; keeps x and one number per token. Computes in float32 or wider, returns `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale)
+        return (x * scale).mul_(weight_D).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        x, weight_D, scale = ctx.saved_tensors
+        normed = x * scale
+        along = (normed * grad).flatten(0, -2)
+        grad_weight_D = along.sum(0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        mean = torch.mv(along, weight_D.to(along.dtype)).div_(x.shape[-1]).view(scale.shape)
+        del along
+        grad_x = normed.mul_(mean.neg_()).addcmul_(grad.to(normed.dtype), weight_D.to(normed.dtype)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight_D, None, None
+
+
+class RecastProduct(torch.autograd.Function):
+    """x @ weight^T in the 16 bits of x; keeps x and the weight itself, and casts the weight a second time in backward.
+
+    The gradient of the weight leaves the product in float32 where the device can do that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+            grad_weight = None
+            if ctx.needs_input_grad[1]:
+                grad_weight = wide_product(grad.flatten(0, -2).T, x.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+class FeedForward(torch.autograd.Function):
+    """keep * activation(gate) * linear @ weight^T; keeps gate, linear and the bits of dropout, makes the product again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        linear: torch.Tensor | None,
+        weight_DF: torch.Tensor,
+        keep: torch.Tensor | None,
+        settings: tuple[str, float, torch.dtype],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, linear, weight_DF, keep)
+        ctx.settings = settings
+        with torch.autocast(gate.device.type, enabled=False):
+            hidden = _hidden(ACTIVATIONS[settings[0]][0](gate), linear, keep, settings[1])
+            return functional.linear(hidden.to(settings[2]), weight_DF.to(settings[2]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None]:
+        gate, linear, weight_DF, keep = ctx.saved_tensors
+        name, factor, dtype = ctx.settings
+        activation, derivative = ACTIVATIONS[name]
+        with torch.autocast(gate.device.type, enabled=False):
+            activated = activation(gate)
+            grad_weight_DF = None
+            if ctx.needs_input_grad[2]:
+                hidden = _hidden(activated if linear is None else activated.clone(), linear, keep, factor)
+                grad_weight_DF = _product(grad.flatten(0, -2).T, hidden.flatten(0, -2).to(dtype)).to(weight_DF.dtype)
+                del hidden
+            grad_hidden = (grad @ weight_DF.to(grad.dtype)).to(gate.dtype)
+            if keep is not None:
+                grad_hidden.mul_(keep).mul_(factor)
+            if linear is None:
+                return derivative(grad_hidden, gate), None, grad_weight_DF, None, None
+            grad_linear = activated.mul_(grad_hidden)
+            return derivative(grad_hidden.mul_(linear), gate), grad_linear, grad_weight_DF, None, None
+
+
+def _hidden(activated: torch.Tensor, linear: torch.Tensor | None, keep: torch.Tensor | None, factor: float) -> torch.Tensor:
+    """What the second product sees, made in the place of `activated`."""
+    if linear is not None:
+        activated.mul_(linear)
+    return activated if keep is None else activated.mul_(keep).mul_(factor)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b if a.dtype in (torch.float32, torch.float64) else wide_product(a, b)
+
+
+FEED_FORWARDS = (T5DenseActDense, T5DenseGatedActDense, MT5DenseActDense, MT5DenseGatedActDense)
+
+
+class LeanNorm(nn.Module):
+    """A norm inside a block: its output feeds matrix products only, so under autocast it leaves in 16 bits, once."""
+
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, working_dtype(hidden_states))
+
+
+class LeanLastNorm(LeanNorm):
+    """The decoder's last norm: float32 whatever autocast says, since the loss begins with it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
+
+
+class LeanDropout(nn.Dropout):
+    """Dropout that keeps one byte a value, on a CPU too."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(input, self.p, True)[0] if self.training and self.p > 0 else input
+
+
+class LeanLinear(nn.Linear):
+    """A linear layer that under autocast keeps no 16-bit copy of its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = working_dtype(input)
+        if dtype == self.weight.dtype:
+            return functional.linear(input, self.weight)
+        return RecastProduct.apply(input.to(dtype), self.weight)
+
+
+class LeanFeedForward(nn.Module):
+    """T5's feed-forward layer, gated or not, over `FeedForward`."""
+
+    wo: nn.Linear
+    dropout: nn.Dropout
+    activation_name: str
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        first: Any = getattr(self, "wi_0", None)
+        gated = first is not None
+        gate = first(hidden_states) if gated else self.get_submodule("wi")(hidden_states)
+        linear = self.get_submodule("wi_1")(hidden_states) if gated else None
+        probability = self.dropout.p if self.training else 0.0
+        keep = torch.empty_like(gate, dtype=torch.bool).bernoulli_(1.0 - probability) if probability > 0 else None
+        factor = 1.0 / (1.0 - probability)
+        # In the number format of the gate: a float32 island (`numerics.py`) wants its second product in float32 too.
+        return FeedForward.apply(gate, linear, self.wo.weight, keep, (self.activation_name, factor, gate.dtype))
+
+
+def install_lean_layers(model: T5Model) -> None:
+    """Let the layers of `model` keep less; parameters, names and hooks stay what they are. Twice changes nothing.
+
+    Works with and without autocast, checkpointing, float32 islands (before or after), evaluation and generation.
+    """
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        kind = type(module)
+        if kind in LEAN_ATTENTION:
+            # The class alone differs, so parameter, name and hooks stay what they are.
+            module.__class__ = LEAN_ATTENTION[kind]
+        elif kind in (T5LayerNorm, MT5LayerNorm):
+            module.__class__ = LeanNorm
+        elif kind in FEED_FORWARDS:
+            module.activation_name = model.config.dense_act_fn
+            module.__class__ = LeanFeedForward
+        elif kind is nn.Dropout:
+            module.__class__ = LeanDropout
+        elif kind is nn.Linear and module is not model.lm_head:
+            module.__class__ = LeanLinear
+    last: Any = model.decoder.final_layer_norm
+    last.__class__ = LeanLastNorm

@@ -1,0 +1,145 @@
+"""The sizes of a T5 or mT5 as plain numbers, and how many parameters they make. Nothing is allocated.
+
+Exact: tests hold the counts to the models themselves.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from resilient_t5.config_data import ModelConfig
+from resilient_t5.errors import ConfigError, DataError
+from resilient_t5.model.load import read_config
+from resilient_t5.model.presets import PRESETS, Shape, shape_of
+from resilient_t5.model.tables import HEAD
+from resilient_t5.model.weights import CONFIG_FILE, find_weights
+
+# Too large for a preset of training from scratch, and worth a plan.
+PLANNED_SHAPES = PRESETS | {"mt5-xl": Shape(d_model=2048, d_ff=5120, num_layers=24, num_heads=32, mt5=True)}
+MT5_ROWS = 250_112
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything that parameters and activations are counted from."""
+
+    d_model: int
+    d_ff: int
+    d_kv: int
+    heads: int
+    encoder_layers: int
+    decoder_layers: int
+    rows: int
+    """Vocabulary rows that are trained."""
+    gated: bool
+    tied: bool
+    dropout: float = 0.1
+    buckets: int = 32
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.d_kv
+
+    @property
+    def table(self) -> int:
+        """Parameters of one vocabulary table."""
+        return self.rows * self.d_model
+
+    @property
+    def encoder(self) -> int:
+        """Parameters of the encoder without its embedding."""
+        layer = 4 * self.d_model * self.inner + self._feed_forward + 2 * self.d_model
+        return self.encoder_layers * layer + self.buckets * self.heads + self.d_model
+
+    @property
+    def decoder(self) -> int:
+        """Parameters of the decoder without its embedding and head."""
+        layer = 8 * self.d_model * self.inner + self._feed_forward + 3 * self.d_model
+        return self.decoder_layers * layer + self.buckets * self.heads + self.d_model
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied table counts once."""
+        return self.encoder + self.decoder + self.table * (1 if self.tied else 2)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Parameters of the largest matrix that is no vocabulary table."""
+        return self.d_model * max(self.d_ff, self.inner)
+
+    @property
+    def _feed_forward(self) -> int:
+        return (3 if self.gated else 2) * self.d_model * self.d_ff
+
+    def with_rows(self, rows: int) -> "Sizes":
+        """The same model over another number of vocabulary rows."""
+        return replace(self, rows=rows)
+
+
+def sizes_of_shape(shape: Shape, rows: int, dropout: float | None = None) -> Sizes:
+    """The sizes of a preset's shape over `rows` vocabulary rows."""
+    layers = (shape.num_layers, shape.num_layers)
+    rate = 0.1 if dropout is None else dropout
+    return Sizes(
+        shape.d_model, shape.d_ff, shape.d_kv, shape.num_heads, *layers, rows, gated=shape.mt5, tied=not shape.mt5, dropout=rate
+    )
+
+
+def sizes_of_checkpoint(directory: Path, dropout: float | None = None) -> Sizes:
+    """The sizes that a checkpoint's config.json states, with all its rows; the weights are not read.
+
+    Whether the head is tied is seen in the names of the weights where they are there, else in the configuration.
+
+    Raises:
+        DataError: config.json is not that of a T5 or mT5.
+    """
+    config, declared_untied = read_config(directory)
+    try:
+        tied = HEAD not in find_weights(directory).file_of
+    except DataError:
+        tied = not (declared_untied or config.model_type == "mt5")
+    return Sizes(
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        d_kv=config.d_kv,
+        heads=config.num_heads,
+        encoder_layers=config.num_layers,
+        decoder_layers=config.num_decoder_layers or config.num_layers,
+        rows=config.vocab_size,
+        gated=config.is_gated_act,
+        tied=tied,
+        dropout=config.dropout_rate if dropout is None else dropout,
+        buckets=config.relative_attention_num_buckets,
+    )
+
+
+def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
+    """The sizes of the model that `settings` name: a preset, or a checkpoint that lies on this machine.
+
+    Args:
+        rows: vocabulary rows that are trained; None takes the checkpoint's own, or mT5's.
+
+    Raises:
+        ConfigError: no model is set, or a hub name that is not in the local cache.
+        DataError: the checkpoint's config.json cannot be used.
+    """
+    if settings.name_or_path is None:
+        return sizes_of_shape(shape_of(settings), rows or MT5_ROWS, settings.dropout)
+    sizes = sizes_of_checkpoint(_local_directory(settings.name_or_path), settings.dropout)
+    return sizes if rows is None else sizes.with_rows(rows)
+
+
+def _local_directory(name_or_path: str) -> Path:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=[CONFIG_FILE], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise ConfigError(
+            f"model.name_or_path: {name_or_path} is not on this machine, and a plan fetches nothing; "
+            "name a directory, or the shape of the model with --model.preset"
+        ) from None

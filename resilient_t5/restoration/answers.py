@@ -58,7 +58,8 @@ def answer_rules(
     pieces = tokenizer.pieces()
     marks = [*tokenizer.sentinel_ids[:max_sentinels].tolist(), tokenizer.eos_id]
     bytes_allowed = _encodes("\U0001f600", encoding)
-    chosen, lines = [(number, np.full(len(LEAST_PIECES), -1, np.int8)) for number in marks], {}
+    chosen = [(number, np.full(len(LEAST_PIECES), -1, np.int8)) for number in marks]
+    lines: dict[str | int, np.ndarray] = {}
     special = set(tokenizer.special_ids.tolist())
     for number in range(len(pieces)) if trained_ids is None else trained_ids.tolist():
         if number in special or number >= len(pieces):

@@ -106,7 +106,8 @@ class Filler:
 
     def _sheets(self, texts: Sequence[tuple[str, Sequence[Gap]]], tally: Tally) -> tuple[list[Sheet], list[tuple[int, Gap]]]:
         """The documents that hold gaps, and for every gap number the text and gap it means."""
-        documents, homes = [], []
+        documents: list[tuple[str, list[Gap], int]] = []
+        homes: list[tuple[int, Gap]] = []
         for number, (text, gaps) in enumerate(texts):
             ranges = _joined(document_ranges(text, self.usage.document), gaps) if gaps else []
             done = 0

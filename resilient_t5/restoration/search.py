@@ -131,8 +131,8 @@ class Searcher:
             source_BS[row, : len(source)] = source
         lengths = torch.tensor([len(source) for source in sources])
         mask_BS = (torch.arange(longest)[None] < lengths[:, None]).long().to(self.device)
-        source = torch.from_numpy(source_BS).to(self.device)
-        decoder = TokenDecoder(self.model, source, mask_BS, limit_tokens, beams=beams, head_VD=self._head_AD)
+        ids_BS = torch.from_numpy(source_BS).to(self.device)
+        decoder = TokenDecoder(self.model, ids_BS, mask_BS, limit_tokens, beams=beams, head_VD=self._head_AD)
         if len(sources) < len(questions):
             decoder.keep(torch.tensor(place, device=self.device))
         return decoder

@@ -63,7 +63,7 @@ def ask(
     """
     first_mark = searcher.first_mark()
     questions = [Question(window.source, len(window.asked), first_mark, stops_at=len(window.asked)) for window in windows]
-    found = _in_batches(searcher, questions, asking.beams, asking, limit_tokens, should_stop)
+    found = in_batches(searcher, questions, asking.beams, asking, limit_tokens, should_stop)
     if found is None:
         return None
     best = [hypotheses[0] for hypotheses in found]
@@ -111,7 +111,7 @@ def _others(
                 prefix = hypothesis.ids[: marks[k] + 1]
                 questions.append(Question(window.source, len(window.asked), prefix, stops_at=k + 1))
     beams = max(asking.beams, asking.alternatives + 1)
-    found = _in_batches(searcher, questions, beams, asking, limit_tokens, should_stop)
+    found = in_batches(searcher, questions, beams, asking, limit_tokens, should_stop)
     if found is None:
         return None
     return {
@@ -120,7 +120,7 @@ def _others(
     }
 
 
-def _in_batches(
+def in_batches(
     searcher: Searcher,
     questions: Sequence[Question],
     beams: int,
@@ -128,6 +128,7 @@ def _in_batches(
     limit_tokens: int,
     should_stop: Callable[[], bool] | None,
 ) -> list[list[Hypothesis]] | None:
+    """The outputs for every question, in the order of the questions; None when `should_stop` said so."""
     results: list[list[Hypothesis]] = [[] for _ in questions]
     for batch in _batches(questions, beams, asking.batch_tokens):
         found = searcher.search([questions[i] for i in batch], limit_tokens, beams=beams, should_stop=should_stop)

@@ -31,6 +31,10 @@ class Alignment:
         """The parts of the first row that the second one does not keep, in order; empty where something was put in."""
         return [(block.src_start, block.src_end) for block in self._blocks if block.tag != "equal"]
 
+    def replacements(self) -> list[tuple[int, int, int, int]]:
+        """(start, end) of the first row and what stands for it in the second one, for every part that is not kept."""
+        return [(b.src_start, b.src_end, b.dest_start, b.dest_end) for b in self._blocks if b.tag != "equal"]
+
     def place(self, start: int, end: int) -> tuple[int, int]:
         """The part of the second row that stands for `start` to `end` of the first; what was put in at its borders counts."""
         return min(self._partners(start)), max(self._partners(end))

@@ -52,6 +52,21 @@ UTF16_ORDINARY = (
 )
 
 
+@dataclass(frozen=True)
+class HeldText:
+    """Bytes that are in memory already, in place of a file; never unpacked. Messages call it `name`."""
+
+    content: bytes
+    name: str
+    suffix: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TextSource = Path | HeldText
+
+
 @dataclass(eq=False)
 class BadByte(Exception):
     """The first byte that does not decode: its value, its offset in the (unpacked) file and its line, from 1."""
@@ -69,7 +84,7 @@ class BadByte(Exception):
         return f"not {name}: first bad byte 0x{self.value:02x} at byte {self.offset}, line {self.line}"
 
 
-def unpacked_blocks(path: Path) -> Iterator[bytes]:
+def unpacked_blocks(path: TextSource) -> Iterator[bytes]:
     """The file's bytes in blocks, unpacked when its name ends in .gz or .xz.
 
     Raises:
@@ -92,7 +107,9 @@ def unpacked_blocks(path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: TextSource) -> BinaryIO:
+    if isinstance(path, HeldText):
+        return io.BytesIO(path.content)
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
@@ -101,7 +118,7 @@ def _opened(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def decoded_blocks(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
+def decoded_blocks(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]:
     """Strictly decoded text in blocks, each with the bytes it was read from; line breaks become a line feed.
 
     A leading byte order mark is dropped. Other characters stay, control characters too.
@@ -140,7 +157,7 @@ def _then_end(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield b""
 
 
-def read_text(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
+def read_text(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]:
     """As `decoded_blocks`, with `encoding` already decided; a byte that does not decode is a DataError."""
     try:
         yield from decoded_blocks(path, encoding)
@@ -148,7 +165,7 @@ def read_text(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
         raise _undecodable(path, fault) from None
 
 
-def resolve_encoding(path: Path, encoding: str) -> str:
+def resolve_encoding(path: TextSource, encoding: str) -> str:
     """The encoding to read `path` with: `encoding` itself, or what the evidence says when it is `auto`.
 
     Raises:
@@ -166,7 +183,7 @@ def resolve_encoding(path: Path, encoding: str) -> str:
     return encoding
 
 
-def _detected(path: Path) -> str:
+def _detected(path: TextSource) -> str:
     head = _head(path)
     for mark, name in MARKS:
         if head.startswith(mark):
@@ -191,7 +208,7 @@ def _detected(path: Path) -> str:
     raise _undecodable(path, fault, second)
 
 
-def _head(path: Path) -> bytes:
+def _head(path: TextSource) -> bytes:
     head = bytearray()
     for block in unpacked_blocks(path):
         head += block
@@ -220,7 +237,7 @@ def _utf16_by_nuls(head: bytes) -> str | None:
     return best if shares[best] >= UTF16_PLAUSIBLE_SHARE else None
 
 
-def _utf8_fault(path: Path) -> BadByte | None:
+def _utf8_fault(path: TextSource) -> BadByte | None:
     """None when the file is UTF-8 as far as proof needs; a file of ASCII is read to its end."""
     characters = 0
     try:
@@ -234,7 +251,7 @@ def _utf8_fault(path: Path) -> BadByte | None:
     return None
 
 
-def _gb18030_fault(path: Path) -> BadByte | str | None:
+def _gb18030_fault(path: TextSource) -> BadByte | str | None:
     """None when the whole file is GB18030 text; else what speaks against it."""
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     high = valid = characters = common = 0
@@ -267,7 +284,7 @@ def _common_chinese() -> np.ndarray:
     return table
 
 
-def _undecodable(path: Path, fault: BadByte, second: BadByte | str | None = None) -> DataError:
+def _undecodable(path: TextSource, fault: BadByte, second: BadByte | str | None = None) -> DataError:
     also = f"; {second}" if second is not None else ""
     unpacked = " once unpacked" if path.suffix.lower() in PACKED_SUFFIXES else ""
     return DataError(

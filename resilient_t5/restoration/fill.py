@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from resilient_t5.restoration.decoder import GapGuide, Gaps, TokenDecoder
+from resilient_t5.restoration.decoder import TokenDecoder
 
 # Rows that have ended are dropped from the batch when at most this share is still alive.
 ALIVE_SHARE = 0.75
@@ -30,6 +30,10 @@ class Alignment:
     def changed(self) -> list[tuple[int, int]]:
         """The parts of the first row that the second one does not keep, in order; empty where something was put in."""
         return [(block.src_start, block.src_end) for block in self._blocks if block.tag != "equal"]
+
+    def replacements(self) -> list[tuple[int, int, int, int]]:
+        """(start, end) of the first row and what stands for it in the second one, for every part that is not kept."""
+        return [(b.src_start, b.src_end, b.dest_start, b.dest_end) for b in self._blocks if b.tag != "equal"]
 
     def place(self, start: int, end: int) -> tuple[int, int]:
         """The part of the second row that stands for `start` to `end` of the first; what was put in at its borders counts."""
@@ -159,7 +163,6 @@ def generate(
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
-    gaps: Gaps | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> np.ndarray | None:
     """Greedy answers: int64 (B, T), each row ended by `eos_id` and padded with `pad_id`, without the start token.
@@ -174,17 +177,11 @@ def generate(
         max_new_tokens: longest answer, end mark included.
         eos_id: ends a row.
         pad_id: fills up a row that has ended; also the decoder's start when the model names none.
-        gaps: constrains the output to every sentinel in order with an answer each; None lets the model write freely.
         should_stop: asked before every token.
 
     Returns:
         The ids, or None when `should_stop` said so.
-
-    Raises:
-        ValueError: constrained, and `max_new_tokens` is too small for the gaps of a row.
     """
-    if gaps is not None and max_new_tokens < gaps.least_tokens():
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is below the {gaps.least_tokens()} that the gaps need")
     rows, device = source_BS.shape[0], source_BS.device
     start = model.config.decoder_start_token_id
     ids_BT = torch.full((rows, max_new_tokens), pad_id, dtype=torch.int64, device=device)
@@ -192,15 +189,12 @@ def generate(
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)
     every = 1 if device.type == "cpu" else TOKENS_PER_QUESTION
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         decoder = TokenDecoder(model, source_BS, source_mask_BS, max_new_tokens)
-        guide = GapGuide(gaps, eos_id, model.lm_head.weight.shape[0], device) if gaps is not None else None
         for position in range(max_new_tokens):
             if should_stop is not None and should_stop():
                 return None
-            logits_BV = decoder.logits(token)
-            best = logits_BV.argmax(-1) if guide is None else guide.choose(logits_BV, max_new_tokens - position)
-            token = torch.where(ended, pad_id, best)
+            token = torch.where(ended, pad_id, decoder.logits(token).argmax(-1))
             ids_BT[alive, position] = token
             ended = ended | (token == eos_id)
             if (position + 1) % every:
@@ -210,8 +204,6 @@ def generate(
                 break
             if len(going) <= ALIVE_SHARE * len(alive):
                 decoder.keep(going)
-                if guide is not None:
-                    guide.keep(going)
                 alive, token, ended = alive[going], token[going], ended[going]
     return _trimmed(ids_BT.cpu().numpy(), eos_id)
 
@@ -266,7 +258,7 @@ def _trimmed(ids_BT: np.ndarray, eos_id: int) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode again afterwards, frozen parts included."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,4 +1,4 @@
-"""Generation: equal to the library's greedy one, row by row, and constrained to gaps.
+"""Generation: equal to the library's greedy one, row by row.
 
 Run: python -m pytest tests/restoration/test_decoder.py
 """
@@ -8,11 +8,10 @@ import pytest
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from resilient_t5.restoration.decoder import Gaps, TokenDecoder
-from resilient_t5.restoration.fill import generate, parse_fills
+from resilient_t5.restoration.decoder import TokenDecoder
+from resilient_t5.restoration.fill import generate
 
-VOCABULARY, PAD, EOS, UNKNOWN = 64, 0, 1, 2
-SENTINELS = np.arange(63, 53, -1)
+VOCABULARY, PAD, EOS = 64, 0, 1
 SIZES = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}
 KINDS = ["t5_tied", "t5_gated_untied", "mt5_untied"]
 
@@ -143,59 +142,6 @@ def test_a_stop_is_heard_before_every_token_and_modes_are_restored():
 
     ids = generate(model, *rows_of_many_lengths(), max_new_tokens=30, eos_id=EOS, pad_id=PAD, should_stop=stop_at_the_fourth)
     assert ids is None and len(asked) == 4 and model.training
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("limit", [21, 24, 60])
-def test_constrained_output_answers_every_gap_in_order(kind, limit):
-    """Every gap gets its sentinel in order and at least one token; no row holds a barred id; all rows end."""
-    model = build(kind)
-    source, mask = rows_of_many_lengths(rows=11)
-    counts = np.arange(11)
-    gaps = Gaps(counts, SENTINELS, np.array([PAD, UNKNOWN]))
-    ids = generate(model, source, mask, max_new_tokens=limit, eos_id=EOS, pad_id=PAD, gaps=gaps)
-    for row, count in zip(ids, counts, strict=True):
-        fills = parse_fills(row, SENTINELS, EOS, PAD, int(count))
-        assert not fills.faulty
-        assert all(len(span) >= 1 for span in fills.spans)
-        length = int((row == EOS).argmax()) + 1
-        assert not np.isin(row[:length], [PAD, UNKNOWN]).any()
-        assert (row[length:] == PAD).all()
-
-
-def test_constrained_output_follows_the_model_where_it_is_free():
-    """Between its marks every token is the best normal one, or the next mark if that is better: a plain loop agrees."""
-    model, count, limit = build("mt5_untied", 2), 3, 40
-    source, mask = rows_of_many_lengths(rows=4)
-    gaps = Gaps(np.full(4, count), SENTINELS, np.array([PAD, UNKNOWN]))
-    ids = generate(model, source, mask, max_new_tokens=limit, eos_id=EOS, pad_id=PAD, gaps=gaps)
-    normal = [i for i in range(VOCABULARY) if i not in {PAD, EOS, UNKNOWN, *SENTINELS.tolist()}]
-    for row in range(4):
-        written, opened = [PAD], 0
-        while written[-1] != EOS:
-            with torch.no_grad():
-                logits = model(
-                    input_ids=source[row : row + 1],
-                    attention_mask=mask[row : row + 1],
-                    decoder_input_ids=torch.tensor([written]),
-                ).logits[0, -1]
-            following = int(SENTINELS[opened]) if opened < count else EOS
-            best = max(normal, key=lambda i: float(logits[i]))
-            fresh = opened > 0 and written[-1] == SENTINELS[opened - 1]
-            must = opened == 0 or limit - len(written) + 1 <= 2 * (count - opened) + 1
-            move = not fresh and (must or float(logits[following]) > float(logits[best]))
-            written.append(following if move else best)
-            opened += move and following != EOS
-        assert ids[row, : len(written) - 1].tolist() == written[1:]
-
-
-def test_constrained_generation_refuses_a_limit_that_cannot_hold_the_gaps():
-    """Three gaps need seven tokens; and a source cannot have more gaps than there are sentinels."""
-    model, (source, mask) = build("t5_tied"), rows_of_many_lengths(rows=1)
-    for counts, limit in (([3], 6), ([11], 60)):
-        with pytest.raises(ValueError, match="gaps"):
-            gaps = Gaps(np.array(counts), SENTINELS, np.array([PAD]))
-            generate(model, source, mask, max_new_tokens=limit, eos_id=EOS, pad_id=PAD, gaps=gaps)
 
 
 def test_under_autocast_the_logits_stay_in_float32():

@@ -1,0 +1,76 @@
+"""Gaps in a text: where the marks stand that a user chose, and which lines belong together. Text only, no tokens."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resilient_t5.errors import ConfigError
+from resilient_t5.restoration.usage import DocumentMode
+
+DEFAULT_MARK = "[?]"
+KNOWN_MARKS = ("[?]", "\u25a1\u25a1", "___", "<extra_id_0>")
+SENTINEL = re.compile(r"<extra_id_\d{1,2}>")
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
+SMALL_DOCUMENT_BYTES = 32 * 1024  # as in the reading of a corpus: a longer part without blank lines is read by line
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One gap: characters [start, end) of the text, and what stands there."""
+
+    start: int
+    end: int
+    mark: str
+
+
+def find_gaps(text: str, marks: Sequence[str]) -> list[Gap]:
+    """The gaps of `text`, in order.
+
+    A mark is taken as it is written, with two exceptions: one character repeated (`___`, two white squares) also matches
+    any longer run of it, and `<extra_id_k>` for any k stands for all hundred sentinels. Of marks that begin at one place
+    the longest counts.
+
+    Raises:
+        ConfigError: a mark is empty or white space.
+    """
+    pattern = re.compile("|".join(_pattern(mark) for mark in sorted(marks, key=len, reverse=True)))
+    return [Gap(match.start(), match.end(), match[0]) for match in pattern.finditer(text)]
+
+
+def _pattern(mark: str) -> str:
+    if not mark or mark.isspace():
+        raise ConfigError("--mark: a mark is at least one visible character, such as [?], ___ or <extra_id_0>")
+    if SENTINEL.fullmatch(mark):
+        return SENTINEL.pattern
+    if len(mark) > 1 and set(mark) == {mark[0]}:
+        return f"(?:{re.escape(mark[0])}){{{len(mark)},}}"
+    return re.escape(mark)
+
+
+def other_marks(text: str, marks: Sequence[str]) -> list[str]:
+    """The usual marks that stand in `text` and are not among `marks`."""
+    return [mark for mark in KNOWN_MARKS if mark not in marks and find_gaps(text, [mark])]
+
+
+def document_ranges(text: str, mode: DocumentMode) -> list[tuple[int, int]]:
+    """Characters [start, end) of each document, in order; they tile the text but for blank lines.
+
+    `auto` is what the reading of a corpus does: parts between blank lines, a part above 32 KiB by its lines.
+    """
+    if mode == "file":
+        return [(0, len(text))] if text else []
+    lines = [match.span() for match in LINE.finditer(text)]
+    if mode == "line":
+        return [(start, end) for start, end in lines if not text[start:end].isspace()]
+    parts: list[list[tuple[int, int]]] = [[]]
+    for start, end in lines:
+        if text[start:end].isspace():
+            parts.append([])
+        else:
+            parts[-1].append((start, end))
+    ranges: list[tuple[int, int]] = []
+    for part in filter(None, parts):
+        whole = (part[0][0], part[-1][1])
+        large = mode == "auto" and len(text[slice(*whole)].encode("utf-8", "surrogatepass")) > SMALL_DOCUMENT_BYTES
+        ranges += part if large else [whole]
+    return ranges

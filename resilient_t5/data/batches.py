@@ -7,11 +7,11 @@ The stream of examples is endless. Position p of it belongs to epoch p // n and 
 `window_updates` updates' worth of positions, never more than about one epoch.
 
 Within a window the examples are corrupted, sorted by length and cut into `groups_per_update` bands, and every update
-is dealt one group of neighbours from each band at random (`dealing.py`). A window of one update keeps its examples: they
-are one group.
-A group is cut again where it would pass `micro_tokens`; since dealing comes first, `micro_tokens` changes the speed of
-an update and never its examples. The largest micro-batch of an update comes first: what does not fit into memory fails
-at once, and the allocator can reuse its blocks.
+is dealt one group of neighbours from each band at random (`dealing.py`). A group is cut again where it would pass
+`micro_tokens`. A window of one update keeps its examples: they are one group, in which lengths lie far apart, so it is
+cut where padding and the number of micro-batches together cost least.
+Since dealing comes first, `micro_tokens` changes the speed of an update and never its examples. The largest micro-batch
+of an update comes first: what does not fit into memory fails at once, and the allocator can reuse its blocks.
 """
 
 import threading
@@ -26,7 +26,7 @@ import torch
 
 from resilient_t5.config import Config
 from resilient_t5.data.corruption import Corrupted, Examples, corrupt
-from resilient_t5.data.dealing import cut, deal, rounded_up
+from resilient_t5.data.dealing import cheapest_cut, cut, deal, rounded_up
 from resilient_t5.data.keyed import order
 from resilient_t5.data.ragged import lay_out
 from resilient_t5.data.token_table import TokenTable
@@ -125,10 +125,11 @@ class Batches:
     def at(self, update: int) -> list[MicroBatch]:
         """The micro-batches of update number `update`, counted from 0; the largest first."""
         window = self._window(update // self.window_updates)
+        cut_group = cut if self.window_updates > 1 else cheapest_cut
         parts = [
             rows
             for group in window.groups[update % self.window_updates]
-            for rows in cut(group, _lengths(window.corrupted), self.micro_tokens, self.pad_multiple)
+            for rows in cut_group(group, _lengths(window.corrupted), self.micro_tokens, self.pad_multiple)
         ]
         micro_batches = [
             collate(window.corrupted, rows, window.example_ids[rows], pad_id=self.table.pad_id, pad_multiple=self.pad_multiple)

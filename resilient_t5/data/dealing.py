@@ -9,6 +9,10 @@ import numpy as np
 
 from resilient_t5.data.keyed import Stream, shuffle
 
+# What one more micro-batch costs beside its tokens, counted in padded tokens. Measured on a CPU, forward and backward of
+# T5 with one to eight layers: 47 to 77. On a GPU it is more; how much was not measured.
+MICRO_BATCH_TOKENS = 64
+
 
 def deal(ascending: np.ndarray, updates: int, groups: int, key: tuple[int, int]) -> list[list[np.ndarray]]:
     """Cut sorted rows into bands, each band into one group of neighbours per update, and deal each band at random.
@@ -65,6 +69,42 @@ def cut(
             parts.append(ascending[place + 1 : end])
             end, longest_source, longest_target = place + 1, source, target
     parts.append(ascending[:end])
+    return parts
+
+
+def cheapest_cut(
+    ascending: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], micro_tokens: int, pad_multiple: int
+) -> list[np.ndarray]:
+    """Cut rows sorted by length into runs of neighbours so that padded tokens and `MICRO_BATCH_TOKENS` a run are least.
+
+    For an update in random order, whose lengths lie far apart: filling every micro-batch up to a large `micro_tokens`
+    would pad the short rows to the longest. Exact by dynamic programming over the end of the last run, in time of the
+    rows squared: about a millisecond at 64 rows. No run passes `micro_tokens` unless it is one row.
+
+    Args:
+        lengths: source and target tokens of every row; the source lengths ascend along `ascending`.
+
+    Returns:
+        the runs, the longest rows first.
+    """
+    source, target = (-(-of_row[ascending] // pad_multiple) * pad_multiple for of_row in lengths)
+    rows = len(ascending)
+    least = np.zeros(rows + 1, np.int64)
+    begins = np.zeros(rows + 1, np.int64)
+    for end in range(1, rows + 1):
+        # Of all runs that end here, the one that begins at each row: its size, and the cheapest way to get to its begin.
+        widest_target = np.maximum.accumulate(target[:end][::-1])[::-1]
+        padded = np.arange(end, 0, -1) * (source[end - 1] + widest_target)
+        allowed = padded <= micro_tokens
+        allowed[-1] = True
+        total = np.where(allowed, least[:end] + padded + MICRO_BATCH_TOKENS, np.iinfo(np.int64).max)
+        begins[end] = np.argmin(total)
+        least[end] = total[begins[end]]
+    parts, end = [], rows
+    while end:
+        begin = int(begins[end])
+        parts.append(ascending[begin:end])
+        end = begin
     return parts
 
 

@@ -1,5 +1,6 @@
 """Micro-batches, readers, evaluation batches. Run: python -m pytest tests/data/test_batches.py"""
 
+import itertools
 import threading
 from collections import Counter
 
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig
+from resilient_t5.data import dealing
 from resilient_t5.data.batches import Batches, MicroBatch, Reader, evaluation_batches
 from resilient_t5.data.corruption import corrupt
-from resilient_t5.data.dealing import cut, deal, group_sizes
+from resilient_t5.data.dealing import cheapest_cut, cut, deal, group_sizes
 from resilient_t5.errors import DataError
 from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, random_split, split_of
 
@@ -131,7 +133,7 @@ def test_micro_tokens_changes_no_update(window_updates):
     for update in (0, 3, 17):
         updates = [batches.at(update) for batches in cuts]
         assert all(examples_of(one) == examples_of(updates[0]) for one in updates)
-        assert len(updates[0]) == 8 and len(updates[-1]) == (1 if window_updates == 1 else 4)
+        assert len(updates[0]) == 8 and len(updates[-1]) in (range(1, 8) if window_updates == 1 else (4,))
     padded = batches_of(split, config, pad_multiple=8).at(3)
     assert examples_of(padded) == examples_of(cuts[0].at(3))
     assert all(size % 8 == 0 for m in padded for size in (m.source_BS.shape[1], m.labels_BT.shape[1]))
@@ -225,6 +227,32 @@ def test_cutting_keeps_order_and_budget():
     assert [part.tolist() for part in parts] == [[4], [3], [1, 2], [0]]
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), min_size=1, max_size=9),
+    micro_tokens=st.integers(1, 700),
+    pad_multiple=st.sampled_from([1, 8]),
+)
+def test_no_cut_is_cheaper_than_the_cheapest(lengths, micro_tokens, pad_multiple):
+    """Against every way to cut the sorted rows into runs that keep the budget: padded tokens and a toll for each run."""
+    source, target = np.array(lengths).T
+    ascending = np.lexsort((target, source))
+
+    def padded(rows: np.ndarray) -> int:
+        return sum(len(rows) * -(-int(of_row[rows].max()) // pad_multiple) * pad_multiple for of_row in (source, target))
+
+    def cost(parts: list[np.ndarray]) -> int:
+        return sum(padded(part) + dealing.MICRO_BATCH_TOKENS for part in parts)
+
+    parts = cheapest_cut(ascending, (source, target), micro_tokens, pad_multiple)
+    assert np.concatenate(parts[::-1]).tolist() == ascending.tolist()
+    assert all(len(part) == 1 or padded(part) <= micro_tokens for part in parts)
+    places = range(1, len(lengths))
+    ways = (np.split(ascending, ends) for count in range(len(lengths)) for ends in itertools.combinations(places, count))
+    allowed = (way for way in ways if all(len(part) == 1 or padded(part) <= micro_tokens for part in way))
+    assert cost(parts) == min(map(cost, allowed))
+
+
 def test_a_window_of_fifty_has_98_percent_useful_tokens_and_steady_targets():
     """Log-normal lengths, 30 % masked, 16 examples an update in 4 groups: padding is at most 2 %, and the number of
     target tokens varies less from update to update than in random order."""
@@ -247,6 +275,17 @@ def test_a_window_of_one_has_85_percent_useful_tokens():
     updates = [batches.at(update) for update in range(50)]
     assert 1.8 < 16 * 50 / sum(map(len, updates)) < 2.4
     assert share(updates) >= 0.85
+
+
+def test_a_window_of_one_does_not_pad_to_a_large_budget():
+    """However large micro_tokens is, the short examples of an update are not padded to its longest."""
+    split = random_split(log_normal_lengths(800, 156.0, 0.8, 511, seed=4), 5)
+    config = config_of(examples_per_update=16, window_updates=1)
+    for micro_tokens in (4096, 10**9):
+        batches = batches_of(split, config, micro_tokens=micro_tokens)
+        updates = [batches.at(update) for update in range(50)]
+        assert share(updates) >= 0.88
+        assert sum(map(len, updates)) / 50 < 7
 
 
 @pytest.mark.parametrize("first_update", [0, 13])

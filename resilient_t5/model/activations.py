@@ -205,6 +205,8 @@ def _loss(sizes: Sizes, run: Execution, labels: float) -> Part:
     d = sizes.d_model
     kept = labels * d * WIDE + labels * block * WIDE + labels * (3 * WIDE + 16)
     needed = labels * d * WIDE * 2
-    if run.precision == "bf16":  # the share and the rows of the table in 16 bits, and their product
-        needed += labels * block * 2 + block * d * (2 + WIDE + 2) + labels * d * (2 + WIDE)
+    if run.precision == "bf16":
+        # A CPU rounds a block of logits to 16 bits before it widens them; both copies stand beside the buffer.
+        logits = labels * block * (WIDE if run.on_gpu else WIDE + 2)
+        needed = logits + 2 * d * (block + labels) + (labels * d * WIDE if sizes.rows > block else 0.0)
     return Part("loss", kept, needed, "loss")

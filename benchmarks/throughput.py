@@ -14,7 +14,9 @@ the same as cpu_ratio_* (CPU seconds an example), "flops_ratio_*", "sides": {sid
 """
 
 import argparse
+import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -100,9 +102,8 @@ def run_side(side: str, setup: Any, seed: int) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Print a table and one line of JSON."""
-    import dataclasses
-
     options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the side ends too, and the model directory goes
     rounds: list[dict[str, Any]] = []
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:

@@ -9,7 +9,6 @@ from benchmarks.peers.setup import Setup
 from resilient_t5.checkpoint.vault import Vault
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.store import Store
-from resilient_t5.model.vocabulary_gradients import BLOCK_ROWS
 from resilient_t5.training.host import choose_device
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run
@@ -38,7 +37,7 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
         "updates": setup.updates,
         "examples": sum(shape.examples for shape in shapes),
         "target_tokens": sum(m.target_tokens for m in done),
-        "flops": sum(our_flops(model.config, s, checkpointing=checkpointing, block_rows=BLOCK_ROWS) for s in shapes),
+        "flops": sum(our_flops(model.config, s, checkpointing=checkpointing) for s in shapes),
         "vocabulary_rows": model.config.vocab_size,
         "loss": run.state.window_nll_sum / max(1, run.state.window_tokens),
     }

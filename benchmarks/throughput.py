@@ -1,6 +1,6 @@
 """How fast the same masked examples train: our run beside the usual Seq2SeqTrainer script and a tuned Seq2SeqTrainer.
 
-    bin/benchmark throughput [--corpus FILE --terms FILE] [--model mt5-small] [--rounds 3] [--updates 10] [--quick]
+    bin/benchmark throughput [--corpus FILE --terms FILE] [--model mt5-small] [--rounds 3] [--updates 50] [--quick]
                              [--device auto] [--memory-gib GIB] [--store DIR] [--json FILE] [--png FILE]
 
 Four sides (benchmarks/peers/trainers.py says what each does): `script` as it is, `script_mended`, `tuned_trainer`, `ours`.
@@ -14,7 +14,9 @@ the same as cpu_ratio_* (CPU seconds an example), "flops_ratio_*", "sides": {sid
 """
 
 import argparse
+import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -25,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers.processes import OutOfDeviceMemory, in_fresh_process  # noqa: E402
-from benchmarks.peers.results import document, environment, table, write_json  # noqa: E402
+from benchmarks.peers.results import document, environment, shown_options, table, write_json  # noqa: E402
 
 SIDES = ("script", "script_mended", "tuned_trainer", "ours")
 PRESETS = ("mt5-small", "mt5-base", "mt5-large")
@@ -44,7 +46,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pieces", type=int, default=32_000, help="pieces of the tokenizer trained on the corpus")
     parser.add_argument("--model", choices=PRESETS, default="mt5-small", help="shape; the weights are random")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=10, help="timed updates of ours and the tuned Trainer")
+    parser.add_argument(
+        "--updates", type=int, default=50, help="timed updates of ours and the tuned Trainer; 50 are the same examples"
+    )
     parser.add_argument("--script-updates", type=int, default=1, help="timed updates of the script, ten times as dear")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--memory-gib", type=float, help="let each side have no more of the GPU than this")
@@ -100,9 +104,8 @@ def run_side(side: str, setup: Any, seed: int) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Print a table and one line of JSON."""
-    import dataclasses
-
     options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the side ends too, and the model directory goes
     rounds: list[dict[str, Any]] = []
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
@@ -136,11 +139,6 @@ def main(argv: Sequence[str]) -> int:
         draw_throughput(result, SIDES, options.png)
     write_json(result, options.json)
     return 0
-
-
-def shown_options(argv: Sequence[str]) -> list[str]:
-    """The options with file names instead of paths: a published result names no directory of the machine."""
-    return [Path(part).name if "/" in part else part for part in argv]
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ Only matrix products count, as in torch's FlopCounterMode, which tests/benchmark
 against. Padding, recomputed activations and recomputed logits are counted, because they are computed.
 
 Symbols of the formulas: B examples, S source and T target positions with padding, N positions that reach the head,
-V vocabulary rows, R rows of a block; d width, f feed-forward width, i = heads x width of a head, L layers of a stack.
+V vocabulary rows; d width, f feed-forward width, i = heads x width of a head, L layers of a stack.
 """
 
 from dataclasses import dataclass
 from typing import Any
+
+from resilient_t5.model.vocabulary_gradients import rows_of_block
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,8 @@ def peer_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
     return (4 if checkpointing else 3) * stacks + 3 * head
 
 
-def our_flops(config: Any, shape: MicroShape, *, checkpointing: bool, block_rows: int) -> int:
+def our_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
     """Forward and backward with the head in blocks: the logits of all blocks but the last are made a second time."""
     rows = config.vocab_size
-    last_block = rows - (rows - 1) // block_rows * block_rows
-    head = 2 * shape.head * config.d_model * (4 * rows - last_block)
+    head = 2 * shape.head * config.d_model * (4 * rows - rows_of_block(shape.head, rows))
     return (4 if checkpointing else 3) * stack_flops(config, shape) + head

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from resilient_t5.training.host import MIB, memory_mib
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
 PRELOADED = ["torch", "transformers.trainer_seq2seq", "resilient_t5.training.run", "benchmarks.peers.trainers"]
 
 
@@ -45,9 +47,12 @@ def in_fresh_process(side: Callable[..., Any], *arguments: Any) -> Any:
     sender.close()
     try:
         answer = receiver.recv()
+        process.join()
     except EOFError:
         answer = None
-    process.join()
+        process.join()
+    finally:
+        process.kill()  # after Ctrl+C or SIGTERM; nothing to do otherwise
     if process.exitcode != 0 or answer is None:
         raise SideFailed(f"{side.__name__}{arguments} ended with {process.exitcode}")
     return answer
@@ -89,8 +94,8 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
-            refs.write("5")  # the high-water mark becomes what is resident now
+        if CLEAR_REFS.exists():  # elsewhere than on Linux the peak includes loading
+            CLEAR_REFS.write_text("5", encoding="ascii")  # the high-water mark becomes what is resident now
 
 
 def resident_mib(device: torch.device) -> float:

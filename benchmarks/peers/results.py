@@ -111,6 +111,11 @@ def write_json(result: dict[str, Any], path: Path | None) -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
+def shown_options(argv: Sequence[str]) -> list[str]:
+    """The options with file names instead of paths: a published result names no directory of the machine."""
+    return [Path(part).name if "/" in part else part for part in argv]
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -110,16 +110,15 @@ def run_script(setup: Setup, seed: int, mended: bool) -> dict[str, Any]:
 def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
     """Figures of the tuned Trainer's timed updates, in this process.
 
-    The batches are those that group_by_length makes of the whole epoch. It sorts 50 updates together and begins with the
-    longest of all, so the first few would be no sample of anything: the timed ones are taken at equal distances from the
-    second stretch of 50.
+    The batches are those that group_by_length makes of the first stretch of examples that transformers sorts together,
+    50 updates: the very examples that our first window of 50 updates holds. With fewer timed updates they are taken at
+    equal distances, because the stretch begins with the longest batch and ends with the shortest.
     """
     examples = masked_epoch(setup, seed)
-    lengths = np.diff(examples.source_offsets).tolist()
-    generator = torch.Generator().manual_seed(seed)
-    grouped = np.array(get_length_grouped_indices(lengths, EXAMPLES_PER_UPDATE, generator=generator))
-    stretch = min(MEGABATCH_UPDATES, len(lengths) // (4 * EXAMPLES_PER_UPDATE))
-    batches = grouped[stretch * EXAMPLES_PER_UPDATE :][: stretch * EXAMPLES_PER_UPDATE].reshape(stretch, EXAMPLES_PER_UPDATE)
+    stretch = min(MEGABATCH_UPDATES, len(examples) // EXAMPLES_PER_UPDATE)
+    lengths = np.diff(examples.source_offsets)[: stretch * EXAMPLES_PER_UPDATE].tolist()
+    grouped = get_length_grouped_indices(lengths, EXAMPLES_PER_UPDATE, mega_batch_mult=stretch)
+    batches = np.array(grouped).reshape(stretch, EXAMPLES_PER_UPDATE)
     timed = ((np.arange(setup.updates) + 0.5) * stretch / setup.updates).astype(int)
     warm = np.full(setup.warm_updates, stretch // 2)
     tokenizer = AutoTokenizer.from_pretrained(Path(setup.store) / "tokenizer")

@@ -17,6 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK_ROWS = 4096
+# 8 MiB in float32: few tokens take more rows at once, since the last block is the one that is not computed twice.
+BLOCK_VALUES = 512 * BLOCK_ROWS
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class LossTerms:
     """Number format of the operands of the matrix products; their results are added up in float32 or wider."""
     count_correct: bool = False
     """Keep a running argmax; costs a pass over the logits, so only for evaluation."""
-    block_rows: int = BLOCK_ROWS
+    block_rows: int | None = None
+    """Rows of a block; without it `rows_of_block` of the tokens."""
 
 
 class EmbeddingInPlace(torch.autograd.Function):
@@ -113,8 +116,16 @@ def gradient_of(weight: torch.Tensor) -> torch.Tensor:
     return weight.grad
 
 
-def _blocks(rows: int, block_rows: int) -> list[tuple[int, int]]:
-    return [(first, min(first + block_rows, rows)) for first in range(0, rows, block_rows)]
+def rows_of_block(tokens: int, rows: int) -> int:
+    """Rows of the largest block of a vocabulary of `rows` for this many target tokens."""
+    return min(rows, max(BLOCK_ROWS, BLOCK_VALUES // max(1, tokens)))
+
+
+def _blocks(rows: int, tokens: int, terms: LossTerms) -> list[tuple[int, int]]:
+    """First row and row behind the last of each block; what does not divide evenly is the first, so the last is whole."""
+    size = rows_of_block(tokens, rows) if terms.block_rows is None else min(rows, terms.block_rows)
+    ends = range(rows % size or size, rows + 1, size)
+    return [(max(0, end - size), end) for end in ends]
 
 
 def _logits(operand_ND: torch.Tensor, weight_RD: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -134,11 +145,12 @@ def _forward_pass(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: to
     tokens, rows = hidden_ND.shape[0], weight_VD.shape[0]
     wide = torch.promote_types(terms.product_dtype, torch.float32)
     operand_ND = hidden_ND.to(terms.product_dtype)
-    buffer = hidden_ND.new_empty(tokens * min(terms.block_rows, rows), dtype=wide)
+    blocks = _blocks(rows, tokens, terms)
+    buffer = hidden_ND.new_empty(tokens * (blocks[-1][1] - blocks[-1][0]), dtype=wide)
     max_N = hidden_ND.new_full((tokens,), -torch.inf, dtype=wide)
     sum_N, label_logit_N, logit_sum_N = (torch.zeros_like(max_N) for _ in range(3))
     best_N = torch.zeros_like(labels_N)
-    for first, last in _blocks(rows, terms.block_rows):
+    for first, last in blocks:
         logits_NR = _logits(operand_ND, weight_VD[first:last], buffer)
         inside_N = (labels_N >= first) & (labels_N < last)
         column_N = (labels_N - first).clamp(0, last - first - 1)
@@ -172,9 +184,10 @@ def _backward_pass(
     grad_ND = torch.zeros_like(hidden_ND, dtype=log_sum_N.dtype)
     grad_VD = gradient_of(weight_VD) if ctx.needs_input_grad[1] else None
     ready = buffer is not None
+    blocks = _blocks(rows, hidden_ND.shape[0], terms)
     if buffer is None:
-        buffer = log_sum_N.new_empty(hidden_ND.shape[0] * min(terms.block_rows, rows))
-    for first, last in reversed(_blocks(rows, terms.block_rows)):
+        buffer = log_sum_N.new_empty(hidden_ND.shape[0] * (blocks[-1][1] - blocks[-1][0]))
+    for first, last in reversed(blocks):
         if ready and max_N is not None:
             share_NR = buffer[: hidden_ND.shape[0] * (last - first)].view(-1, last - first)
             share_NR.mul_(((max_N - log_sum_N).exp() * factor_N)[:, None])

@@ -39,7 +39,7 @@ from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.evaluate import Evaluator
 from resilient_t5.training.guard import Guard
-from resilient_t5.training.host import choose_device, numeric_conditions
+from resilient_t5.training.host import choose_device, give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
 from resilient_t5.training.saving import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
@@ -246,9 +246,16 @@ def build_trained_model(config: Config, corpus: Corpus, device: torch.device, pr
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
         cut_vocabulary(model, corpus.active_to_full)
+    return made_trainable(model, config, device, precision)
+
+
+def made_trainable(model: T5Model, config: Config, device: torch.device, precision: Precision) -> T5Model:
+    """The same model on the device, in training mode, with lean layers and what checkpointing and number format need."""
     install_lean_layers(model)
     if config.model.gradient_checkpointing is True:
         model.gradient_checkpointing_enable()
+        if device.type == "cpu":
+            give_large_blocks_back()  # who recomputes to save memory does not want it kept by the heap
     if precision.name == "fp16":
         install_float32_islands(model)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for pipelines only

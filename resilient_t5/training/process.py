@@ -77,7 +77,7 @@ def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSign
     def claim_directory() -> None:
         claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
 
-    run = build_run(config, store, vault, loaded, audit=audit, display=display, claim=claim_directory)
+    run = build_run(config, store, vault, loaded, audit, display, claim=claim_directory)
     resumed_from = None if loaded is None else loaded.name
     for line in banner_lines(run, given, resumed_from):
         display.line(line)

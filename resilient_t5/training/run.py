@@ -140,10 +140,10 @@ def build_run(
     store: Store,
     vault: Vault,
     loaded: Loaded | None,
-    *,
     audit: AuditTrail,
     display: Display,
-    claim: Callable[[], None],
+    *,
+    claim: Callable[[], None] = lambda: None,
 ) -> Run:
     """Construct every part of a run over a prepared store, as it stands in `loaded`, or at update 0.
 

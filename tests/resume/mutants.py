@@ -13,7 +13,7 @@ from tests.resume.harness import Arena, differences, main, whole_rows
 STORM = [
     ("tests.resume.placing:short_memory", {}),
     ("tests.resume.placing:spoil", {"place": "loss", "update": 3}),
-    ("tests.resume.placing:spoil", {"place": "spike", "update": 6, "value": "1000"}),
+    ("tests.resume.placing:spoil", {"place": "spike", "update": 5, "updates": 3, "value": "1000"}),
 ]
 """One update is refused and one spikes before the interruption, so that the guard has something to remember."""
 INTERRUPTED_CALLS = {signal.SIGTERM: 34, signal.SIGKILL: 43}

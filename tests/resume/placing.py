@@ -326,13 +326,13 @@ def _current_attempt():
 
 
 def short_memory():
-    """Let the guard call something a spike after four updates, so that a run of a few seconds can see one."""
+    """Let the guard call something a spike after three updates, so that a run of a few seconds can see one."""
     from dataclasses import replace
 
     from resilient_t5.training import guard
 
     inner = guard.Limits
-    guard.Limits = lambda: replace(inner(), spike_window_fewest=4)
+    guard.Limits = lambda: replace(inner(), spike_window_fewest=3)
 
 
 def _spike_gradient(attempts, number):

@@ -30,7 +30,7 @@ STREAM_SCALE = 0.04
 BRANCH_SCALE = 0.5
 LARGEST_LOGIT_DEVIATION = 0.6
 # A tied model sees its own input token with a logit of nearly sqrt(d) deviations.
-LARGEST_LOGIT = 4.5
+LARGEST_LOGIT = 7.0
 # Scores of two equal tokens in cross-attention, and of a neighbour above all else: e**8 and e**5 against a hundred others.
 SAME_TOKEN_SCORE = 8.0
 NEIGHBOUR_SCORE = 5.0

@@ -107,3 +107,23 @@ def test_a_saturated_run_goes_on_with_a_raised_patience_and_replays_as_it_happen
     assert "plateau=2/2" in told
     assert "plateau=4/4" in told
     assert "agrees with the run's own verdicts at all 6 evaluations" in told
+
+
+def test_a_phase_that_the_run_cannot_reach_is_said_at_its_start(fork_server, tiny_config, tmp_path):
+    """The peer's thresholds on a run of one update: what is out of reach, and that no setting would mend it."""
+    console = tmp_path / "console.txt"
+    argv = [
+        "--config",
+        tiny_config,
+        "--run.dir",
+        tmp_path / "run",
+        "--convergence.preset",
+        "seed",
+        "--evaluation.every",
+        "1000",
+    ]
+    assert fork_server.run([*argv, "--schedule.max_updates", "1"], console) == 0, console.read_text()
+    warnings = [line for line in console.read_text().splitlines() if "plan warning" in line]
+    assert len(warnings) == 1
+    assert "convergence.start 6000 is never reached (no evaluation comes)" in warnings[0]
+    assert "too short to be judged at all" in warnings[0]

@@ -1,13 +1,16 @@
 """How a run ends: the last save, the exports, summary.json, and a last line that says what to do next."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
+from resilient_t5.training.card import CardFacts, model_card
 from resilient_t5.training.directory import write_whole
 from resilient_t5.training.evaluate import restore_terms
 from resilient_t5.training.exhibits import show_outcome
-from resilient_t5.training.export import export_model
+from resilient_t5.training.export import Exported, exported, write_export
+from resilient_t5.training.exporting import facts_of, restoration_row
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.loop import StopReason
 from resilient_t5.training.run import Run, original_tables
@@ -78,11 +81,13 @@ def is_concluded(run: Run) -> bool:
 
 def export_best_and_last(run: Run, stop: StopSignal) -> None:
     """Write export/last from the live weights and export/best from the best checkpoint, measuring what is missing."""
-    original = original_tables(run.config, run.store)
-    export_model(run, original, run.directory / "export" / "last")
-    _measure_missing(run, run.state.last, stop)
-    best = run.state.best
-    if best is not None and best["update"] != run.state.update:
+    parts = exported(run.config, run.store, run.updater.model, run.trained_ids, original_tables(run.config, run.store))
+    state = run.state
+    last = facts_of(run.store, run.directory, "last", state.to_json())
+    _export(run, parts, last, state.last, stop)
+    best = state.best
+    update, target_tokens = state.update, state.target_tokens
+    if best is not None and best["update"] != state.update:
         stored = run.vault.load_best()
         if stored is None:
             raise NoValidCheckpoint(
@@ -92,18 +97,30 @@ def export_best_and_last(run: Run, stop: StopSignal) -> None:
             )
         if stored.update != best["update"]:  # a save that the disk refused, or damage
             run.display.line(f"best   update {best['update']} is not on disk any more; export/best is update {stored.update}")
-            best = run.state.best = stored.state["run"]["best"]
+            best = state.best = stored.state["run"]["best"]
         put_model_tensors(run.updater.model, stored.tensors["model"])
-    export_model(run, original, run.directory / "export" / "best")
-    _measure_missing(run, best, stop)
+        update, target_tokens = stored.update, stored.state["run"]["target_tokens"]
+    facts = facts_of(run.store, run.directory, "best", state.to_json())
+    _export(run, parts, replace(facts, update=update, target_tokens=target_tokens, record=best), best, stop)
 
 
-def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) -> None:
-    """Fill in the restoration rate of a record that was evaluated without restoring; a stop request leaves it open."""
+def _export(run: Run, parts: Exported, facts: CardFacts, record: dict[str, Any] | None, stop: StopSignal) -> None:
+    """Write one export with its card; what the record lacks is measured before, and told to the card."""
+    figures = _measure_missing(run, record, stop) or restoration_row(run.directory, facts.update)
+    card = model_card(replace(facts, figures=figures), run.config, parts.usage)
+    write_export(parts, card, run.directory / "export" / facts.which)
+
+
+def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) -> dict[str, Any]:
+    """Fill in the restoration rate of a record that was evaluated without restoring; a stop request leaves it open.
+
+    Returns the figures that were measured, none when there was nothing to do.
+    """
     if record is None or record["term_restoration"] is not None or run.config.evaluation.restore_examples == 0:
-        return
+        return {}
     report = restore_terms(run.evaluator, lambda: stop.requested)
     record["term_restoration"] = None if report is None else report.term_rate
+    return {} if report is None else report.as_row()
 
 
 def write_summary(run: Run, status: str, reason: str, code: int) -> None:

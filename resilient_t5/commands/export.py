@@ -1,0 +1,66 @@
+"""bin/export: the best or the last weights of a run as a directory that transformers loads, with a model card."""
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from resilient_t5.commands.arguments import parse_config
+from resilient_t5.commands.failure import reported
+from resilient_t5.config import Config
+from resilient_t5.errors import ConfigError, ExitCode, RunDirectoryError
+
+DESCRIPTION = """Write the best or the last weights of a run as a Hugging Face directory: full vocabulary, tokenizer,
+generation config, restoration.json, and a model card. A run that is interrupted or still training can be exported too."""
+EPILOG = (
+    "exit codes: 0 done; 2 usage; 65 bad data; 66 no valid checkpoint; 69 run held by another process; 73 disk full; 74 i/o"
+)
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `bin/export` and return its exit code."""
+    return reported(lambda: _export(sys.argv[1:] if argv is None else argv))
+
+
+def _export(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.license is not None and LICENSE.fullmatch(arguments.license) is None:
+        raise ConfigError(f"--license {arguments.license!r} is no licence identifier such as apache-2.0 or other")
+    config = _config_of(Path(arguments.run))
+    own = Path(arguments.run) / "export" / arguments.which
+    directory = own if arguments.to is None else Path(arguments.to).expanduser()
+    if arguments.to is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise RunDirectoryError(f"{directory} is not empty", mend="Choose another --to")
+    # Imported late: --help and a typo must not wait for torch.
+    from resilient_t5.checkpoint.lock import RunLock
+    from resilient_t5.training.exporting import export_run
+
+    # A live run writes there itself at its end; any other place may be written while it trains.
+    with RunLock(Path(arguments.run)) if arguments.to is None else contextlib.nullcontext():
+        name = export_run(config, arguments.which, directory, arguments.license)
+    sys.stdout.write(f"{directory}: checkpoint {name}, checked with transformers\n")
+    return ExitCode.OK
+
+
+def _config_of(run: Path) -> Config:
+    """The configuration of the run, with its directory as it was named now."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise RunDirectoryError(f"{run} holds no run", where=str(path), mend="Name the directory that bin/train wrote")
+    config = parse_config(["--config", str(path)], "export", DESCRIPTION)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bin/export", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="directory of the run")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="which weights (best)")
+    parser.add_argument("--to", metavar="DIR", help="where to write (RUN/export/best or last)")
+    parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
+    return parser

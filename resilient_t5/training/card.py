@@ -1,0 +1,156 @@
+"""README.md of an export: what the model is, what it was trained on, what it restores, how to use it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from resilient_t5.config import Config, flat
+from resilient_t5.restoration.usage import Usage
+
+FIGURES = (
+    ("term restoration rate, exact", "term_rate"),
+    ("the same, normalised (NFKC, case, spaces)", "term_rate_normalised"),
+    ("the same, near (similarity 0.8 or more)", "term_rate_near"),
+    ("terms seen in training", "term_rate_seen"),
+    ("terms not seen in training", "term_rate_unseen"),
+    ("majority guess (baseline)", "majority_rate"),
+    ("copy of a visible term (baseline)", "copy_rate"),
+    ("spans written exactly", "span_match"),
+    ("character error rate in the gaps", "cer_masked"),
+    ("malformed outputs", "format_error_share"),
+)
+LIMITS = """## Limits
+
+A fill is a guess from its surroundings, and its probability is the model's own. In medical text a person must check every
+one against the source. The figures above hold for text like that of the training.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells."""
+
+    which: str
+    """`best` or `last`."""
+    record: Mapping[str, Any] | None
+    """Update, loss and term restoration of these weights, as in summary.json; None when they were never evaluated."""
+    before: Mapping[str, Any] | None
+    """The same of the model before training."""
+    figures: Mapping[str, Any]
+    """The restoration row of these weights; empty when none was measured."""
+    report: Mapping[str, Any]
+    """report.json of the store."""
+    update: int
+    target_tokens: int
+    command: str
+    license: str | None
+
+
+def model_card(facts: CardFacts, config: Config, usage: Usage) -> str:
+    """The card as Markdown with the front matter that model hubs read."""
+    parts = [
+        _front(facts, config),
+        f"# T5 that {'corrects' if usage.task == 'correct' else 'restores'} damaged text\n",
+        _what(facts, config, usage),
+        _use(usage),
+        _figures(facts),
+        _data(facts.report),
+        "## Training\n\n```\n" + facts.command.replace("```", "'''") + "\n```\n\n" + _settings(config),
+        LIMITS,
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front(facts: CardFacts, config: Config) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text2text-generation", "tags: [t5, span-restoration]"]
+    if facts.license is not None:
+        lines.insert(0, f"license: {json.dumps(facts.license)}")
+    base = config.model.name_or_path
+    if base is not None:
+        lines.append(f"base_model: {json.dumps(base, ensure_ascii=False)}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _what(facts: CardFacts, config: Config, usage: Usage) -> str:
+    base = config.model.name_or_path
+    origin = f"fine-tuned from `{base}`" if base else f"trained from scratch (preset {config.model.preset})"
+    licence = (
+        f"Licence: {facts.license}." if facts.license else "Licence: not stated; `bin/export --license NAME` writes it here."
+    )
+    rows = "the whole vocabulary" if usage.trained_ids is None else f"{len(usage.trained_ids):,} vocabulary rows"
+    return (
+        f"The {facts.which} weights of a run of resilient_t5, {origin}: update {facts.update:,}, "
+        f"{facts.target_tokens:,} target tokens, {rows} trained. {licence}\n"
+    )
+
+
+def _use(usage: Usage) -> str:
+    if usage.task == "correct":
+        shell = "bin/restore DIRECTORY text.txt"
+        habit = f"It writes the whole text anew, up to {usage.max_source_tokens} tokens at a time."
+    else:
+        shell = "bin/restore DIRECTORY text.txt --mark '[?]' --json"
+        habit = (
+            f"It was trained on inputs of up to {usage.max_source_tokens} tokens with up to {usage.max_sentinels} "
+            "gaps, `<extra_id_0>` first."
+        )
+    return (
+        f"## Use\n\n```\n{shell}\n```\n\n{habit} Plain `transformers` loads it with "
+        "`AutoModelForSeq2SeqLM` and `AutoTokenizer`; `restoration.json` holds the lengths and the ids that were trained.\n"
+    )
+
+
+def _figures(facts: CardFacts) -> str:
+    row, lines = facts.figures, ["## What it restores\n"]
+    if facts.record is not None:
+        before = f" (before training {facts.before['loss']:.4f})" if facts.before else ""
+        lines.append(f"Evaluation loss {facts.record['loss']:.4f} nats per target token{before}.\n")
+    if not row or not row.get("n"):
+        return "\n".join([*lines, "No term restoration was measured for these weights.\n"])
+    rate, low, high = (_percent(row.get(key)) for key in ("term_rate", "term_rate_low", "term_rate_high"))
+    lines += [
+        f"On {row['n']:,} masked terms of {row.get('n_documents', 0):,} held-out documents: **{rate}** written back exactly, "
+        f"95 % interval {low} to {high} (bootstrap over documents)"
+        + (f"; before training {_percent(facts.before['term_restoration'])}" if facts.before else "")
+        + ".\n",
+        "| figure | value |",
+        "| --- | --- |",
+        *(f"| {name} | {_percent(row[key])} |" for name, key in FIGURES if row.get(key) is not None),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    terms, vocabulary = report.get("terms", {}), report.get("active_vocabulary", {})
+    rows = [
+        ("bytes", report.get("bytes")),
+        ("characters", report.get("characters")),
+        ("tokens", report.get("tokens")),
+        ("tokens per character", report.get("tokens_per_character")),
+        ("unknown tokens, share", report.get("unknown_share")),
+        ("examples", report.get("examples")),
+        ("terms listed", terms.get("listed")),
+        ("terms found", terms.get("found")),
+        ("term occurrences", terms.get("occurrences")),
+        ("vocabulary rows in use", vocabulary.get("size")),
+        ("vocabulary rows", vocabulary.get("full_size")),
+    ]
+    lines = [f"| {name} | {_number(value)} |" for name, value in rows if value is not None]
+    return "## Data\n\n| of the corpus | |\n| --- | --- |\n" + "\n".join(lines) + "\n"
+
+
+def _settings(config: Config) -> str:
+    defaults = flat(Config())
+    changed = [f"{key}: {value!r}" for key, value in flat(config).items() if value != defaults[key]]
+    return "Settings that differ from the defaults:\n\n```\n" + "\n".join(changed).replace("```", "'''") + "\n```\n"
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, (int, float)) else "not measured"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_number(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

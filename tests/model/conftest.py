@@ -25,7 +25,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def make_model() -> Callable[..., T5Model]:
-    """(kind t5 tied | mt5 untied, rows, dtype, dropout) -> a model whose norms are not all one."""
+    """(kind t5 tied | mt5 untied, rows, dtype, dropout) -> a model away from its first weights, where norms are one and queries nought."""
 
     def make(kind: str, *, rows: int = 203, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 1) -> T5Model:
         settings = ModelConfig(preset=PRESET[kind], dropout=dropout, **SIZES)  # type: ignore[arg-type]
@@ -35,6 +35,8 @@ def make_model() -> Callable[..., T5Model]:
             for name, parameter in model.named_parameters():
                 if "layer_norm" in name:
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                elif name.endswith("SelfAttention.q.weight"):
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         return model.to(dtype)
 
     return make

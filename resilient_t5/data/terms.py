@@ -78,7 +78,7 @@ def _folded(text: str) -> tuple[str, np.ndarray]:
 
 @cache
 def _in_word() -> np.ndarray:
-    """bool (0x2e81,): letters and digits of scripts that set spaces between words; the last is that of all code points above."""
+    """bool (0x2e81,): letters and digits of scripts that set spaces between words; the last is for all above."""
     return np.array([chr(code).isalnum() for code in range(FIRST_WIDE_SCRIPT)] + [False])
 
 

@@ -96,10 +96,11 @@ def predicted(case: Sequence[Any]) -> float:
     """The planner's peak for the same update."""
     from resilient_t5.model.activations import Execution, MicroBatchShape
     from resilient_t5.model.memory import training_peak
-    from resilient_t5.model.shapes import PLANNED_SHAPES, sizes_of_shape
+    from resilient_t5.model.presets import PRESETS
+    from resilient_t5.model.shapes import sizes_of_shape
 
     preset, rows, precision, name, checkpointing, examples, source, target = case
-    sizes = sizes_of_shape(PLANNED_SHAPES[preset], rows)
+    sizes = sizes_of_shape(PRESETS[preset], rows)
     run = Execution(precision, checkpointing, on_gpu=False)
     return training_peak(sizes, name, run, MicroBatchShape(examples, source, target)).total
 

@@ -130,7 +130,7 @@ class ModelConfig:
 
     name_or_path: str | None = None
     """Directory or hub name of a T5/mT5 checkpoint."""
-    preset: Literal["tiny", "mini", "small", "mt5-small", "mt5-base", "mt5-large"] | None = None
+    preset: Literal["tiny", "mini", "small", "mt5-small", "mt5-base", "mt5-large", "mt5-xl"] | None = None
     """Shape of a model that is built from scratch."""
     d_model: int | None = None
     """Width of a model from scratch; replaces the preset's."""

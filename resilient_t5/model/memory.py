@@ -8,7 +8,7 @@ AdamW in float32, with checkpointing, 8-bit states, Adafactor, Adafactor stepped
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from resilient_t5.model.activations import (
@@ -206,8 +206,3 @@ def _choice(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer:
     cost = counted_flops(sizes, *lengths, run.checkpointing) / counted_flops(sizes, *lengths, False)
     fits = max(peak.total, evaluation) <= memory.usable
     return Choice(optimizer, run.checkpointing, micro_tokens, run.precision, peak, evaluation, cost, fits)
-
-
-def with_examples(task: Task, examples_per_update: int) -> Task:
-    """The same task with another number of examples in an update."""
-    return replace(task, examples_per_update=examples_per_update)

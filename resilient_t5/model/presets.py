@@ -33,6 +33,7 @@ PRESETS = {
     "mt5-small": Shape(d_model=512, d_ff=1024, num_layers=8, num_heads=6, mt5=True),
     "mt5-base": Shape(d_model=768, d_ff=2048, num_layers=12, num_heads=12, mt5=True),
     "mt5-large": Shape(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, mt5=True),
+    "mt5-xl": Shape(d_model=2048, d_ff=5120, num_layers=24, num_heads=32, mt5=True),
 }
 
 

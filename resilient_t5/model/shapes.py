@@ -9,12 +9,10 @@ from pathlib import Path
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import read_config
-from resilient_t5.model.presets import PRESETS, Shape, shape_of
+from resilient_t5.model.presets import Shape, shape_of
 from resilient_t5.model.tables import HEAD
 from resilient_t5.model.weights import CONFIG_FILE, find_weights
 
-# Too large for a preset of training from scratch, and worth a plan.
-PLANNED_SHAPES = PRESETS | {"mt5-xl": Shape(d_model=2048, d_ff=5120, num_layers=24, num_heads=32, mt5=True)}
 MT5_ROWS = 250_112
 
 

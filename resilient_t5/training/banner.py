@@ -35,6 +35,7 @@ def banner_lines(run: Run, given: Mapping[str, tuple[Any, str]], resumed_from: s
     )
     rules = run.convergence.rules
     yield disk_line(run)
+    yield memory_line(run)
     yield f"phases observed from {rules.start}, judged from {rules.judge_from}, patience {rules.patience} windows"
     for source in dict.fromkeys(source.partition(":")[0] for _, source in given.values()):
         settings = [f"{key} {value}" for key, (value, place) in given.items() if place.partition(":")[0] == source]
@@ -44,9 +45,17 @@ def banner_lines(run: Run, given: Mapping[str, tuple[Any, str]], resumed_from: s
         yield f"resume warning: the run goes on under other conditions, so not bit for bit: {changed}"
     if shutil.disk_usage(run.directory).free < most_kept(run.config.checkpoint.keep_last) * checkpoint_bytes(run):
         yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
+    yield from (f"plan warning: {warning}" for warning in run.fit.warnings())
     yield from (f"plan warning: {warning}" for warning in unreachable(rules, plan.total_updates, plan.evaluate_every))
     if run.config.evaluation.restore_examples and not report["terms"]["occurrences"]:
         yield "plan warning: no term of the list occurs in the corpus; the term restoration rate cannot be measured"
+
+
+def memory_line(run: Run) -> str:
+    """How an update is cut, and the memory that this needs."""
+    choice = run.fit.choice
+    checkpointing = "with" if choice.checkpointing else "without"
+    return f"memory micro-batches of {choice.micro_tokens} tokens, {checkpointing} gradient checkpointing: {run.fit.why}"
 
 
 def disk_line(run: Run) -> str:

@@ -38,6 +38,7 @@ from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.evaluate import Evaluator
+from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
 from resilient_t5.training.host import choose_device, give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
@@ -49,7 +50,7 @@ from resilient_t5.training.telemetry import Telemetry
 from resilient_t5.training.timing import Left, Timing
 from resilient_t5.training.update import Updater
 
-# Padded tokens of a micro-batch where the configuration says auto: about what 4 GB hold for mT5-base at full length.
+# Padded tokens of a batch where nothing is trained, hence nothing planned.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}
 # A GPU's attention kernels want lengths in eights; a CPU only pays for the padding.
 PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
@@ -64,6 +65,7 @@ class Run:
     directory: Path
     device: torch.device
     precision: Precision
+    fit: Fit
     store: Store
     trained_ids: np.ndarray
     """Full ids of the model's vocabulary rows, ascending."""
@@ -156,9 +158,10 @@ def build_run(
     """
     device, precision, accelerator = build_device(config)
     corpus = Corpus.over(store, config)
-    model = build_trained_model(config, corpus, device, precision)
+    fit = fit_run(config, store, device, precision.name)
+    model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
     updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed)
-    sizes = batch_sizes(config, device)
+    sizes = batch_sizes(config, device, fit.choice.micro_tokens)
     batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
@@ -178,6 +181,7 @@ def build_run(
         directory=Path(config.run.dir),
         device=device,
         precision=precision,
+        fit=fit,
         store=store,
         trained_ids=ids,
         batches=batches,
@@ -241,7 +245,9 @@ def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
     return accelerator.device, precision, accelerator
 
 
-def build_trained_model(config: Config, corpus: Corpus, device: torch.device, precision: Precision) -> T5Model:
+def build_trained_model(
+    config: Config, corpus: Corpus, device: torch.device, precision: Precision, *, checkpointing: bool
+) -> T5Model:
     """The model with the rows that are trained, float32, on the device, in training mode."""
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
@@ -252,7 +258,7 @@ def build_trained_model(config: Config, corpus: Corpus, device: torch.device, pr
 def made_trainable(model: T5Model, config: Config, device: torch.device, precision: Precision) -> T5Model:
     """The same model on the device, in training mode, with lean layers and what checkpointing and number format need."""
     install_lean_layers(model)
-    if config.model.gradient_checkpointing is True:
+    if checkpointing:
         model.gradient_checkpointing_enable()
         if device.type == "cpu":
             give_large_blocks_back()  # who recomputes to save memory does not want it kept by the heap
@@ -297,11 +303,11 @@ def original_tables(config: Config, store: Store) -> FullTables:
     return tables_of(build_full_model(config, store))
 
 
-def batch_sizes(config: Config, device: torch.device) -> dict[str, int]:
-    """Micro-batch budget and padding in tokens, `auto` resolved for the device."""
+def batch_sizes(config: Config, device: torch.device, planned: int | None = None) -> dict[str, int]:
+    """Micro-batch budget and padding in tokens, `auto` resolved: to what was planned, or for the device where nothing was."""
     micro, multiple = config.batch.micro_tokens, config.batch.pad_multiple
     return {
-        "micro_tokens": MICRO_TOKENS[device.type] if micro == "auto" else micro,
+        "micro_tokens": planned or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
         "pad_multiple": PAD_MULTIPLE[device.type] if multiple == "auto" else multiple,
     }
 

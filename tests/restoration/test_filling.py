@@ -1,0 +1,280 @@
+"""Gaps of a text from bytes to bytes: nothing outside them moves, whatever the text, the encoding, the number of gaps.
+
+Run: python -m pytest tests/restoration/test_filling.py
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from resilient_t5.data.sample import generate_notes
+from resilient_t5.errors import ConfigError, DataError
+from resilient_t5.restoration.asking import Asking
+from resilient_t5.restoration.correcting import correct
+from resilient_t5.restoration.filler import Tally, open_filler
+from resilient_t5.restoration.marks import Gap, document_ranges, find_gaps, other_marks
+from resilient_t5.restoration.sheet import Vocabulary, clean, read_sheets, windows_of
+from resilient_t5.restoration.text_bytes import TextBytes
+from resilient_t5.restoration.usage import Usage, read_usage
+
+ENCODINGS = [
+    "utf-8",
+    "utf-8-sig",
+    "utf-16",
+    "utf-16-be",
+    "utf-32",
+    "gb18030",
+    "gbk",
+    "big5",
+    "cp1252",
+    "shift_jis",
+]
+ALPHABET = list("患者因高血压入院给予氨氯地平。，；\n abcDE019.-()") + [
+    "\r\n",
+    "\r",
+    "\t",
+    "\n\n",
+    "  ",
+    "\u3000",
+    "\x0b",
+    "\x00",
+    "\u00e9",
+]
+WIDE = ["\U0001f9ec", "\ue000", "鼽", "\u0301", "<extra_id_3>", "<pad>", "</s>", "\ufeff", "\u2028"]
+MARKS = ["[?]", "\u25a1\u25a1", "___", "<extra_id_0>", "患者"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread: as fast for a tiny model, and repeatable."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def filler(tiny_export):
+    """A tiny model with windows of 40 tokens and five sentinels, so that most texts need several of both."""
+    return open_filler(str(tiny_export()))[0]
+
+
+def random_document(draws, encoding):
+    """Text in random pieces, random gaps in it (touching, at both ends, none), and its bytes."""
+    pool = [piece for piece in ALPHABET + WIDE if encodable(piece, encoding)]
+    marks = [mark for mark in MARKS if encodable(mark, encoding)]
+    mark = marks[draws.integers(len(marks))]
+    length = int(draws.integers(0, 90))
+    pieces = [pool[draws.integers(len(pool))] for _ in range(length)]
+    for _ in range(int(draws.integers(0, 12))):
+        pieces.insert(int(draws.integers(0, len(pieces) + 1)), mark)
+    return "".join(pieces), mark
+
+
+def encodable(text, encoding):
+    try:
+        return text.encode(encoding).decode(encoding) == text
+    except UnicodeError:
+        return False
+
+
+def test_every_byte_outside_the_gaps_stays_over_a_thousand_random_documents(filler):
+    """Any encoding, any number of gaps: the bytes between the fills are the bytes between the marks, in order."""
+    draws, filled = np.random.default_rng(11), 0
+    for start in range(0, 1000, 100):
+        texts = []
+        for number in range(start, start + 100):
+            encoding = ENCODINGS[number % len(ENCODINGS)]
+            text, mark = random_document(draws, encoding)
+            texts.append((TextBytes.read(text.encode(encoding), "text", encoding), mark))
+        gaps = [find_gaps(text.text, [mark]) for text, mark in texts]
+        for codec in {text.encoding for text, _ in texts}:
+            chosen = [i for i, (text, _) in enumerate(texts) if text.encoding == codec]
+            fills = filler.fill([(texts[i][0].text, gaps[i]) for i in chosen], Asking(encoding=codec, batch_tokens=2000))
+            for i, found in zip(chosen, fills, strict=True):
+                text = texts[i][0]
+                assert [fill.gap for fill in found] == gaps[i]
+                assert all(fill.text.strip() and 0 < fill.probability <= 1 for fill in found)
+                result = text.replaced([(fill.gap.start, fill.gap.end, fill.text) for fill in found])
+                assert_same_outside(text, gaps[i], [fill.text for fill in found], result)
+                filled += len(found)
+    assert filled > 3000
+
+
+def assert_same_outside(text, gaps, fills, result):
+    """By an own walk over the bytes, and by decoding."""
+    bounds = [0, *(border for gap in gaps for border in (gap.start, gap.end)), len(text.text)]
+    outside = [text.text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+    expected = "".join(part + fill for part, fill in zip(outside, [*fills, ""], strict=True))
+    assert result.decode(text.encoding) == expected
+    rest, raw = result, text.raw
+    for part, fill, gap in zip(outside, [*fills, None], [*gaps, None], strict=True):
+        size = len(part.encode(text.encoding))
+        assert rest[:size] == raw[:size]
+        rest, raw = rest[size:], raw[size:]
+        if fill is not None:
+            rest, raw = rest[len(fill.encode(text.encoding)) :], raw[len(gap.mark.encode(text.encoding)) :]
+    assert rest == raw == b""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[?]", "[?][?]", "[?]患者[?]", "[?]" * 500, "患者[?]因[?]。" * 100, "\n\n[?]\n\n", "a\r\n[?]\r\n\r\n[?]b", "\ufeff[?]"],
+    ids=["one gap", "touching", "at both ends", "500 gaps", "200 in a sentence", "blank lines", "crlf", "bom"],
+)
+def test_any_number_of_gaps_in_any_place_is_filled(filler, text):
+    """Each gap has an answer, in order; more gaps than sentinels take several passes."""
+    tally = Tally()
+    gaps = find_gaps(text, ["[?]"])
+    fills = filler.fill([(text, gaps)], Asking(), tally)[0]
+    assert [fill.gap for fill in fills] == gaps
+    assert all(fill.text.strip() for fill in fills)
+    # At most five gaps in a window; windows of one document that touch one another wait for the next pass.
+    assert tally.windows >= len(gaps) / 5
+    assert tally.passes <= tally.windows
+
+
+def test_what_a_text_is_filled_with_does_not_depend_on_the_texts_beside_it(filler):
+    """A batch of notes is filled as each note alone, alternatives included, probabilities up to rounding."""
+    notes = [note.text for note in generate_notes(8, 21)]
+    texts = [note[: len(note) // 3] + "[?]" + note[len(note) // 2 :] for note in notes]
+    asking = Asking(beams=2, alternatives=3)
+    together = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], asking)
+    for text, found in zip(texts, together, strict=True):
+        alone = filler.fill([(text, find_gaps(text, ["[?]"]))], asking)[0]
+        assert [fill.text for fill in found] == [fill.text for fill in alone]
+        for one, other in zip(found, alone, strict=True):
+            assert one.probability == pytest.approx(other.probability, rel=1e-3)
+            assert [text for text, _ in one.alternatives] == [text for text, _ in other.alternatives]
+            assert len(one.alternatives) == 3 and one.text not in dict(one.alternatives)
+            values = [value for _, value in one.alternatives]
+            assert values == sorted(values, reverse=True)
+
+
+def test_a_source_is_what_training_would_show(tiny_tokenizer):
+    """The tokens of a note with masked tokens, a sentinel in place of each run: the same ids as in corruption."""
+    checked = 0
+    for note in generate_notes(60, 33):
+        encoded = tiny_tokenizer.encode_batch([note.text])[0]
+        for fact in note.facts[:3]:
+            at = note.text.find(fact)
+            inside = np.flatnonzero((encoded.starts < at + len(fact)) & (encoded.ends > at))
+            if encoded.starts[inside[0]] != at or encoded.ends[inside[-1]] != at + len(fact):
+                continue  # a piece that reaches across the border: no mask of whole tokens is this gap
+            sheet = read_sheets([(note.text, [Gap(at, at + len(fact), fact)], 0)], tiny_tokenizer, None, Vocabulary())[0]
+            wanted = [*encoded.ids[: inside[0]].tolist(), *encoded.ids[inside[-1] + 1 :].tolist()]
+            ours = np.concatenate(sheet.segments).tolist()
+            # Splitting a text at a gap may divide other words otherwise than the whole text did; rarely.
+            checked += ours == wanted
+            assert tiny_tokenizer.decode(ours).replace(" ", "") == tiny_tokenizer.decode(wanted).replace(" ", "")
+    assert checked > 100
+
+
+def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
+    """Every open gap is decided once a pass or waits; no window is too long or has too many gaps; own gaps have context."""
+    draws = np.random.default_rng(5)
+    for _ in range(60):
+        text = "".join(
+            note.text + ("[?]" if draws.random() < 0.8 else "") for note in generate_notes(12, int(draws.integers(99)))
+        )
+        places = sorted(draws.integers(0, len(text), int(draws.integers(1, 25))).tolist(), reverse=True)
+        for place in places:
+            text = text[:place] + "[?]" + text[place:]
+        gaps = find_gaps(text, ["[?]"])
+        sheet = read_sheets([(text, gaps, 0)], tiny_tokenizer, None, Vocabulary())[0]
+        sentinels, room = int(draws.integers(1, 7)), int(draws.integers(24, 80))
+        passes = 0
+        while sheet.is_open():
+            passes += 1
+            windows = windows_of(sheet, tiny_tokenizer.sentinel_ids, tiny_tokenizer.eos_id, room, sentinels)
+            own = [place for window in windows for place in window.own]
+            assert own and len(own) == len(set(own))
+            for window in windows:
+                assert len(window.source) <= room and window.source[-1] == tiny_tokenizer.eos_id
+                assert window.own <= set(window.asked) and len(window.asked) <= sentinels
+                marks = [token for token in window.source.tolist() if token in tiny_tokenizer.sentinel_ids]
+                assert marks == tiny_tokenizer.sentinel_ids[: len(window.asked)].tolist()
+            for place in own:
+                sheet.answers[place] = np.array([20])
+        assert passes <= len(gaps)
+
+
+def test_marks_are_what_the_user_means():
+    """Literal marks, runs of one character, all sentinels by one; the longest at a place; nothing is read as a pattern."""
+    text = "a[?]b______c\u25a1\u25a1\u25a1d<extra_id_7>e.*"
+    for marks, found in (
+        (["[?]"], ["[?]"]),
+        (["___"], ["______"]),
+        (["\u25a1\u25a1"], ["\u25a1\u25a1\u25a1"]),
+        (["<extra_id_0>"], ["<extra_id_7>"]),
+        ([".*"], [".*"]),
+        (["[?]", "[?]b"], ["[?]b"]),
+        (["_"], ["_"] * 8),
+    ):
+        assert [gap.mark for gap in find_gaps(text, marks)] == found
+        assert all(text[gap.start : gap.end] == gap.mark for gap in find_gaps(text, marks))
+    assert other_marks(text, ["[?]"]) == ["\u25a1\u25a1", "___", "<extra_id_0>"]
+    for mark in ("", " ", "\n"):
+        with pytest.raises(ConfigError):
+            find_gaps(text, [mark])
+
+
+def test_documents_are_those_of_the_corpus():
+    """Blank lines part documents; a long part goes by lines; ranges hold everything that can be seen."""
+    text = "a\nb\n\n \n c\r\nd\n"
+    read = lambda mode: [text[a:b] for a, b in document_ranges(text, mode)]  # noqa: E731
+    assert read("auto") == read("blank_line") == ["a\nb\n", " c\r\nd\n"]
+    assert read("line") == ["a\n", "b\n", " c\r\n", "d\n"]
+    assert read("file") == [text]
+    long = "患者\n" * 10_000
+    assert len(document_ranges(long, "auto")) == 10_000
+    assert clean("a\r\nb\rc\x00\ufeff") == "a\nb\nc"
+
+
+def test_text_outside_the_vocabulary_is_counted(filler):
+    """Characters spelled in bytes are told, and the fills stand all the same."""
+    tally = Tally()
+    text = "鼽\U0001f9ec, the[?]"
+    filler.fill([(text, find_gaps(text, ["[?]"]))], Asking(), tally)
+    assert tally.vocabulary.spelled == 3 + 4 and tally.vocabulary.tokens > 7
+
+
+def test_corrections_change_the_edited_places_only(tiny_export):
+    """An untrained model rewrites at random: its edits applied give the output, and all else is the original's bytes."""
+    corrector = open_filler(str(tiny_export("correct", max_target_tokens=40)))[0]
+    for number, note in enumerate(generate_notes(6, 8)):
+        raw = f"\ufeff{note.text}\r\n鼽  {note.text[:20]}".encode("utf-16-le" if number % 2 else "utf-8")
+        text = TextBytes.read(raw, "text", "utf-16-le" if number % 2 else "utf-8")
+        edits = correct(corrector, text.text, Asking(encoding=text.encoding), Tally())
+        assert edits and all(text.text[edit.start : edit.end] == edit.before != edit.after for edit in edits)
+        assert all(a.end <= b.start for a, b in zip(edits[:-1], edits[1:], strict=True))
+        result = text.replaced([(edit.start, edit.end, edit.after) for edit in edits]).decode(text.encoding)
+        assert "鼽" in result
+
+
+def test_an_encoding_that_cannot_hold_a_replacement_or_cannot_be_changed_in_one_place_is_refused():
+    """A clear error, never a question mark in the text."""
+    with pytest.raises(DataError, match="big5"):
+        TextBytes.read("患者[?]".encode("big5"), "text", "big5").replaced([(2, 5, "\u8840\u538b")])
+    for encoding in ("utf-7", "iso2022_jp"):
+        with pytest.raises(DataError, match=encoding):
+            TextBytes.read("患者口入院".encode(encoding), "text", encoding).replaced([(2, 3, "x")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("format", 2), ("task", "other"), ("max_source_tokens", "9"), ("max_sentinels", 101), ("trained_ids", [[5, 3]]),
+     ("trained_ids", [[0, 9], [9, 10]]), ("trained_ids", [[0, 10**9]]), ("trained_ids", "x"), ("document", None),
+     ("trained_ids_sha256", "0")],
+)  # fmt: skip
+def test_a_damaged_restoration_json_is_a_clear_error(tmp_path, key, value):
+    """Hostile values are refused; what was written reads back."""
+    import json
+
+    usage = Usage(max_sentinels=3, trained_ids=np.array([0, 1, 2, 7, 8, 30]))
+    usage.write(tmp_path)
+    assert read_usage(tmp_path).to_json() == usage.to_json()
+    content = {**usage.to_json(), key: value}
+    (tmp_path / "restoration.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"restoration\.json"):
+        read_usage(tmp_path)

@@ -61,7 +61,7 @@ def ours_above(model_name: str, quick: bool, device: str, micro_batches: int, sc
         hardware=HardwareConfig(device=device, precision="fp32"),
     )
     where, precision, accelerator = build_device(config)
-    model = made_trainable(_model(settings, rows), config, where, precision)
+    model = made_trainable(_model(settings, rows), where, precision, checkpointing=True)
     updater = Updater(accelerator, model, build_optimizer(model, config.optim, where), config.optim, config.run.seed)
     batches = [_micro_batch(number, rows, sizes) for number in range(micro_batches)]
     tokens, above = sum(batch.target_tokens for batch in batches), Above(model, where, sizes)

@@ -38,7 +38,7 @@ def export_run(config: Config, which: Which, directory: Path, license: str | Non
     loaded = find_checkpoint(config, run_directory, which)
     store = Store.open(store_directory(config))
     corpus = Corpus.over(store, config)
-    model = build_trained_model(config, corpus, torch.device("cpu"), Precision("fp32", "an export"))
+    model = build_trained_model(config, corpus, torch.device("cpu"), Precision("fp32", "an export"), checkpointing=False)
     with torch.no_grad():
         put_model_tensors(model, loaded.tensors["model"])
     facts = facts_of(store, run_directory, which, loaded.state["run"], license)

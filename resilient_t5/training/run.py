@@ -252,10 +252,10 @@ def build_trained_model(
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
         cut_vocabulary(model, corpus.active_to_full)
-    return made_trainable(model, config, device, precision)
+    return made_trainable(model, device, precision, checkpointing=checkpointing)
 
 
-def made_trainable(model: T5Model, config: Config, device: torch.device, precision: Precision) -> T5Model:
+def made_trainable(model: T5Model, device: torch.device, precision: Precision, *, checkpointing: bool) -> T5Model:
     """The same model on the device, in training mode, with lean layers and what checkpointing and number format need."""
     install_lean_layers(model)
     if checkpointing:

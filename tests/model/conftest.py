@@ -25,7 +25,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def make_model() -> Callable[..., T5Model]:
-    """(kind t5 tied | mt5 untied, rows, dtype, dropout) -> a model away from its first weights, where norms are one and queries nought."""
+    """(kind t5 tied | mt5 untied, rows, dtype, dropout) -> a model away from its first weights (norms 1, queries 0)."""
 
     def make(kind: str, *, rows: int = 203, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 1) -> T5Model:
         settings = ModelConfig(preset=PRESET[kind], dropout=dropout, **SIZES)  # type: ignore[arg-type]

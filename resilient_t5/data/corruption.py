@@ -181,7 +181,8 @@ def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: 
     text[ends] = False
     index = position + starts[row]
     index[ends] = starts  # any index that exists; the end mark replaces it
-    ids = np.asarray(split.tokens)[index].astype(np.int32)
+    # Indexed before it becomes an array: tokens that are mapped while they are read would be read whole otherwise.
+    ids = np.asarray(split.tokens[index]).astype(np.int32)
     ids[ends] = table.eos_id
     if len(ids) and ids.max() >= table.size:
         raise DataError("the store holds ids beyond its vocabulary", mend="Prepare the store again.")

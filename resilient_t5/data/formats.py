@@ -7,6 +7,7 @@ Memory is one record and a block, whatever the size of the file: a plain text do
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -26,6 +27,7 @@ LONGEST_COLUMN_NAME = 100
 
 # C0 (tab and line feed stay), DEL, C1, and lone surrogates, which .jsonl escapes can spell and no tokenizer can read.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+FIRST_SURROGATE = 0xD800
 WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\U00020000-\U0003ffff]")
 STOPS = "\u3002\uff01\uff1f\uff1b.!?\n "
 
@@ -42,6 +44,8 @@ class CorpusCounts:
     """Characters of the documents that were kept."""
     control_characters_dropped: int = 0
     """NUL, control characters but tab and line feed, and lone surrogates."""
+    control_characters: dict[str, int] = field(default_factory=dict)
+    """Which they were, as U+0000 -> times; lone surrogates stand together as U+D800."""
     duplicate_paragraphs_dropped: int = 0
     empty_records_dropped: int = 0
     """Records of .jsonl, .csv and .tsv without text."""
@@ -56,9 +60,14 @@ class CorpusCounts:
 
     def clean(self, text: str) -> str:
         """`text` without control characters, which are counted."""
-        cleaned, dropped = CONTROL.subn("", text)
-        self.control_characters_dropped += dropped
-        return cleaned
+        found = CONTROL.findall(text)
+        if not found:
+            return text
+        self.control_characters_dropped += len(found)
+        for character, times in Counter(found).items():
+            name = f"U+{min(ord(character), FIRST_SURROGATE):04X}"
+            self.control_characters[name] = self.control_characters.get(name, 0) + times
+        return CONTROL.sub("", text)
 
 
 class Record(NamedTuple):

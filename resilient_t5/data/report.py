@@ -118,8 +118,10 @@ def readable(report: dict[str, Any]) -> str:
 
 
 def _dropped(corpus: dict[str, Any]) -> str:
+    named = ", ".join(f"{name} {count:,}" for name, count in sorted(corpus.get("control_characters", {}).items()))
     parts = [
         f"{count:,} {key.removesuffix('_dropped').replace('_', ' ')}"
+        + (f" ({named})" if key == "control_characters_dropped" else "")
         for key, count in corpus.items()
         if key.endswith("_dropped") and count
     ]

@@ -55,6 +55,14 @@ def test_the_command_makes_a_store_and_prints_its_report(arguments, tmp_path, ca
     assert capsys.readouterr().out == printed
 
 
+def test_dropped_control_characters_are_named(arguments, tmp_path, capsys):
+    """A NUL and a bell in the text are said by name and number, beside what else was dropped."""
+    text = Path(arguments[arguments.index("--data.train") + 1])
+    text.write_bytes(text.read_bytes() + b"\nlast\x00 line\x07 of\x00 all")
+    assert main(arguments) == 0
+    assert "3 control characters (U+0000 2, U+0007 1)" in capsys.readouterr().out
+
+
 def test_no_model_is_needed_but_text_and_a_tokenizer_are(arguments, capsys):
     """A missing tokenizer or text is a usage error with the keys to set."""
     assert main(arguments[:6]) == 2

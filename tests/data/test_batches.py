@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -401,6 +403,40 @@ def test_fewer_evaluation_examples_are_the_first_of_more():
         return {int(example) for b in batches for example in b.example_ids}
 
     assert ids(10) < ids(40) < ids(1000) == set(range(100)) and ids(0) == set()
+
+
+class RecordedTokens:
+    """Tokens that are made while they are read: example i is made of id 200 + i % 1000. Remembers how many were read."""
+
+    def __init__(self, examples: int, tokens_per_example: int):
+        self._size, self._per_example = examples * tokens_per_example, tokens_per_example
+        self.read = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        self.read += np.size(index)
+        return (200 + np.asarray(index) // self._per_example % 1000).astype(np.int32)
+
+
+def test_the_first_batch_of_ten_million_examples_costs_the_same_at_any_position():
+    """Under a second and under 200 MiB, anywhere in any epoch; and of tokens mapped while they are read, as those of runs
+    over the full vocabulary, only the window's own are read."""
+    examples, length = 10_000_000, 60
+    offsets = np.arange(examples + 1) * length
+    split = FakeSplit(RecordedTokens(examples, length), offsets, np.zeros((0, 4), np.int32))  # type: ignore[arg-type]
+    config = config_of(examples_per_update=16, window_updates=50)
+    for update in (0, 312_499, 624_999, 10**9):
+        split.tokens.read = 0
+        tracemalloc.start()
+        begin_s = time.process_time()
+        micro_batches = batches_of(split, config, micro_tokens=4096).at(update)
+        core_s, peak_bytes = time.process_time() - begin_s, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert core_s < 1.0 and peak_bytes < 200 << 20
+        assert sum(len(m.example_ids) for m in micro_batches) == 16
+        assert split.tokens.read < 1.1 * 50 * 16 * length
 
 
 def test_an_empty_split_is_refused():

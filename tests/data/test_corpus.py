@@ -219,6 +219,7 @@ def test_control_characters_are_dropped_and_counted(tmp_path: Path) -> None:
     documents, counts = read(path)
     assert [document.text for document in documents] == ["abc\td\u3000\U0001f600\ne\nf"]
     assert counts.control_characters_dropped == 4
+    assert counts.control_characters == {"U+0000": 1, "U+0007": 1, "U+007F": 1, "U+0085": 1}
     assert counts.characters == len(documents[0].text)
 
 
@@ -227,6 +228,7 @@ def test_control_characters_and_lone_surrogates_spelled_in_json_are_dropped(tmp_
     documents, counts = read(written(tmp_path / "a.jsonl", r'{"text": "a\u0000b\ud800c\r\n\ud83d\ude00"}'))
     assert documents[0].text == "abc\n\U0001f600"
     assert counts.control_characters_dropped == 2
+    assert counts.control_characters == {"U+0000": 1, "U+D800": 1}
 
 
 def test_exact_duplicate_paragraphs_are_dropped_across_files(tmp_path: Path) -> None:

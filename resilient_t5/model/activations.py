@@ -9,12 +9,13 @@ Symbols: B examples (may be a fraction: a budget of tokens over the longest exam
 d model width, f feed-forward width, i width of all heads, h heads, N = B T labels, w bytes of a value in the products.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from resilient_t5.model.shapes import Sizes
-from resilient_t5.model.vocabulary_gradients import BLOCK_ROWS
+from resilient_t5.model.vocabulary_gradients import rows_of_block
 
 WIDE = 4
 """Bytes of a float32 value: the residual stream, gradients of parameters, the loss."""
@@ -201,7 +202,7 @@ def _stack_end(sizes: Sizes, tokens: float) -> float:
 
 def _loss(sizes: Sizes, run: Execution, labels: float) -> Part:
     """The states at the labels and one block of logits, which stays until the backward pass."""
-    block = min(BLOCK_ROWS, sizes.rows)
+    block = rows_of_block(math.ceil(labels), sizes.rows)
     d = sizes.d_model
     kept = labels * d * WIDE + labels * block * WIDE + labels * (3 * WIDE + 16)
     needed = labels * d * WIDE * 2

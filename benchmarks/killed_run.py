@@ -46,7 +46,7 @@ def command(options: argparse.Namespace, store: Path, run: Path) -> list[str]:
         "evaluation.every": max(1, options.updates // 4),
         "evaluation.examples": 64,
         "evaluation.restore_examples": 32,
-        "checkpoint.every_updates": max(1, options.updates // 12),
+        "checkpoint.every_updates": max(1, options.updates // 60),  # a few saves between two kills
         "telemetry.log_every": 1,
         "telemetry.progress": "plain",
         "hardware.threads": 1,
@@ -125,7 +125,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run both, compare."""
-    alone, killed, store = folder / "alone", folder / "killed", folder / "store"
+    alone, killed, store = folder / "alone", folder / "killed", options.store or folder / "store"
     begun_s = time.monotonic()
     process = start(command(options, store, alone), folder / "console_alone.txt")
     while not starts(alone) and process.poll() is None:
@@ -170,6 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=SHARED / "zh_medical_25mb_open.txt")
     parser.add_argument("--terms", type=Path, default=SHARED / "zh_terms.txt")
+    parser.add_argument("--store", type=Path, help="the text prepared before with these settings")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--updates", type=int, default=120)
     parser.add_argument("--seed", type=int, default=1)

@@ -76,7 +76,7 @@ def one_exit(arena, name, place, number, call):
     pid = arena.server.start(argv, arena.console(name), [("tests.resume.placing:signal_at", arguments)])
     status, ended_s = arena.server.wait_timed(pid)
     if status is None:
-        return None, ("hangs", "killed after 60 s")
+        return None, ("hangs", "killed as it did not end")
     if not stamp.exists():
         return None, None
     seconds = ended_s - json.loads(stamp.read_text())

@@ -7,7 +7,8 @@ beside it. So the weights begin as trained attention looks (mimetic initialisati
 * Cross-attention: queries and keys are the same matrix, so a decoder that reads a sentinel looks at that sentinel in
   the source.
 * Self-attention: the relative position bias of some heads points at one neighbour, the other heads average over
-  everything; queries begin at zero, so that no random score disturbs either.
+  everything; queries begin at zero and keys small, so that no random score disturbs either, also not after Adam's
+  first moves, which are as long for a weight that does not matter as for one that does.
 
 Whatever writes into the residual stream starts at STREAM_SCALE of T5's deviation; the stream is normalised wherever it
 is read, so every layer computes the same. The decoder's last norm makes up for it, up to logits that still leave the
@@ -34,6 +35,8 @@ LARGEST_LOGIT = 7.0
 # Scores of two equal tokens in cross-attention, and of a neighbour above all else: e**8 and e**5 against a hundred others.
 SAME_TOKEN_SCORE = 8.0
 NEIGHBOUR_SCORE = 5.0
+# Keys of self-attention, as a share of T5's: the smaller, the later scores by content disturb what positions tell.
+SELF_KEY_SCALE = 0.1
 
 
 def first_value(name: str, config: Any, *, scaled: bool) -> tuple[float, float]:
@@ -54,6 +57,8 @@ def first_value(name: str, config: Any, *, scaled: bool) -> tuple[float, float]:
         return 0.0, (SAME_TOKEN_SCORE / (d * config.d_kv)) ** 0.5
     if name.endswith(".q.weight"):
         return 0.0, 0.0
+    if name.endswith(".k.weight"):
+        return 0.0, SELF_KEY_SCALE * d**-0.5
     if name.endswith(".o.weight"):
         return 0.0, branch * inner**-0.5
     if name.endswith(".wo.weight"):

@@ -1,0 +1,145 @@
+"""How many gaps a second are filled, against the generation of transformers on the same model and gaps.
+
+    python benchmarks/restore.py [MODEL] [--notes 200] [--rounds 5] [--beams 1] [--json FILE]
+
+MODEL is an export or a run; without one a T5 of random weights (width 256, 4 layers) over a tokenizer trained on the
+notes, whose answers run to the limit of 24 tokens. The texts are clinical notes with one term taken out of each,
+unsorted. Three sides, interleaved, in one process on one thread, the median of the rounds by the processor's clock:
+  ours            the filler as bin/restore runs it: windows, batches by length, constrained search, probabilities
+  plain           generate of transformers, greedy, batches of 16 in the order of the texts, as its examples do
+  sorted          the same, sorted by length and in the very batches that ours uses: a tuned script
+The two others are unconstrained, so they may leave gaps without an answer; that share stands beside them.
+The last line is JSON: {"ours_gaps_per_s", "plain_gaps_per_s", "sorted_gaps_per_s", "ratio_over_plain", ...}.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForSeq2SeqLM  # noqa: E402
+
+from resilient_t5.config_data import ModelConfig  # noqa: E402
+from resilient_t5.data.sample import generate_notes  # noqa: E402
+from resilient_t5.data.tokenizer import train_tokenizer  # noqa: E402
+from resilient_t5.model.load import SpecialIds, build_model, save_model  # noqa: E402
+from resilient_t5.restoration.asking import Asking  # noqa: E402
+from resilient_t5.restoration.fill import parse_fills  # noqa: E402
+from resilient_t5.restoration.filler import local_directory, open_filler  # noqa: E402
+from resilient_t5.restoration.marks import find_gaps  # noqa: E402
+from resilient_t5.restoration.sheet import Vocabulary, read_sheets, windows_of  # noqa: E402
+from resilient_t5.restoration.usage import Usage  # noqa: E402
+
+PLAIN_BATCH = 16
+SIZES = {"d_model": 256, "d_ff": 512, "num_layers": 4, "num_heads": 4}
+
+
+def random_export(folder):
+    """A model of random weights as an export leaves it."""
+    tokenizer = train_tokenizer([note.text for note in generate_notes(2000, 5)], 4000, 0.9995)
+    special = SpecialIds(tokenizer.pad_id, tokenizer.eos_id, tokenizer.pad_id)
+    settings = ModelConfig(preset="tiny", **SIZES)
+    model = build_model(settings, vocabulary_rows=tokenizer.size, special=special, seed=1)
+    save_model(model, folder)
+    tokenizer.save(folder)
+    Usage(max_source_tokens=128, max_target_tokens=24, max_sentinels=5, document="line").write(folder)
+    return folder
+
+
+def texts_with_gaps(count):
+    """Notes with a term taken out, which one by turns; their gaps."""
+    found = []
+    for number, note in enumerate(generate_notes(count, 77)):
+        term = note.facts[number % len(note.facts)]
+        text = note.text.replace(term, "[?]", 1)
+        found.append((text, find_gaps(text, ["[?]"])))
+    return found
+
+
+def library_side(model, filler, texts, batches, beams):
+    """Fill by `generate` in the given batches; returns how many gaps have no answer."""
+    tokenizer = filler.tokenizer
+    sheets = read_sheets([(text, gaps, i) for i, (text, gaps) in enumerate(texts)], tokenizer, None, Vocabulary())
+    limits = (filler.usage.max_source_tokens, filler.sentinels)
+    sources = [windows_of(sheet, tokenizer.sentinel_ids, tokenizer.eos_id, *limits)[0].source for sheet in sheets]
+    missing = 0
+    for batch in batches(sources):
+        longest = max(len(sources[i]) for i in batch)
+        ids = torch.tensor([[*sources[i].tolist(), *[tokenizer.pad_id] * (longest - len(sources[i]))] for i in batch])
+        written = model.generate(
+            ids, attention_mask=(ids != tokenizer.pad_id).long(), max_new_tokens=filler.usage.max_target_tokens,
+            num_beams=beams, do_sample=False,
+        )  # fmt: skip
+        for row in written[:, 1:].numpy():
+            fills = parse_fills(row, tokenizer.sentinel_ids, tokenizer.eos_id, tokenizer.pad_id, 1)
+            missing += fills.spans[0] is None or len(fills.spans[0]) == 0
+            tokenizer.decode([] if fills.spans[0] is None else fills.spans[0].tolist())
+    return missing
+
+
+def in_order(sources):
+    """Batches as a plain script makes them."""
+    return [list(range(i, min(i + PLAIN_BATCH, len(sources)))) for i in range(0, len(sources), PLAIN_BATCH)]
+
+
+def by_length(sources):
+    """Batches of like length, as large as ours."""
+    order, size = sorted(range(len(sources)), key=lambda i: len(sources[i])), 64
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--notes", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = random_export(Path(folder)) if arguments.model is None else local_directory(arguments.model)
+        filler, _ = open_filler(str(directory))
+        model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
+    texts = texts_with_gaps(arguments.notes)
+    asking = Asking(beams=arguments.beams)
+    sides = {
+        "ours": lambda: filler.fill(texts, asking) and 0,
+        "plain": lambda: library_side(model, filler, texts, in_order, arguments.beams),
+        "sorted": lambda: library_side(model, filler, texts, by_length, arguments.beams),
+    }
+    core_s, wall_s, missing = {name: [] for name in sides}, {name: [] for name in sides}, {}
+    for number in range(arguments.rounds + 1):
+        for name, side in sides.items():
+            begin_s, begin_wall_s = time.process_time(), time.perf_counter()
+            missing[name] = side()
+            if number > 0:  # the first round warms caches
+                core_s[name].append(time.process_time() - begin_s)
+                wall_s[name].append(time.perf_counter() - begin_wall_s)
+    gaps = len(texts)
+    report = {f"{name}_gaps_per_s": round(gaps / statistics.median(seconds), 1) for name, seconds in core_s.items()}
+    report |= {f"{name}_gaps_per_wall_s": round(gaps / statistics.median(s), 1) for name, s in wall_s.items()}
+    for name in ("plain", "sorted"):
+        ratios = np.array(core_s[name]) / np.array(core_s["ours"])
+        report[f"ratio_over_{name}"] = round(float(np.median(ratios)), 2)
+        report[f"ratio_over_{name}_range"] = [round(float(ratios.min()), 2), round(float(ratios.max()), 2)]
+        report[f"{name}_unanswered_share"] = round(missing[name] / gaps, 4)
+    report |= {"gaps": gaps, "beams": arguments.beams, "rounds": arguments.rounds, "model": arguments.model or "random"}
+    for name in sides:
+        print(f"{name:>7}: {report[f'{name}_gaps_per_s']:>8} gaps a second of processor time")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -152,7 +152,7 @@ def cost_section() -> str:
         rows += [
             [f"stall of the loop a save ({size})", f"{stall['stall_ms']:.1f} ms"],
             ["share of training time stalled with a save a minute", percent(stall["stalled_share_at_a_save_a_minute"])],
-            ["the same with what the writing thread takes", percent(stall["whole_cost_share_at_a_save_a_minute"])],
+            ["the same with all CPU seconds of the writing thread", percent(stall["whole_cost_share_at_a_save_a_minute"])],
         ]
     if speed := found.get("speed"):
         size = f"{speed['state_mib']:.0f} MiB"

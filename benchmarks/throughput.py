@@ -65,12 +65,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
     """Corpus, store and model directory of all sides; runs in a process of its own."""
-    from benchmarks.peers.setup import MT5_ROWS, Setup, make_model, make_store
+    from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MT5_ROWS, Setup, make_model, make_store
     from resilient_t5.config_data import DataConfig, ModelConfig, TokenizerConfig
     from resilient_t5.training.host import choose_device
 
     if options.quick:
-        data = DataConfig(train="builtin:clinical", sample_notes=400, max_source_tokens=128, max_target_tokens=64)
+        data = DataConfig(train="builtin:clinical", sample_notes=200, max_source_tokens=128, max_target_tokens=64)
         tokenizer = TokenizerConfig(train_vocab_size=700)
         model = ModelConfig(preset="mt5-small", d_model=64, d_ff=128, num_layers=2, num_heads=2)
     else:
@@ -86,7 +86,7 @@ def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
         data=data,
         device=options.device,
         memory_gib=options.memory_gib,
-        updates=options.updates,
+        updates=min(options.updates, len(store.train) // EXAMPLES_PER_UPDATE),
         script_updates=options.script_updates,
         warm_updates=3 if cuda else 1,
     )

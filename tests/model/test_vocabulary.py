@@ -47,6 +47,29 @@ def test_a_cut_model_computes_the_softmax_over_the_active_rows(kind, make_model,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_loss_and_gradient_of_a_cut_model_are_those_of_a_plain_softmax_over_the_active_rows(
+    kind, dtype, tolerance, make_model, make_examples, collate, gradients_of, relative_error
+):
+    """Against autograd through the full model, its logits restricted to the active rows; tables at the active rows."""
+    model = make_model(kind, dtype=dtype)
+    source_BS, mask_BS, labels_BT = batch = collate(make_examples(5, rows=len(ACTIVE)))
+    index = torch.from_numpy(ACTIVE).long()
+    full_BT = torch.where(labels_BT == -100, -100, index[labels_BT.clamp(min=0)])
+    logits = model(input_ids=index[source_BS], attention_mask=mask_BS, labels=full_BT).logits[..., index]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+    expected.backward()
+    wanted = gradients_of(model)
+    for name in {"shared.weight", "lm_head.weight"} & wanted.keys():
+        wanted[name] = wanted[name][index]
+    cut_vocabulary(model, ACTIVE)
+    loss = forward_loss(model, *batch, divisor=float((labels_BT != -100).sum())).loss
+    loss.backward()
+    assert abs(loss.item() - expected.item()) <= tolerance * expected.item()
+    assert relative_error(gradients_of(model), wanted) <= tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_embedding_row_that_never_occurs_stays_as_it_is_under_adamw(kind, make_model, make_examples, collate):
     """Untied: training over the active rows is AdamW over them, so cutting leaves the input rows' updates unchanged."""
     full, cut = make_model(kind), make_model(kind)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from resilient_t5.model.vocabulary_gradients import EmbeddingInPlace, HeadLossInPlace, LossTerms
+from resilient_t5.model.vocabulary_gradients import (
+    BLOCK_ROWS,
+    BLOCK_VALUES,
+    EmbeddingInPlace,
+    HeadLossInPlace,
+    LossTerms,
+    rows_of_block,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 ROWS, WIDTH = 37, 8
@@ -134,3 +141,13 @@ def test_no_new_tensor_of_the_size_of_the_vocabulary_is_made():
         loss, _, _ = HeadLossInPlace.apply(hidden_ND, weight_VD, labels_N, LossTerms(1.0, block_rows=512))
         (loss + EmbeddingInPlace.apply(weight_VD, labels_N).sum()).backward()
     assert 0 < largest < rows * width * 4 / 2
+
+
+def test_a_block_takes_as_many_rows_as_its_buffer_holds():
+    """Few tokens: more rows, up to all; many: never fewer than BLOCK_ROWS; no token at all is no division by zero."""
+    assert rows_of_block(512, 250_112) == BLOCK_ROWS
+    assert rows_of_block(5000, 250_112) == BLOCK_ROWS
+    assert rows_of_block(64, 250_112) == BLOCK_VALUES // 64
+    assert rows_of_block(64, 32_100) == 32_100
+    assert rows_of_block(0, 37) == 37
+    assert all(rows_of_block(tokens, 250_112) * tokens <= BLOCK_VALUES for tokens in range(1, 513))

@@ -1,0 +1,81 @@
+"""The comparisons end to end, tiny. Run: python -m pytest tests/benchmarks/test_scripts.py"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.peers.results import document
+
+ROOT = Path(__file__).parents[2]
+SIDES = ("script", "script_mended", "tuned_trainer", "ours")
+
+
+def run(name, *options):
+    """The last line of a benchmark, read."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "bin" / "benchmark", name, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_throughput_compares_all_sides_on_the_same_examples(tmp_path):
+    """Ratios, figures of every side, the picture; the tuned Trainer and ours train the very same tokens of one window."""
+    options = ["--quick", "--rounds", "1", "--updates", "50", "--json", tmp_path / "r.json", "--png", tmp_path / "r.png"]
+    result = run("throughput", *options)
+    assert result == json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert {"ratio_over_script", "ratio_over_tuned_trainer"} <= result.keys()
+    assert result["ratio_over_script"] > 1
+    assert result["flops_ratio_over_script"] > 2
+    assert result["sides"].keys() == set(SIDES)
+    assert result["sides"]["ours"]["vocabulary_rows"] < result["sides"]["tuned_trainer"]["vocabulary_rows"]
+    tokens = {side: result["sides"][side]["target_tokens_per_example"] for side in ("tuned_trainer", "ours")}
+    assert tokens["ours"] == tokens["tuned_trainer"]
+    assert all(result["sides"][side]["peak_mib"] > 0 for side in SIDES)
+    assert str(tmp_path) not in json.dumps(result)
+    assert Image.open(tmp_path / "r.png").size[0] > 1000
+
+
+def test_memory_compares_ours_with_the_trainer():
+    """Both sides are measured; the full vocabulary weighs on the Trainer more than on ours."""
+    result = run("memory", "--quick", "--rounds", "1", "--micro-batches", "2")
+    assert result["trainer_mib"] > result["ours_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("throughput", "--corpus", "absent.txt"), "absent.txt"),
+        (("throughput", "--quick", "--rounds", "0"), "--rounds"),
+        (("memory", "--micro-batches", "1"), "--micro-batches"),
+    ],
+)
+def test_options_that_cannot_be_are_a_usage_error(options, said):
+    """Exit code 2 and the option, before anything is prepared."""
+    done = subprocess.run([sys.executable, ROOT / "bin" / "benchmark", *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_ratio_is_taken_within_a_round_and_a_side_that_does_not_fit_has_none():
+    """Median of the rounds' own ratios, not the ratio of medians; None beside a side without figures."""
+
+    def figures(wall_s):
+        names = ("peak_mib", "loading_peak_mib", "vocabulary_rows", "target_tokens", "updates", "flops", "cpu_s")
+        return {**dict.fromkeys(names, 1.0), "examples": 16.0, "wall_s": wall_s}
+
+    walls = [(1.0, 2.0), (10.0, 50.0), (2.0, 6.0)]
+    rounds = [
+        {"ours": figures(ours), "tuned_trainer": figures(peer), "script": None, "script_mended": None} for ours, peer in walls
+    ]
+    result = document(rounds, SIDES)
+    assert (result["ratio_over_tuned_trainer"], result["ratio_over_tuned_trainer_rounds"]) == (3.0, [2.0, 5.0, 3.0])
+    assert (result["ratio_over_script"], result["sides"]["script"]) == (None, None)

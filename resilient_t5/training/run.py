@@ -85,6 +85,8 @@ class Run:
     timing: Timing
     slept_s: float
     """Seconds that the machine had slept when it was last asked."""
+    memory_halved: bool = False
+    """Whether this process ran out of memory and went on with smaller micro-batches."""
 
     def learning_rate(self) -> float:
         """Rate of the update about to be done: the schedule, times the cooldown and the guard's factor where there is one."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 MIB = 1 << 20
+CPU_SIGNS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 NUMERIC_PACKAGES = ("resilient_t5", "torch", "transformers", "accelerate", "numpy", "tokenizers", "sentencepiece")
 # M_MMAP_THRESHOLD of malloc.h
 MMAP_THRESHOLD, LARGE_BLOCK_BYTES = -3, MIB
@@ -77,3 +78,10 @@ def give_large_blocks_back() -> None:
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator refused: that of CUDA, of torch on the CPU, or Python's own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS)

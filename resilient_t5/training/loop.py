@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 from resilient_t5.training.judge import judge
+from resilient_t5.training.out_of_memory import update_within_memory
 from resilient_t5.training.recovery import guard_update, notice_suspend, save_if_due
 from resilient_t5.training.report import log_updates, report_status
 from resilient_t5.training.run import Run
@@ -31,6 +32,7 @@ def train(run: Run, stop: StopSignal) -> StopReason:
     Raises:
         Diverged: the guard gave up.
         DeviceLost: the machine slept, and its GPU with it.
+        OutOfMemory: smaller micro-batches did not help.
         StorageError: a save failed for a reason that waiting does not mend.
     """
     while True:
@@ -48,7 +50,7 @@ def train(run: Run, stop: StopSignal) -> StopReason:
             run.state.pass_over()
             continue
         with run.timing.measure("update"):
-            result = run.updater(micro_batches, run.state.attempted, run.learning_rate(), lambda: stop.requested)
+            result = update_within_memory(run, stop, micro_batches)
         if result is None:
             continue
         run.state.count(result)

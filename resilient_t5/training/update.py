@@ -16,9 +16,11 @@ from accelerate import Accelerator
 
 from resilient_t5.config import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
+from resilient_t5.errors import OutOfMemory
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.numerics import seed_dropout
 from resilient_t5.model.tables import T5Model
+from resilient_t5.training.host import is_out_of_memory
 from resilient_t5.training.state import UpdateResult
 
 
@@ -40,6 +42,9 @@ class Updater:
         An interrupted update leaves no gradient behind and is done again, whole, after the resume. One that cannot be
         computed (no target token, an id outside the vocabulary) is refused before the model sees it, and one whose loss
         or gradient is not finite before the optimizer moves.
+
+        Raises:
+            OutOfMemory: while the optimizer moved; before that the allocator's own error comes through.
         """
         tokens = sum(micro_batch.target_tokens for micro_batch in micro_batches)
         fault = fault_of(micro_batches, self.model.shared.weight.shape[0])
@@ -106,10 +111,19 @@ class Updater:
         finite, scaler = math.isfinite(nll_sum) and math.isfinite(norm), self.accelerator.scaler
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if finite and scaler is not None:
-            scaler.step(self.optimizer)
-        elif finite:
-            self.optimizer.step()
+        try:
+            if finite and scaler is not None:
+                scaler.step(self.optimizer)
+            elif finite:
+                self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                "the optimizer found no room; some weights may have moved, so the newest checkpoint is what counts",
+                where=str(error).partition("\n")[0][:300],
+                mend="Ask bin/plan what fits; another optim.name needs a new run, whose weights run.fork takes over",
+            ) from error
         if scaler is not None:
             scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -128,24 +128,28 @@ def test_checkpointing_draws_the_same_dropout_again(make_model, make_examples, c
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("islands_first", [True, False])
-def test_under_autocast_the_loss_stays_as_close_to_float32(precision, islands_first, make_model, make_examples, collate):
-    """Lean layers round in the same places; islands may be installed before or after them."""
+def test_under_autocast_gradients_are_no_further_from_float32_than_those_of_transformers(
+    precision, islands_first, make_model, make_examples, collate
+):
+    """Lean layers round in the same places or in fewer; islands may be installed before or after them."""
     model, batch = shaken(make_model("mt5")).train(), collate(make_examples(6))
+    plain = copy.deepcopy(model)
     exact, wanted = losses_and_gradients(model, batch)
-    chosen = Precision(precision, "")
     if islands_first:
         install_float32_islands(model)
     install_lean_layers(model)
     if not islands_first:
         install_float32_islands(model)
-    with chosen.autocast(CPU):
-        loss = forward_loss(model, *batch, divisor=10.0).loss
-    (loss * 64).backward()
-    assert loss.item() == pytest.approx(exact, rel=0.01)
-    found = {name: parameter.grad / 64 for name, parameter in model.named_parameters()}
-    assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    wrong = sum(float((found[name] - wanted[name]).square().sum()) for name in found) ** 0.5
-    assert wrong < 0.1 * sum(float(gradient.square().sum()) for gradient in wanted.values()) ** 0.5
+
+    def offset(of_model):
+        with Precision(precision, "").autocast(CPU):
+            loss = forward_loss(of_model, *batch, divisor=10.0).loss
+        (loss * 64).backward()
+        assert loss.item() == pytest.approx(exact, rel=0.01)
+        wrong = (float((p.grad / 64 - wanted[name]).square().sum()) for name, p in of_model.named_parameters())
+        return sum(wrong) ** 0.5
+
+    assert offset(model) < 1.2 * offset(plain)
 
 
 def test_under_autocast_no_16_bit_weight_is_kept(make_model, make_examples, collate):

@@ -6,7 +6,7 @@ undisturbed one in its dropout; a number in `batch.micro_tokens` rules that out.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +68,6 @@ def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: Pre
     if wanted == "auto" and choice.checkpointing:
         why += f"; without checkpointing {tried[0].needed / GIB:.2f} GiB"
     return Fit(choice, sizes, task, memory, why)
-
-
-def with_checkpointing(config: Config, chosen: Fit) -> Config:
-    """The configuration with `model.gradient_checkpointing` as it was chosen, for whoever builds the model."""
-    return replace(config, model=replace(config.model, gradient_checkpointing=chosen.choice.checkpointing))
 
 
 def _at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, asked: int | str) -> Choice:

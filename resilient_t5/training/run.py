@@ -38,7 +38,7 @@ from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.evaluate import Evaluator
-from resilient_t5.training.fitting import Fit, fit_run, with_checkpointing
+from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
 from resilient_t5.training.host import choose_device, give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
@@ -161,7 +161,7 @@ def build_run(
     device, precision, accelerator = build_device(config)
     corpus = Corpus.over(store, config)
     fit = fit_run(config, store, device, precision.name)
-    model = build_trained_model(with_checkpointing(config, fit), corpus, device, precision)
+    model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
     updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed)
     sizes = batch_sizes(config, device, fit.choice.micro_tokens)
     batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
@@ -247,7 +247,9 @@ def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
     return accelerator.device, precision, accelerator
 
 
-def build_trained_model(config: Config, corpus: Corpus, device: torch.device, precision: Precision) -> T5Model:
+def build_trained_model(
+    config: Config, corpus: Corpus, device: torch.device, precision: Precision, *, checkpointing: bool
+) -> T5Model:
     """The model with the rows that are trained, float32, on the device, in training mode."""
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
@@ -258,7 +260,7 @@ def build_trained_model(config: Config, corpus: Corpus, device: torch.device, pr
 def made_trainable(model: T5Model, device: torch.device, precision: Precision, *, checkpointing: bool) -> T5Model:
     """The same model on the device, in training mode, with lean layers and what checkpointing and number format need."""
     install_lean_layers(model)
-    if config.model.gradient_checkpointing is True:
+    if checkpointing:
         model.gradient_checkpointing_enable()
         if device.type == "cpu":
             give_large_blocks_back()  # who recomputes to save memory does not want it kept by the heap

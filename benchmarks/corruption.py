@@ -11,11 +11,15 @@ The last line is JSON: {"corruption_tokens_per_s", "useful_token_share": {window
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import sys
 import time
+import tracemalloc
+from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,10 +33,24 @@ from resilient_t5.data.corruption import corrupt  # noqa: E402
 from resilient_t5.data.keyed import order  # noqa: E402
 from resilient_t5.data.store import Store  # noqa: E402
 from resilient_t5.data.token_table import build_token_table  # noqa: E402
-from tests.data.fake_split import fake_table, log_normal_lengths, random_split  # noqa: E402
+from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, random_split  # noqa: E402
 
 WINDOW_EXAMPLES = 800
 HUGE_EPOCH = 10_000_000
+PACKAGES = ("torch", "numpy")
+
+
+def circumstances():
+    """Date, kind of machine, versions and the command with the names of its files; no path."""
+    return {
+        "benchmark": "corruption",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": " ".join(["python", "benchmarks/corruption.py", *(Path(word).name for word in sys.argv[1:])]),
+    }
 
 
 def speed(split, table, config, rounds):
@@ -83,6 +101,40 @@ def reader_cost(split, table, config, updates):
     return {"first_update_ms": round(1000 * first_s, 1), "update_ms": round(1000 * all_s / updates, 2)}
 
 
+class TiledTokens:
+    """The tokens of a split over and over, made while they are read, as many as `length`."""
+
+    def __init__(self, tokens, length):
+        self._tokens, self._length = np.asarray(tokens), length
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        return self._tokens[index % len(self._tokens)]
+
+
+def huge_epoch(split, table, config):
+    """First batch of an epoch of ten million examples at its begin, middle and end: slowest and largest; CPU clock."""
+    lengths = np.resize(np.diff(split.offsets), HUGE_EPOCH)
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    huge = FakeSplit(TiledTokens(split.tokens, int(offsets[-1])), offsets, np.zeros((0, 4), np.int32))
+    updates = HUGE_EPOCH // config.batch.examples_per_update
+    first_s, peaks = [], []
+    for update in (0, updates // 2, updates - 1, 10 * updates):
+        for traced in (False, True):  # tracing takes time of its own
+            if traced:
+                tracemalloc.start()
+            begin_s = time.process_time()
+            Batches(huge, table, config, seed=1, micro_tokens=4096, pad_multiple=1).at(update)
+            if traced:
+                peaks.append(tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+            else:
+                first_s.append(time.process_time() - begin_s)
+    return {"first_batch_s": round(max(first_s), 4), "peak_mib": round(max(peaks) / 2**20, 1), "examples": HUGE_EPOCH}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path)
@@ -101,7 +153,7 @@ def main():
         config = padded = Config(data=DataConfig(max_source_tokens=max(longest, 512)))
         speed_split = split = store.train
 
-    report = {"corruption": speed(speed_split, table, config, arguments.rounds)}
+    report = {**circumstances(), "corruption": speed(speed_split, table, config, arguments.rounds)}
     report["corruption_tokens_per_s"] = report["corruption"]["tokens_per_core_s"]
     two_examples = round(2.3 * float(np.diff(split.offsets).mean()) * 1.25)
     report["useful_token_share"] = {
@@ -119,7 +171,9 @@ def main():
     for window, figures in report["useful_token_share"].items():
         for micro_tokens, figure in figures.items():
             print(f"window {window:>3}, micro_tokens {micro_tokens:>10}: {figure}")
+    report["huge_epoch"] = huge_epoch(split, table, padded)
     print(f"reader: {report['reader']}")
+    print(f"epoch of ten million: {report['huge_epoch']}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))

@@ -4,23 +4,40 @@
 
 A tokenizer is trained on the text once and left out of the figures. Rounds go through bare tokenizer, preparing with
 terms and preparing without, in turn; medians count, with CPU seconds beside the clock for machines that are busy. Both
-sides may use every core. Peak memory is that of a fresh process for each file.
+sides may use every core. Peak memory is that of a fresh process for each file; with `--rounds 0` only that is measured.
 The last line is JSON: {"ratio_to_bare", "terms_share", "peak_memory_mib", ...}.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 SHARED = Path(os.environ.get("RESILIENT_T5_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 VOCABULARY = 16_000
 BATCH_CHARACTERS = 100_000
+PACKAGES = ("tokenizers", "sentencepiece", "ahocorasick_rs", "numpy")
+
+
+def circumstances():
+    """Date, kind of machine, versions and the command with the names of its files; no path."""
+    return {
+        "benchmark": "prepare",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": " ".join(["python", "benchmarks/prepare.py", *(Path(word).name for word in sys.argv[1:])]),
+    }
 
 
 def configuration(text, terms, tokenizer):
@@ -95,22 +112,38 @@ def measure(options):
         del texts
         files = [path for path in (options.text, options.large) if path.is_file()]
         memory = {path.name: peak_in_fresh_process(path, options.terms, tokenizer) for path in files}
+    figures = {
+        "text": options.text.name,
+        "megabytes": megabytes,
+        "peak_memory_mib": {name: report["peak_memory_mib"] for name, report in memory.items()},
+        "memory_runs_seconds": {name: report["seconds"] for name, report in memory.items()},
+        "reports": {name: told(report) for name, report in memory.items()},
+        "rounds": options.rounds,
+    }
+    return figures | speeds(rounds, megabytes) if rounds else figures
+
+
+def told(report):
+    """What a report says of the corpus, without its words."""
+    keys = ("bytes", "characters", "documents", "tokens", "tokens_per_character", "unknown_share", "examples")
+    more = ("validation_examples", "truncated_share", "active_vocabulary", "updates_per_epoch", "scale")
+    terms = {key: value for key, value in report["terms"].items() if key != "per_term"}
+    return {key: report[key] for key in keys + more} | {"terms": terms}
+
+
+def speeds(rounds, megabytes):
+    """Medians over the rounds."""
     wall = {name: statistics.median(sides[name][0] for sides in rounds) for name in rounds[0]}
     cpu = {name: statistics.median(sides[name][1] for sides in rounds) for name in rounds[0]}
     return {
-        "text": options.text.name,
-        "megabytes": megabytes,
         "bare_megabytes_per_s": megabytes / wall["bare"],
         "megabytes_per_s": megabytes / wall["with"],
         "ratio_to_bare": statistics.median(sides["bare"][0] / sides["with"][0] for sides in rounds),
         "ratio_to_bare_without_terms": statistics.median(sides["bare"][0] / sides["without"][0] for sides in rounds),
         "terms_share": statistics.median(1 - sides["without"][0] / sides["with"][0] for sides in rounds),
         "cpu_ratio_to_bare": cpu["bare"] / cpu["with"],
-        "terms_cpu_share": 1 - cpu["without"] / cpu["with"],
-        "peak_memory_mib": {name: figures["peak_memory_mib"] for name, figures in memory.items()},
-        "memory_runs_seconds": {name: figures["seconds"] for name, figures in memory.items()},
-        "cores": os.cpu_count(),
-        "rounds": options.rounds,
+        "terms_cpu_share": statistics.median(1 - sides["without"][1] / sides["with"][1] for sides in rounds),
+        "rounds_wall_s_and_cpu_s": rounds,
     }
 
 
@@ -129,12 +162,12 @@ def main():
         return
     if not options.text.is_file():
         parser.error(f"no text at {options.text}; name a file with --text")
-    figures = measure(options)
+    figures = circumstances() | measure(options)
     for name, value in figures.items():
         print(f"{name:>28}  {value if not isinstance(value, float) else round(value, 3)}")
-    line = json.dumps(figures)
+    line = json.dumps(figures, ensure_ascii=False)
     if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(line)
 
 

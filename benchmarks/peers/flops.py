@@ -48,8 +48,17 @@ def peer_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
     return (4 if checkpointing else 3) * stacks + 3 * head
 
 
+def score_flops(config: Any, shape: MicroShape) -> int:
+    """The products of queries with keys in one forward pass."""
+    i, s, t = config.num_heads * config.d_kv, shape.source, shape.target
+    return int(shape.examples * 2 * i * (config.num_layers * s * s + config.num_decoder_layers * (t * t + t * s)))
+
+
 def our_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
-    """Forward and backward with the head in blocks: the logits of all blocks but the last are made a second time."""
+    """Forward and backward with lean layers and the head in blocks.
+
+    Attention scores are made a second time, and so are the logits of all blocks but the last.
+    """
     rows = config.vocab_size
     head = 2 * shape.head * config.d_model * (4 * rows - rows_of_block(shape.head, rows))
-    return (4 if checkpointing else 3) * stack_flops(config, shape) + head
+    return (4 if checkpointing else 3) * stack_flops(config, shape) + score_flops(config, shape) + head

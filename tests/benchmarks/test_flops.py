@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.flops import MicroShape, our_flops, peer_flops
 from resilient_t5.config_data import ModelConfig
+from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.vocabulary_gradients import BLOCK_VALUES
@@ -54,6 +55,7 @@ def test_the_formula_of_a_peer_is_what_torch_counts(preset, checkpointing):
 def test_the_formula_of_ours_is_what_torch_counts(preset, checkpointing):
     """Labels alone reach the head, in two blocks, the first of which is computed twice: equal."""
     model, source_BS, mask_BS, labels_BT = model_and_batch(preset, checkpointing)
+    install_lean_layers(model)
     found = counted(lambda: forward_loss(model, source_BS, mask_BS, labels_BT, divisor=18.0).loss.backward())
     shape = MicroShape(3, 11, 7, 18)
     assert found == our_flops(model.config, shape, checkpointing=checkpointing)

@@ -31,7 +31,7 @@ def update_within_memory(run: Run, stop: StopSignal, micro_batches: list[MicroBa
         return result
     if run.memory_halved or all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches):
         raise _refusal(run, failure)
-    _halve(run, failure)
+    _halve(run, micro_batches, failure)
     result, failure = _attempt(run, stop, run.batches.at(run.state.attempted))
     if failure is not None:
         raise _refusal(run, failure)
@@ -54,10 +54,12 @@ def _attempt(run: Run, stop: StopSignal, micro_batches: list[MicroBatch]) -> tup
     return None, failure
 
 
-def _halve(run: Run, failure: str) -> None:
-    """Cut this update and all that follow into half the micro-batches; say so."""
+def _halve(run: Run, micro_batches: list[MicroBatch], failure: str) -> None:
+    """Cut the largest micro-batch of this update in two, and all that follow as small; say so."""
     former = run.batches.micro_tokens
-    run.batches.micro_tokens = max(1, former // 2)
+    # Groups of an update are often smaller than the budget; half of the budget would then leave them as they are.
+    largest = max(found.padded_tokens for found in micro_batches if len(found.example_ids) > 1)
+    run.batches.micro_tokens = max(1, min(former, largest) // 2)
     run.memory_halved = True
     run.saver.conditions["micro_tokens"] = run.batches.micro_tokens
     # What was read ahead is cut the old way.

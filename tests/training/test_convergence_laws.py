@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
@@ -28,7 +28,7 @@ EVERY = 10
 FINITE = st.one_of(st.floats(0.25, 4.0), st.integers(1, 6).map(float))
 LOSSES = st.lists(st.one_of(FINITE, FINITE, FINITE, st.sampled_from([math.nan, math.inf, -math.inf])), max_size=45)
 FINITE_LOSSES = st.lists(FINITE, min_size=1, max_size=45)
-laws = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+laws = settings(max_examples=80, deadline=None)
 
 
 @st.composite

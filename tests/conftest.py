@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ telemetry: {log_every: 1, progress: plain, samples: 1}
 hardware: {threads: 1}
 run: {seed: 7}
 """
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    """A command that ran inside the tests' own process has flushed them for good, and hypothesis wants them back."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def _disk_wait():
 def _export():
     from resilient_t5.training import ending
 
-    return ending, "export_model"
+    return ending, "write_export"
 
 
 PLACES = {

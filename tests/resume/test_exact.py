@@ -3,13 +3,14 @@
 RESILIENT_T5_RUNS and RESILIENT_T5_INTERRUPTIONS (of each run) make the random part longer.
 """
 
+import json
 import os
 import signal
 
 import pytest
 
 from tests.resume.exact import attack_exact
-from tests.resume.harness import Arena, differences, metric_rows, whole_rows
+from tests.resume.harness import Arena, differences, metric_rows, newest_checkpoint, whole_rows
 
 RUNS = int(os.environ.get("RESILIENT_T5_RUNS", "10"))
 INTERRUPTIONS = int(os.environ.get("RESILIENT_T5_INTERRUPTIONS", "4"))
@@ -32,6 +33,7 @@ def arena(fork_server, tmp_path_factory):
     return arena
 
 
+LAST = -1
 PLACES = {
     "at update 0, in its evaluation": [("evaluation", 1)],
     "at update 0, in its save": [("save", 2)],
@@ -40,13 +42,13 @@ PLACES = {
     "in the evaluation of update 5": [("evaluation", 3)],
     "in the save of a best": [("save", 20)],
     "just before a commit": [("commit", 6)],
-    "in the last update": [("micro-batch", 78)],
+    "in the last update": [("micro-batch", LAST)],
     "in the export, after the last update": [("export", 1)],
     "between the two exports": [("export", 2)],
     "three times in one update": [("micro-batch", 30), ("micro-batch", 2), ("micro-batch", 1)],
     "in an evaluation, and again when it is made up for": [("evaluation", 3), ("evaluation", 1), ("generation", 2)],
 }
-"""Where the signals strike, one process after the other: a place and its n-th call in that process."""
+"""Where the signals strike, one process after the other: a place and its n-th call in that process, or its LAST."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
@@ -55,7 +57,7 @@ def test_a_run_that_was_interrupted_here_is_the_same_run(arena, place, number, r
     """R8: a second and third resume, evaluation, save, update 0, after the last: nothing differs, no row stands twice."""
     name = f"{int(number)}-{place}".replace(" ", "-").replace(",", "")
     for where, call in PLACES[place]:
-        strike = {"place": where, "number": int(number), "call": call}
+        strike = {"place": where, "number": int(number), "call": micro_batches_of(arena) if call == LAST else call}
         status = arena.server.run(arena.argv(name), arena.console(name), [("tests.resume.placing:signal_at", strike)])
         assert status in (-number, 0), arena.console(name).read_text()[-1500:]
         assert status == -number or where == "export", "the signal did not strike"
@@ -65,6 +67,12 @@ def test_a_run_that_was_interrupted_here_is_the_same_run(arena, place, number, r
         updates = [row["update"] for row in metric_rows(run, kind)]
         assert updates == sorted(set(updates)), f"{kind} rows stand twice"
     record_property("trials", 1)
+
+
+def micro_batches_of(arena):
+    """Micro-batches of the whole reference run."""
+    state = json.loads((newest_checkpoint(arena.folder / "reference") / "state.json").read_text())
+    return state["run"]["micro_batches"]
 
 
 @pytest.mark.parametrize("readers", ["1", "4"])

@@ -81,6 +81,7 @@ def attacks_section() -> str:
         # A share below 3/N means something where the trials were drawn at random; a list that was gone through has none.
         bound = percent(3 / attack["trials"]) if "=" in attack["command"] and not attack["failures"] else "-"
         also = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in attack["counts"].items())
+        also = attack.get("note", also)
         tried = f"{attack['trials']:,} {attack['unit']}" + (f" ({also})" if also else "")
         rows.append([name, attack["attack"], tried, str(attack["failures"]), bound, attack["goal"], seconds(attack["wall_s"])])
         commands.append(f"{name}: {attack['command']}")

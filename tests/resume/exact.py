@@ -20,15 +20,18 @@ VARIANTS = [
 ]
 """Two optimizers, no reader thread and two, several micro-batches an update and one."""
 MOST_STARTS = 400
+UPDATES_EACH = 5
+"""Updates of a run for each interruption that it is to get, so that there is something left to interrupt."""
 
 
 def attack_exact(server, folder, runs, interruptions, seed):
     """R7: every interrupted run ends in the digest of the run that was left alone."""
     begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
+    reach = 0.8
     references, lengths_s, sent, different = {}, {}, dict.fromkeys((s.name for s in SIGNALS), 0), []
     for number in range(runs):
         variant = VARIANTS[number % len(VARIANTS)]
-        options = options_of(variant)
+        options = [*options_of(variant), "--schedule.max_updates", str(max(18, UPDATES_EACH * interruptions))]
         if variant not in references:
             name = "reference-" + "-".join(map(str, variant))
             if not references:  # the first run of all makes the store, which is no part of the length
@@ -37,7 +40,9 @@ def attack_exact(server, folder, runs, interruptions, seed):
             references[variant] = arena.finish(name, *options)
             lengths_s[variant] = time.monotonic() - started_s
         name = f"run-{number}"
-        interrupt_until_done(arena, name, options, interruptions, lengths_s[variant], draw, sent)
+        # A run that ends before it got all its signals says that they come too late, and the other way round.
+        done = interrupt_until_done(arena, name, options, interruptions, reach * lengths_s[variant], draw, sent)
+        reach = reach * 0.7 if done < interruptions else min(0.8, reach * 1.1)
         found = differences(arena.folder / name, references[variant])
         if found:
             different.append({"run": number, "variant": variant, "differs": found})
@@ -65,22 +70,24 @@ def options_of(variant):
     ]  # fmt: skip
 
 
-def interrupt_until_done(arena, name, options, interruptions, length_s, draw, sent):
-    """Start the run, signal it at a random moment, and again, until it has had `interruptions`; then let it finish."""
-    for _ in range(MOST_STARTS):
+def interrupt_until_done(arena, name, options, interruptions, latest_s, draw, sent):
+    """Start the run, signal it at a random moment, and again, until it has had `interruptions`; then let it finish.
+
+    Returns how many it got.
+    """
+    for done in range(MOST_STARTS):
         pid = arena.server.start(arena.argv(name, *options), arena.console(name))
         number = draw.choice(SIGNALS)
-        if interruptions > 0:
-            time.sleep(length_s * draw.uniform(0.02, 0.8))
-        status = arena.server.poll(pid) if interruptions > 0 else arena.server.wait(pid)
+        if done < interruptions:
+            time.sleep(latest_s * draw.uniform(0.02, 1.0))
+        status = arena.server.poll(pid) if done < interruptions else arena.server.wait(pid)
         if status is None:
             os.kill(pid, number)
             status = arena.server.wait(pid)
         if status == 0:  # it was faster than the signal, or there was none
-            return
+            return done
         assert status in (-number, 130), f"exit {status} after {number.name}: {console(arena, name)}"
         sent[number.name] += 1
-        interruptions -= 1
     raise AssertionError(f"{name} did not end in {MOST_STARTS} starts: {console(arena, name)}")
 
 

@@ -28,7 +28,7 @@ from resilient_t5.config_training import (
     ScheduleConfig,
     TelemetryConfig,
 )
-from resilient_t5.config_values import check
+from resilient_t5.config_values import Check, check
 from resilient_t5.errors import ConfigError
 
 __all__ = [
@@ -124,9 +124,10 @@ class Config:
                 "run.fork and run.resume exclude each other: a fork is a new run",
             ),
             (
-                self.optim.name == "adamw" or self.optim.weight_decay == 0.0,
+                self.optim.name.startswith("adamw") or self.optim.weight_decay == 0.0,
                 "optim.weight_decay: only adamw decays weights; set it to 0",
             ),
+            *self._in_backward(),
             (
                 self.corruption.task == "correct" or self.corruption.max_sentinels < self.data.max_target_tokens // 2,
                 f"corruption.max_sentinels: {self.corruption.max_sentinels} spans do not fit into "
@@ -141,6 +142,23 @@ class Config:
                 self.evaluation.criterion == "loss" or self.evaluation.restore_every == 1,
                 "evaluation.criterion: term_restoration needs evaluation.restore_every 1",
             ),
+        )
+
+    def _in_backward(self) -> tuple[Check, ...]:
+        """What an optimizer stepped in the backward pass excludes: gradients that wait for one another."""
+        if self.optim.name != "adafactor_in_backward":
+            return ()
+        one_group = self.batch.window_updates == 1 or self.batch.groups_per_update == 1
+        return (
+            (
+                self.optim.clip_norm == 0,
+                "optim.clip_norm: adafactor_in_backward clips each tensor, never globally; set it to 0",
+            ),
+            (
+                one_group,
+                "batch.groups_per_update: adafactor_in_backward takes an update in one micro-batch; set it to 1",
+            ),
+            (self.hardware.precision != "fp16", "hardware.precision: adafactor_in_backward has no loss scaler for fp16"),
         )
 
 

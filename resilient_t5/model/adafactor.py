@@ -37,6 +37,56 @@ class Adafactor(torch.optim.Optimizer):
                     adafactor_update(parameter, parameter.grad, self.state[parameter], group["lr"])
 
 
+class AdafactorInBackward(Adafactor):
+    """Adafactor that updates each parameter as soon as the backward pass has its whole gradient, and drops the gradient.
+
+    No gradient but those of the vocabulary tables ever waits for another, so weights and states are nearly all there is
+    to hold. The price: one backward pass is one update, so there is no accumulation over micro-batches; the global norm is
+    known when all is over, so nothing is clipped by it (Adafactor clips each tensor's update); no loss scaler; one process.
+
+    A gradient that is not finite stops all movement from there on, but what the pass reached before it has moved: the
+    weights are then worth nothing, and the run must go back to a checkpoint.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float):
+        super().__init__(params, lr)
+        self.moved = 0
+        self.failed: tuple[int, ...] | None = None
+        self._squares: list[torch.Tensor] = []
+        self._lr = lr
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._update)
+
+    def begin(self, lr: float) -> None:
+        """Get ready for one backward pass at this learning rate."""
+        self.moved, self.failed, self._squares, self._lr = 0, None, [], lr
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def end(self) -> float:
+        """The global gradient norm of the pass."""
+        return float(torch.stack(self._squares).sum().sqrt()) if self._squares else math.nan
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Refused: the backward pass is the update."""
+        raise RuntimeError("Adafactor stepped in the backward pass has no update of its own")
+
+    @torch.no_grad()
+    def _update(self, parameter: torch.Tensor) -> None:
+        grad = parameter.grad
+        if grad is None:
+            return
+        square = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        self._squares.append(square)
+        if self.failed is None and math.isfinite(float(square)):  # a host sync for every tensor
+            adafactor_update(parameter, grad, self.state[parameter], self._lr)
+            self.moved += 1
+        elif self.failed is None:
+            self.failed = tuple(parameter.shape)
+        parameter.grad = None
+
+
 @torch.no_grad()
 def adafactor_update(parameter: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], lr: float) -> None:
     """Update one parameter in place; the gradient is only read.

@@ -1,6 +1,7 @@
 """The optimizers, their parameter groups, and their state as named tensors.
 
-AdamW is torch's fused one, on the CPU too. Adafactor is our own (`model/adafactor.py`), with an absolute learning rate.
+AdamW is torch's fused one, on the CPU too; with 8-bit moments it is bitsandbytes' (`model/lowmem.py`). Adafactor is our own
+(`model/adafactor.py`), with an absolute learning rate, stepped after the backward pass or inside it.
 The learning rate of every group is set from outside at each update.
 """
 
@@ -10,7 +11,8 @@ import torch
 
 from resilient_t5.config_training import OptimConfig
 from resilient_t5.errors import ResumeMismatch
-from resilient_t5.model.adafactor import Adafactor
+from resilient_t5.model.adafactor import Adafactor, AdafactorInBackward
+from resilient_t5.model.lowmem import BLOCK_VALUES, as_tensors, build_adamw8bit, from_tensors, is_adamw8bit
 from resilient_t5.model.tables import T5Model
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -26,15 +28,21 @@ def build_optimizer(model: T5Model, settings: OptimConfig, device: torch.device)
         model: after `cut_vocabulary`, on its device.
         settings: name, peak learning rate, decay, betas, eps.
         device: where the parameters lie; decides whether the fused kernel exists.
+
+    Raises:
+        ConfigError: adamw8bit without bitsandbytes.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trained if is_decayed(name, p)], "weight_decay": settings.weight_decay},
         {"params": [p for name, p in trained if not is_decayed(name, p)], "weight_decay": 0.0},
     ]
-    if settings.name == "adafactor":
-        return Adafactor([{"params": group["params"]} for group in groups], lr=settings.lr)
+    if settings.name in ("adafactor", "adafactor_in_backward"):
+        kind = Adafactor if settings.name == "adafactor" else AdafactorInBackward
+        return kind([{"params": group["params"]} for group in groups], lr=settings.lr)
     betas = (settings.beta1, settings.beta2)
+    if settings.name == "adamw8bit":
+        return build_adamw8bit(groups, settings.lr, betas, settings.eps)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=device.type in FUSED_DEVICES)
 
 
@@ -53,7 +61,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: T5Model) -> tuple[dict[
         f"{name_of[id(parameter)]}/{key}": value
         for group in optimizer.param_groups
         for parameter in group["params"]
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in as_tensors(optimizer.state.get(parameter, {})).items()
     }
     return tensors, _description(optimizer, model)
 
@@ -86,7 +94,8 @@ def load_named_state(
         stays = tensor.ndim == 0 and not _is_fused(optimizer)
         state.setdefault(parameter, {})[key] = tensor.detach().to("cpu" if stays else parameter.device)
     optimizer.state.clear()
-    optimizer.state.update(state)
+    for holder, loaded in state.items():
+        optimizer.state[holder] = from_tensors(optimizer, loaded) if is_adamw8bit(optimizer) else loaded
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -104,4 +113,4 @@ def _description(optimizer: torch.optim.Optimizer, model: T5Model) -> dict[str, 
 def _possible_shapes(parameter: torch.Tensor) -> set[tuple[int, ...]]:
     shape = tuple(parameter.shape)
     factored = {shape[:-1], (*shape[:-2], shape[-1])} if parameter.ndim >= 2 else set()
-    return {(), shape} | factored
+    return {(), shape, (-(-parameter.numel() // BLOCK_VALUES),)} | factored

@@ -71,6 +71,7 @@ def disk_line(run: Run) -> str:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Size of a checkpoint once the optimizer has all its state: float32 weights, and two moments or next to nothing."""
+    """Size of a checkpoint once the optimizer has all its state: float32 weights, and moments."""
     weights = sum(parameter.numel() * 4 for parameter in run.updater.model.parameters())
-    return weights * 3 if run.config.optim.name == "adamw" else weights * 101 // 100
+    hundredths = {"adamw": 300, "adamw8bit": 151}.get(run.config.optim.name, 101)
+    return weights * hundredths // 100

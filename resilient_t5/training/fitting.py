@@ -14,6 +14,7 @@ import torch
 
 from resilient_t5.config import Config
 from resilient_t5.data.store import Split, Store
+from resilient_t5.errors import ConfigError
 from resilient_t5.model.activations import Execution
 from resilient_t5.model.memory import GIB, Choice, Memory, Task, choice_at, choose_micro_tokens
 from resilient_t5.model.numerics import PrecisionName
@@ -53,8 +54,18 @@ def fit_run(config: Config, store: Store, device: torch.device, precision: Preci
 
 
 def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: PrecisionName) -> Fit:
-    """Resolve what the configuration leaves to the plan: without checkpointing where that fits, else with it."""
+    """Resolve what the configuration leaves to the plan: without checkpointing where that fits, else with it.
+
+    Raises:
+        ConfigError: an optimizer that steps in the backward pass, and a budget that may cut its update.
+    """
     asked, wanted = config.batch.micro_tokens, config.model.gradient_checkpointing
+    whole = task.longest * task.examples_per_update
+    if config.optim.name == "adafactor_in_backward" and asked != "auto" and int(asked) < whole:
+        raise ConfigError(
+            f"batch.micro_tokens: {asked} may cut an update of {task.examples_per_update} examples of up to {task.longest} tokens,"
+            f" and adafactor_in_backward cannot accumulate; set it to auto, to {whole}, or lower batch.examples_per_update"
+        )
     tried = [
         _at(sizes, task, memory, Execution(precision, checkpointing, memory.on_gpu), config.optim.name, asked)
         for checkpointing in ((False, True) if wanted == "auto" else (bool(wanted),))

@@ -12,6 +12,7 @@ import torch
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.errors import OutOfMemory
 from resilient_t5.model.activations import Execution
+from resilient_t5.model.adafactor import AdafactorInBackward
 from resilient_t5.model.memory import GIB, Choice, choice_at
 from resilient_t5.training.fitting import memory_of
 from resilient_t5.training.host import is_out_of_memory
@@ -29,7 +30,8 @@ def update_within_memory(run: Run, stop: StopSignal, micro_batches: list[MicroBa
     result, failure = _attempt(run, stop, micro_batches)
     if failure is None:
         return result
-    if run.memory_halved or all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches):
+    in_backward = isinstance(run.updater.optimizer, AdafactorInBackward)  # some weights have moved
+    if run.memory_halved or in_backward or all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches):
         raise _refusal(run, failure)
     _halve(run, micro_batches, failure)
     result, failure = _attempt(run, stop, run.batches.at(run.state.attempted))

@@ -39,6 +39,8 @@ def guard_update(run: Run, stop: StopSignal, micro_batches: Sequence[MicroBatch]
     if result.applied:
         loss = result.nll_sum / result.target_tokens
         verdict = run.guard.applied(attempt, run.state.update, loss, result.gradient_norm)
+    elif result.half_moved:
+        verdict = run.guard.not_finite(attempt, result.why)
     else:
         verdict = run.guard.refused(attempt, overflow=result.overflow)
     if verdict.action is Action.OK:

@@ -29,6 +29,8 @@ class UpdateResult:
     example_ids: tuple[int, ...]
     overflow: bool = False
     why: str = ""
+    half_moved: bool = False
+    """The optimizer stepped inside the backward pass and met a fault behind parameters that had moved."""
 
 
 @dataclass

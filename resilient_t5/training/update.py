@@ -16,8 +16,9 @@ from accelerate import Accelerator
 
 from resilient_t5.config import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
-from resilient_t5.errors import OutOfMemory
-from resilient_t5.model.loss import forward_loss
+from resilient_t5.errors import ConfigError, OutOfMemory
+from resilient_t5.model.adafactor import AdafactorInBackward
+from resilient_t5.model.loss import LossParts, forward_loss
 from resilient_t5.model.numerics import seed_dropout
 from resilient_t5.model.tables import T5Model
 from resilient_t5.training.host import is_out_of_memory
@@ -34,6 +35,11 @@ class Updater:
     settings: OptimConfig
     seed: int
 
+    def __post_init__(self) -> None:
+        several = self.accelerator.num_processes > 1
+        if several and isinstance(self.optimizer, AdafactorInBackward):
+            raise ConfigError("optim.name: adafactor_in_backward moves weights before gradients meet; use one process")
+
     def __call__(
         self, micro_batches: list[MicroBatch], attempted: int, lr: float, interrupted: Callable[[], bool]
     ) -> UpdateResult | None:
@@ -49,7 +55,11 @@ class Updater:
         tokens = sum(micro_batch.target_tokens for micro_batch in micro_batches)
         fault = fault_of(micro_batches, self.model.shared.weight.shape[0])
         nll_sum = norm = math.nan
-        if not fault:
+        half_moved = False
+        if not fault and isinstance(self.optimizer, AdafactorInBackward):
+            nll_sum, norm, fault = self._move_in_backward(micro_batches, tokens, attempted, lr)
+            half_moved = bool(fault) and self.optimizer.moved > 0
+        elif not fault:
             nll_sums = []
             for index, micro_batch in enumerate(micro_batches):
                 if interrupted():
@@ -73,17 +83,24 @@ class Updater:
             example_ids=tuple(sorted(int(example) for m in micro_batches for example in m.example_ids)),
             overflow=self.accelerator.scaler is not None and math.isfinite(nll_sum) and not math.isfinite(norm),
             why=fault,
+            half_moved=half_moved,
         )
 
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
-        """Add one micro-batch's share of the gradient; its loss sum, in nats, stays on the device.
+        """Add one micro-batch's share of the gradient; its loss sum, in nats, stays on the device."""
+        parts = self._forward(micro_batch, tokens, attempted, index)
+        self.accelerator.backward(parts.loss)
+        return parts.nll_sum
+
+    def _forward(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> LossParts:
+        """The loss of one micro-batch, with its graph.
 
         Dropout is seeded by (seed, update, micro-batch, rank), so nothing drawn elsewhere can change it.
         """
         device = self.accelerator.device
         seed_dropout(self.seed, attempted, index, self.accelerator.process_index)
         with self.accelerator.autocast():
-            parts = forward_loss(
+            return forward_loss(
                 self.model,
                 micro_batch.source_BS.to(device, non_blocking=True),
                 micro_batch.source_mask_BS.to(device, non_blocking=True),
@@ -92,8 +109,23 @@ class Updater:
                 label_smoothing=self.settings.label_smoothing,
                 z_loss=self.settings.z_loss,
             )
+
+    def _move_in_backward(
+        self, micro_batches: list[MicroBatch], tokens: int, attempted: int, lr: float
+    ) -> tuple[float, float, str]:
+        """One forward and one backward that is the update; the loss sum, the gradient norm, and what was wrong."""
+        assert isinstance(self.optimizer, AdafactorInBackward)
+        self.optimizer.begin(lr)
+        if len(micro_batches) > 1:
+            raise ConfigError("batch.micro_tokens: adafactor_in_backward takes an update in one micro-batch; set it to auto")
+        parts = self._forward(micro_batches[0], tokens, attempted, 0)
+        nll_sum = float(parts.nll_sum)  # a host sync, before anything moves
+        if not math.isfinite(nll_sum):
+            return nll_sum, math.nan, "loss or gradient not finite"
         self.accelerator.backward(parts.loss)
-        return parts.nll_sum
+        shape = self.optimizer.failed
+        fault = "" if shape is None else f"the gradient of a parameter of shape {shape} is not finite"
+        return nll_sum, self.optimizer.end(), fault
 
     def _norm_and_clip(self, nll_sum: torch.Tensor) -> tuple[float, float]:
         """Unscale, measure, clip. One host synchronisation reads loss and norm together."""

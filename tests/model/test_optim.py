@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from transformers.optimization import Adafactor as TheirAdafactor
 
 from resilient_t5.config_training import OptimConfig
-from resilient_t5.errors import ResumeMismatch
+from resilient_t5.errors import ConfigError, ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, adafactor_update
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.optim import build_optimizer, load_named_state, named_state
@@ -166,3 +166,64 @@ def test_adafactor_survives_a_gradient_of_zeros():
         adafactor_update(parameter, gradient, state, lr=0.1)
     assert torch.isfinite(parameter).all()
     assert torch.equal(parameter[5], before[5])
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_adafactor_in_the_backward_pass_is_adafactor_after_it(kind, make_model, make_examples, collate):
+    """Bit for bit, tied and untied, the norm included; no gradient is left, and each parameter moves once a pass."""
+    plain, direct = make_model(kind), make_model(kind)
+    batch = collate(make_examples(5))
+    after = build_optimizer(plain, OptimConfig(name="adafactor"), CPU)
+    inside = build_optimizer(direct, OptimConfig(name="adafactor_in_backward", clip_norm=0.0), CPU)
+    for number in range(3):
+        lr = 0.01 / (number + 1)
+        for group in after.param_groups:
+            group["lr"] = lr
+        forward_loss(plain, *batch, divisor=10.0).loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        after.step()
+        after.zero_grad(set_to_none=True)
+        inside.begin(lr)
+        forward_loss(direct, *batch, divisor=10.0).loss.backward()
+        assert inside.end() == pytest.approx(float(norm), rel=1e-5)
+        assert inside.moved == len(list(direct.parameters()))
+        assert all(p.grad is None for p in direct.parameters())
+    for (name, a), b in zip(plain.named_parameters(), direct.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_in_the_backward_pass_nothing_moves_behind_a_gradient_that_is_not_finite(make_model, make_examples, collate):
+    """What came before has moved, and the optimizer says so; what comes after stays bit for bit."""
+    model, batch = make_model("mt5"), collate(make_examples(5))
+    optimizer = build_optimizer(model, OptimConfig(name="adafactor_in_backward", clip_norm=0.0), CPU)
+    broken = model.encoder.block[1].layer[1].DenseReluDense.wo.weight
+    broken.register_hook(lambda grad: grad * float("inf"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.begin(0.01)
+    forward_loss(model, *batch, divisor=10.0).loss.backward()
+    assert optimizer.failed == tuple(broken.shape)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "lm_head.weight" in moved
+    assert len(moved) <= optimizer.moved < len(before)
+    assert not any(name.startswith("encoder.block.0") or name == "shared.weight" for name in moved)
+
+
+def test_adamw8bit_without_bitsandbytes_says_how_to_get_it(make_model, monkeypatch):
+    """A ConfigError with the command, not an ImportError."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="lowmem"):
+        build_optimizer(make_model("mt5"), OptimConfig(name="adamw8bit"), CPU)
+
+
+def test_adamw8bit_goes_on_bit_for_bit_after_a_resume(make_model, make_examples, collate):
+    """With bitsandbytes: its bytes, scales and counts come back, its tables are made anew; most moments take one byte."""
+    pytest.importorskip("bitsandbytes")
+    test_a_restored_optimizer_goes_on_bit_for_bit("adamw8bit", lambda kind: make_model(kind, rows=600), make_examples, collate)
+    model = make_model("mt5", rows=600)
+    optimizer = build_optimizer(model, OptimConfig(name="adamw8bit"), CPU)
+    train(model, optimizer, collate(make_examples(3)), 1)
+    tensors, _ = named_state(optimizer, model)
+    assert tensors["shared.weight/state1"].dtype == torch.uint8
+    assert not any("qmap" in name for name in tensors)

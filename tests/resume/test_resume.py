@@ -161,3 +161,22 @@ def test_a_fork_starts_a_new_run_from_the_weights_of_a_checkpoint(fork_server, t
     assert [row["update"] for row in rows(run, "train")] == list(range(1, 13))
     assert fork_server.run(argv, console) == 0
     assert "nothing left to do" in console.read_text()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ("--optim.name", "adafactor"),
+        ("--optim.name", "adafactor_in_backward", "--optim.clip_norm", "0", "--batch.groups_per_update", "1"),
+    ],
+    ids=["adafactor", "adafactor_in_backward"],
+)
+def test_every_optimizer_resumes_in_the_middle_bit_for_bit(fork_server, tiny_config, tmp_path, optimizer):
+    """Stopped after update 5 and started again: weights, optimizer state and rows of the undisturbed run."""
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    store = ["--data.store", tmp_path / "store", "--batch.micro_tokens", "auto"]
+    argvs = [["--config", tiny_config, "--run.dir", run, *store, *optimizer] for run in runs]
+    assert fork_server.run(argvs[0], tmp_path / "console.txt") == 0, (tmp_path / "console.txt").read_text()
+    assert stop_when(fork_server, argvs[1], runs[1], {"kind": "train", "update": 5}) == -signal.SIGTERM
+    assert fork_server.run(argvs[1], tmp_path / "console.txt") == 0
+    assert_same_run(runs[1], runs[0])

@@ -127,6 +127,10 @@ class Config:
                 self.optim.name.startswith("adamw") or self.optim.weight_decay == 0.0,
                 "optim.weight_decay: only adamw decays weights; set it to 0",
             ),
+            (
+                not self.hardware.compile or self.model.gradient_checkpointing is not True,
+                "hardware.compile and model.gradient_checkpointing exclude each other: recomputing breaks the compiled graphs",
+            ),
             *self._in_backward(),
             (
                 self.corruption.task == "correct" or self.corruption.max_sentinels < self.data.max_target_tokens // 2,

@@ -169,6 +169,20 @@ def attention_backward_offset(device: torch.device, heads: int = 6, head_width: 
     return worst if worst == worst else float("inf")
 
 
+def check_attention(device: torch.device) -> str:
+    """Compare the backward pass of a GPU's attention with the plain one; leave only the plain one where it cannot be trusted.
+
+    Returns:
+        What was found, to be added to a reason.
+    """
+    offset = attention_backward_offset(device)
+    if offset <= PROBE_TOLERANCE:
+        return f"; attention's backward is within {offset:.1e} of the plain one"
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(False)
+    return f"; attention's backward is off by {offset:.1e}, so only the plain kernel is used"
+
+
 def seed_dropout(seed: int, update: int, micro_batch: int, rank: int) -> None:
     """Start torch's global streams, on all devices, from a hash of the four numbers.
 

@@ -30,7 +30,8 @@ from resilient_t5.restoration.measure import Restorer, measure_restoration
 from resilient_t5.restoration.metrics import BandBy, Glossary, count_terms, term_restoration_by
 from resilient_t5.restoration.report import RestorationReport
 from resilient_t5.restoration.resilience import DAMAGES, Curve, measure_curve
-from resilient_t5.training.run import Corpus, batch_sizes, build_device
+from resilient_t5.training.device import build_device
+from resilient_t5.training.run import Corpus, batch_sizes
 
 FILLER = "A store has two sides; this line is the other one.\n"
 BANDS: tuple[BandBy, ...] = ("training", "length", "sentinel", "frequency", "digits")

@@ -60,11 +60,13 @@ def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: Pre
         ConfigError: an optimizer that steps in the backward pass, and a budget that may cut its update.
     """
     asked, wanted = config.batch.micro_tokens, config.model.gradient_checkpointing
+    if config.hardware.compile:
+        wanted = False
     whole = task.longest * task.examples_per_update
     if config.optim.name == "adafactor_in_backward" and asked != "auto" and int(asked) < whole:
         raise ConfigError(
-            f"batch.micro_tokens: {asked} may cut an update of {task.examples_per_update} examples of up to {task.longest} tokens,"
-            f" and adafactor_in_backward cannot accumulate; set it to auto, to {whole}, or lower batch.examples_per_update"
+            f"batch.micro_tokens: {asked} may cut an update of {task.examples_per_update} examples of up to {task.longest}"
+            f" tokens, and adafactor_in_backward cannot accumulate; set it to auto or {whole}"
         )
     tried = [
         _at(sizes, task, memory, Execution(precision, checkpointing, memory.on_gpu), config.optim.name, asked)

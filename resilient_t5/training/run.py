@@ -1,7 +1,6 @@
 """Run: all the parts of one training run; `build_run` is the only place that constructs them."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, GradScalerKwargs
 
 from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.reading import load_checkpoint
@@ -20,15 +18,12 @@ from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluati
 from resilient_t5.data.full_ids import in_full_ids
 from resilient_t5.data.store import Split, Store
 from resilient_t5.data.token_table import TokenTable, build_token_table
-from resilient_t5.errors import ConfigError
+from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
 from resilient_t5.model.numerics import (
-    FIRST_LOSS_SCALE,
     Precision,
-    choose_precision,
     install_float32_islands,
-    keep_cudnn_attention_out,
 )
 from resilient_t5.model.optim import build_optimizer
 from resilient_t5.model.tables import T5Model
@@ -37,10 +32,11 @@ from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
+from resilient_t5.training.device import build_accelerator, build_device, settle_precision
 from resilient_t5.training.evaluate import Evaluator
 from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
-from resilient_t5.training.host import choose_device, give_large_blocks_back, numeric_conditions
+from resilient_t5.training.host import give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
 from resilient_t5.training.saving import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
@@ -54,7 +50,6 @@ from resilient_t5.training.update import Updater
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}
 # A GPU's attention kernels want lengths in eights; a CPU only pays for the padding.
 PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
-ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass
@@ -160,18 +155,20 @@ def build_run(
     """
     device, precision, accelerator = build_device(config)
     corpus = Corpus.over(store, config)
-    fit = fit_run(config, store, device, precision.name)
-    model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
+    fit, model, sizes, batches = fitted(config, corpus, device, precision)
+    settled = settle_precision(config, model, batches, precision, device)
+    if settled.name != precision.name:
+        accelerator = build_accelerator(settled, device)
+        fit, model, sizes, batches = fitted(config, corpus, device, settled)
+    precision = settled
     updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed)
-    sizes = batch_sizes(config, device, fit.choice.micro_tokens)
-    batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
     guard = Guard(plan.warmup_updates)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
     ids = trained_ids(corpus, model)
     fingerprints = {"data": data_sha256(config, store), "vocabulary": vocabulary_sha256(store, ids)}
-    conditions = {"precision": precision.name, **sizes, **numeric_conditions(device)}
+    conditions = {"precision": precision.name, "compile": config.hardware.compile, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, timing)
     evaluator = build_evaluator(config, corpus, accelerator, model, sizes)
     state = restored(saver, loaded, config)
@@ -220,31 +217,16 @@ def telemetry_from(state: RunState, config: Config) -> Telemetry:
     return Telemetry(directory, from_update=state.update, evaluated_update=state.evaluated_update, tensorboard=tensorboard)
 
 
-def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
-    """The device, the number format and why, and Accelerate for both.
-
-    Raises:
-        ConfigError: fp16 on a CPU, or bf16 on a GPU that only emulates it.
-    """
-    if config.hardware.threads != "auto":
-        torch.set_num_threads(config.hardware.threads)
-    device = choose_device(config.hardware.device)
-    precision = choose_precision(config.hardware.precision, device)
-    if precision.name == "fp16" and device.type == "cpu":
-        raise ConfigError("hardware.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
-    if config.hardware.deterministic:
-        # cuBLAS reads it when the first matrix product creates its handle, which has not happened yet.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.hardware.deterministic)
-    keep_cudnn_attention_out()
-    # Moments of rows that are rarely seen decay into denormal numbers, which a CPU multiplies many times slower.
-    torch.set_flush_denormal(True)
-    accelerator = Accelerator(
-        mixed_precision=ACCELERATE_PRECISION[precision.name],
-        cpu=device.type == "cpu",
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=FIRST_LOSS_SCALE)],
-    )
-    return accelerator.device, precision, accelerator
+def fitted(
+    config: Config, corpus: Corpus, device: torch.device, precision: Precision
+) -> tuple[Fit, T5Model, dict[str, int], Batches]:
+    """What depends on the plan: the plan, the model, the sizes of micro-batches, and the batches."""
+    fit = fit_run(config, corpus.store, device, precision.name)
+    model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
+    if config.hardware.compile:
+        compile_layers(model, device)
+    sizes = batch_sizes(config, device, fit.choice.micro_tokens)
+    return fit, model, sizes, Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
 
 
 def build_trained_model(

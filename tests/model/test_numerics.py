@@ -7,6 +7,7 @@ import torch
 
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import ConfigError
+from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.loss import forward_loss, token_nll
 from resilient_t5.model.numerics import (
@@ -41,17 +42,18 @@ def mean_nll(model, batch, precision):
 
 
 def test_islands_keep_weights_that_overflow_float16_finite_and_close(overflowing, make_examples, collate):
-    """20 inputs: without islands hardly any loss is finite; with them all are, median offset below 0.5 %, gradients too."""
-    batches = [collate(make_examples(2, seed=seed)) for seed in range(20)]
+    """200 inputs: transformers' layers give no finite loss; ours all, median offset below 0.05 %, gradients too."""
+    batches = [collate(make_examples(1, seed=seed)) for seed in range(200)]
     exact = [mean_nll(overflowing, batch, Precision("fp32", "")) for batch in batches]
     assert all(math.isfinite(loss) for loss in exact)
     broken = [mean_nll(overflowing, batch, FP16) for batch in batches]
-    assert sum(math.isfinite(loss) for loss in broken) < 5
+    assert sum(math.isfinite(loss) for loss in broken) < 4
+    install_lean_layers(overflowing)  # as in a run
     assert install_float32_islands(overflowing) == 4
     found = [mean_nll(overflowing, batch, FP16) for batch in batches]
     assert all(math.isfinite(loss) for loss in found)
     offsets = sorted(abs(a - b) / b for a, b in zip(found, exact, strict=True))
-    assert offsets[len(offsets) // 2] < 0.005
+    assert offsets[len(offsets) // 2] < 0.0005
     with FP16.autocast(CPU):
         loss = forward_loss(overflowing, *batches[0], divisor=10.0).loss
     loss.backward()

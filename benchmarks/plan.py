@@ -86,7 +86,7 @@ def resident(case: Sequence[Any]) -> float:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
-    measure(("tiny", 300, "fp32", "adamw", False, 2, 8, 8))
+    measure(("tiny", 300, case[2], "adamw", False, 2, 8, 8))
     before = status("VmRSS")
     measure(case)
     return float(status("VmHWM") - before)

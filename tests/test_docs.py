@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from resilient_t5.commands import prepare, train
+from resilient_t5.commands import plan, prepare, train
 from resilient_t5.commands.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CALL = re.compile(r"(?:^|&& )(bin/\w+)( .*)?$")
-FLAGS = {"bin/train": train.FLAGS, "bin/prepare": prepare.FLAGS}
+FLAGS = {"bin/train": train.FLAGS, "bin/prepare": prepare.FLAGS, "bin/plan": plan.FLAGS}
 SHOWN_ONLY = "..."
 """Stands for settings that a page does not repeat."""
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import read_config
-from resilient_t5.model.presets import Shape, shape_of
+from resilient_t5.model.presets import PRESETS, Shape, shape_of
 from resilient_t5.model.tables import HEAD
 from resilient_t5.model.weights import CONFIG_FILE, find_weights
 
 MT5_ROWS = 250_112
+# Hub names whose sizes are known, so that they can be planned for before they are fetched.
+KNOWN_NAMES = {f"google/{name}": PRESETS[name] for name in ("mt5-small", "mt5-base", "mt5-large", "mt5-xl")}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def sizes_of_checkpoint(directory: Path, dropout: float | None = None) -> Sizes:
 
 
 def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
-    """The sizes of the model that `settings` name: a preset, or a checkpoint that lies on this machine.
+    """The sizes of the model that `settings` name: a preset, a checkpoint that lies on this machine, or a published mT5.
 
     Args:
         rows: vocabulary rows that are trained; None takes the checkpoint's own, or mT5's.
@@ -123,11 +125,20 @@ def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
     """
     if settings.name_or_path is None:
         return sizes_of_shape(shape_of(settings), rows or MT5_ROWS, settings.dropout)
-    sizes = sizes_of_checkpoint(_local_directory(settings.name_or_path), settings.dropout)
+    directory = _local_directory(settings.name_or_path)
+    if directory is None and settings.name_or_path in KNOWN_NAMES:
+        return sizes_of_shape(KNOWN_NAMES[settings.name_or_path], rows or MT5_ROWS, settings.dropout)
+    if directory is None:
+        raise ConfigError(
+            f"model.name_or_path: {settings.name_or_path} is not on this machine, and a plan fetches nothing; "
+            "name a directory, or the shape of the model with --model.preset"
+        )
+    sizes = sizes_of_checkpoint(directory, settings.dropout)
     return sizes if rows is None else sizes.with_rows(rows)
 
 
-def _local_directory(name_or_path: str) -> Path:
+def _local_directory(name_or_path: str) -> Path | None:
+    """The directory of a checkpoint, in the hub's local cache if need be; None where it is not on this machine."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -137,7 +148,4 @@ def _local_directory(name_or_path: str) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=[CONFIG_FILE], local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        raise ConfigError(
-            f"model.name_or_path: {name_or_path} is not on this machine, and a plan fetches nothing; "
-            "name a directory, or the shape of the model with --model.preset"
-        ) from None
+        return None

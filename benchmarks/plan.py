@@ -34,8 +34,8 @@ CASES: list[tuple[str, int, str, str, bool, int, int, int]] = [
 ]
 
 
-def measure(case: Sequence[Any]) -> dict[str, float]:
-    """Peak bytes of one update of two micro-batches, in this process."""
+def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
+    """Peak bytes of one update of two micro-batches, in this process; without `recording` it is only done."""
     import numpy as np
     import torch
     from accelerate import Accelerator
@@ -69,6 +69,9 @@ def measure(case: Sequence[Any]) -> dict[str, float]:
 
     micro_batches = [micro_batch(0), micro_batch(1)]
     updater(micro_batches, 0, 1e-4, lambda: False)
+    if not recording:
+        updater(micro_batches, 1, 1e-4, lambda: False)
+        return {}
     states = named_state(updater.optimizer, model)[0]
     standing = sum(p.untyped_storage().nbytes() for p in model.parameters())
     standing += sum(tensor.untyped_storage().nbytes() for tensor in states.values())
@@ -86,9 +89,9 @@ def resident(case: Sequence[Any]) -> float:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
-    measure(("tiny", 300, case[2], "adamw", False, 2, 8, 8))
+    measure(("tiny", 300, case[2], "adamw", False, 2, 8, 8), recording=False)
     before = status("VmRSS")
-    measure(case)
+    measure(case, recording=False)
     return float(status("VmHWM") - before)
 
 

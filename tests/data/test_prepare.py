@@ -218,6 +218,20 @@ def test_training_text_that_is_also_validation_text_is_dropped(config, corpus):
     assert sorted(spelled(store, store.train)) == sorted(set(NOTES) - set(NOTES[:20]))
 
 
+def test_validation_text_of_another_corpus_keeps_every_token(config, corpus):
+    """What only the validation text holds is active too: no id is replaced, so each text reads as it would alone."""
+    other = ["Rumpelstilzchen 1847: quite another language, \u00fcber alles gesagt.", "Zwei wackere M\u00f6nche jagen Pyxie."]
+    (corpus / "other.txt").write_text("\n".join(other), encoding="utf-8")
+    alone = prepare(config, corpus / "alone")
+    store = prepare(changed(config, "data", validation=str(corpus / "other.txt")), corpus / "store")
+    wanted = [store.tokenizer.decode(store.tokenizer.encode_batch([text])[0].ids.tolist()) for text in other]
+    assert sorted(spelled(store, store.validation)) == sorted(wanted)
+    added = np.setdiff1d(store.active_to_full, alone.active_to_full)
+    assert len(added) > 0
+    seen = store.active_to_full[np.asarray(store.validation.tokens)]
+    assert np.isin(added, seen).any()
+
+
 def test_pairs_are_stored_as_they_are(config, corpus):
     """Source, then target, in the same tokens; sentinels are sentinels; what is too long is cut and counted."""
     rows = [{"inputs": f"{note[:30]}<extra_id_0>{note[40:]}", "targets": f"<extra_id_0>{note[30:40]}"} for note in NOTES]

@@ -25,6 +25,19 @@ def reported(command: Callable[[], int]) -> int:
         full = error.errno in NO_SPACE
         sys.stderr.write(f"{'disk full' if full else 'i/o error'}: {error.strerror or error}{where}\n")
         return int(ExitCode.DISK_FULL if full else ExitCode.IO_ERROR)
-    except Exception:  # noqa: BLE001  the last frame of a command: an unexpected error keeps its traceback
+    except Exception as error:  # noqa: BLE001  the last frame of a command: an unexpected error keeps its traceback
+        if _is_out_of_memory(error):
+            said = str(error).partition("\n")[0][:300]
+            sys.stderr.write(f"out of memory: {said or type(error).__name__}. Ask bin/plan what fits\n")
+            return int(ExitCode.OUT_OF_MEMORY)
         traceback.print_exc()
         return int(ExitCode.UNEXPECTED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As `training.host` says, which is imported only where torch is loaded already and may be what refused."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from resilient_t5.training.host import is_out_of_memory
+
+    return is_out_of_memory(error)

@@ -105,3 +105,15 @@ def test_the_second_time_it_leaves_with_71_and_the_options_in_order_of_cost(tmp_
     places = [message.index(option) for option in ("--batch.micro_tokens", "--model.gradient_checkpointing true", "adafactor")]
     assert places == sorted(places)
     assert "GiB)" in message
+
+
+def test_memory_that_runs_out_anywhere_else_is_71_too(capsys):
+    """A real refusal of torch's allocator, and one of Python's; any other error keeps its traceback and is 1."""
+    import torch
+
+    from resilient_t5.commands.failure import reported
+
+    for refused in (lambda: torch.empty(2**59, dtype=torch.uint8), lambda: bytearray(2**62)):
+        assert reported(refused) == 71
+        assert "bin/plan" in capsys.readouterr().err
+    assert reported(lambda: 1 // 0) == 1

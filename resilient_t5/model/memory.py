@@ -130,14 +130,18 @@ def training_peak(sizes: Sizes, optimizer: str, run: Execution, shape: MicroBatc
     kept = kept_bytes(parts)
     table, all_gradients = WIDE * sizes.table, WIDE * sizes.parameters
     weights, state = WIDE * sizes.parameters, optimizer_bytes(sizes, optimizer)
-    block = 3 * WIDE * min(BLOCK_VALUES, max(sizes.table, sizes.largest_matrix)) if optimizer.startswith("adafactor") else 0
+    # Adafactor works through a matrix by blocks, two of which stand at once.
+    block, own_block = (2 * WIDE * min(BLOCK_VALUES, values) for values in (sizes.table, sizes.largest_matrix))
     if optimizer == "adafactor_in_backward":
-        standing = {"loss": table, "decoder": table if sizes.tied else 0.0, "encoder": table}
-        steps = {phase: bytes_ + (block if phase != "loss" else 0) for phase, bytes_ in standing.items()}
-        whole = max(peak_bytes(parts, steps), table + block)
+        # The head is stepped when the loss has let go of its logits, before the decoder's backward begins, and the
+        # embedding when the encoder's is over.
+        steps = {"loss": table, "decoder": (table if sizes.tied else 0.0) + own_block, "encoder": table + own_block}
+        head_step = kept_bytes(parts[:-1]) + table + block
+        whole = max(peak_bytes(parts, steps), head_step)
         held = min(table, whole)
         return Peak(weights, held, state, min(kept, whole - held), max(0.0, whole - held - kept))
-    return Peak(weights, all_gradients, state, kept, max(peak_bytes(parts), block) - kept)
+    moving = block if optimizer == "adafactor" else 0.0
+    return Peak(weights, all_gradients, state, kept, max(peak_bytes(parts), moving) - kept)
 
 
 def counted_flops(sizes: Sizes, source: int, target: int, checkpointing: bool) -> float:

@@ -73,6 +73,8 @@ class Window:
     asked: tuple[int, ...]
     """Places of the gaps in the sheet, in order: the k-th one has sentinel k."""
     own: frozenset[int]
+    left_out: tuple[int, ...] = ()
+    """Open gaps in its stretch of text for which there is no sentinel: the source closes over them."""
 
 
 def clean(text: str) -> str:
@@ -151,10 +153,10 @@ def windows_of(sheet: Sheet, sentinel_ids: np.ndarray, eos_id: int, source_token
             asked = _asked(inside, first, last, sentinels)
             ids = flat[begin:end].copy()
             ids[[slots[k] - begin for k in asked]] = sentinel_ids[: len(asked)]
-            dropped = [slots[k] - begin for k in inside if k not in asked]
-            source = np.append(np.delete(ids, dropped), eos_id)
+            left_out = [k for k in inside if k not in asked]
+            source = np.append(np.delete(ids, [slots[k] - begin for k in left_out]), eos_id)
             own = frozenset(places[k] for k in range(first, last + 1))
-            windows.append(Window(source, tuple(places[k] for k in asked), own))
+            windows.append(Window(source, tuple(places[k] for k in asked), own, tuple(places[k] for k in left_out)))
             decided_until = slots[last]
         first = last + 1
     return windows

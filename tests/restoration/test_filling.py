@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from resilient_t5.data.sample import generate_notes
+from resilient_t5.data.tokenizer import train_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.restoration.asking import Asking
 from resilient_t5.restoration.correcting import correct
@@ -151,23 +152,24 @@ def test_what_a_text_is_filled_with_does_not_depend_on_the_texts_beside_it(fille
             assert values == sorted(values, reverse=True)
 
 
-def test_a_source_is_what_training_would_show(tiny_tokenizer):
-    """The tokens of a note with masked tokens, a sentinel in place of each run: the same ids as in corruption."""
-    checked = 0
+def test_a_source_is_what_training_would_show():
+    """A note with a term taken out as text has the ids of the note with the term's tokens taken out: no space too many."""
+    tokenizer = train_tokenizer([note.text for note in generate_notes(1000, 5)], 2000, 0.999)
+    checked = total = 0
     for note in generate_notes(60, 33):
-        encoded = tiny_tokenizer.encode_batch([note.text])[0]
+        encoded = tokenizer.encode_batch([note.text])[0]
         for fact in note.facts[:3]:
             at = note.text.find(fact)
             inside = np.flatnonzero((encoded.starts < at + len(fact)) & (encoded.ends > at))
             if encoded.starts[inside[0]] != at or encoded.ends[inside[-1]] != at + len(fact):
                 continue  # a piece that reaches across the border: no mask of whole tokens is this gap
-            sheet = read_sheets([(note.text, [Gap(at, at + len(fact), fact)], 0)], tiny_tokenizer, None, Vocabulary())[0]
+            sheet = read_sheets([(note.text, [Gap(at, at + len(fact), fact)], 0)], tokenizer, None, Vocabulary())[0]
             wanted = [*encoded.ids[: inside[0]].tolist(), *encoded.ids[inside[-1] + 1 :].tolist()]
             ours = np.concatenate(sheet.segments).tolist()
-            # Splitting a text at a gap may divide other words otherwise than the whole text did; rarely.
-            checked += ours == wanted
-            assert tiny_tokenizer.decode(ours).replace(" ", "") == tiny_tokenizer.decode(wanted).replace(" ", "")
-    assert checked > 100
+            # A piece of a space alone before a term belongs to the answer, in training to the source; it is rare.
+            checked, total = checked + (ours == wanted), total + 1
+            assert tokenizer.decode(ours).replace(" ", "") == tokenizer.decode(wanted).replace(" ", "")
+    assert total > 100 and checked > 0.97 * total
 
 
 def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
@@ -188,6 +190,9 @@ def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
             passes += 1
             windows = windows_of(sheet, tiny_tokenizer.sentinel_ids, tiny_tokenizer.eos_id, room, sentinels)
             own = [place for window in windows for place in window.own]
+            for number, window in enumerate(windows):
+                earlier = {place for other in windows[:number] for place in other.own}
+                assert not set(window.left_out) & earlier, "a source lacks a gap that is being decided beside it"
             assert own and len(own) == len(set(own))
             for window in windows:
                 assert len(window.source) <= room and window.source[-1] == tiny_tokenizer.eos_id

@@ -83,6 +83,28 @@ def test_terms_are_found_as_a_reader_finds_them(terms: list[str], text: str, fou
     assert [text[start:end] for start, end, _ in TermMatcher(terms).find(text)] == found
 
 
+def test_terms_of_more_characters_than_there_are_short_spellings_are_found() -> None:
+    """60,000 characters that occur in terms, more than lie below the code points that no text can spell."""
+    characters = [chr(code) for code in range(0x20000, 0x20000 + 60_000)]
+    text = "".join(characters[::-1][:7000:10])
+    assert [text[start:end] for start, end, _ in TermMatcher(characters).find(text)] == list(text)
+    assert [term for _, _, term in TermMatcher(characters).find(text)] == list(range(59_999, 52_999, -10))
+
+
+def test_texts_searched_together_are_found_as_each_alone() -> None:
+    """Positions count from the beginning of the first text; no term reaches over the break between two."""
+    matcher = TermMatcher(["heart attack", "heart", "\u7cd6\u5c3f\u75c5"])
+    texts = ["a heart", "", "attack", "\u7cd6\u5c3f", "\u75c5\u7cd6\u5c3f\u75c5", "heart attack"]
+    begins = np.cumsum([0, *(len(text) + 1 for text in texts)])
+    alone = [
+        [start + begin, end + begin, term]
+        for text, begin in zip(texts, begins.tolist(), strict=False)
+        for start, end, term in matcher.find(text)
+    ]
+    assert matcher.find_together(texts).tolist() == alone and len(alone) == 3
+    assert matcher.find_together([]).shape == (0, 3)
+
+
 @settings(deadline=None)
 @given(st.text())
 def test_folding_keeps_every_position(text: str) -> None:

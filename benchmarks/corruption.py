@@ -11,21 +11,19 @@ The last line is JSON: {"corruption_tokens_per_s", "useful_token_share": {window
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 import tracemalloc
-from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
+from circumstances import circumstances  # noqa: E402
 
 from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig  # noqa: E402
 from resilient_t5.data.batches import Batches, Reader  # noqa: E402
@@ -38,19 +36,6 @@ from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, ran
 WINDOW_EXAMPLES = 800
 HUGE_EPOCH = 10_000_000
 PACKAGES = ("torch", "numpy")
-
-
-def circumstances():
-    """Date, kind of machine, versions and the command with the names of its files; no path."""
-    return {
-        "benchmark": "corruption",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/corruption.py", *(Path(word).name for word in sys.argv[1:])]),
-    }
 
 
 def speed(split, table, config, rounds):
@@ -153,7 +138,7 @@ def main():
         config = padded = Config(data=DataConfig(max_source_tokens=max(longest, 512)))
         speed_split = split = store.train
 
-    report = {**circumstances(), "corruption": speed(speed_split, table, config, arguments.rounds)}
+    report = {**circumstances("corruption", PACKAGES), "corruption": speed(speed_split, table, config, arguments.rounds)}
     report["corruption_tokens_per_s"] = report["corruption"]["tokens_per_core_s"]
     two_examples = round(2.3 * float(np.diff(split.offsets).mean()) * 1.25)
     report["useful_token_share"] = {

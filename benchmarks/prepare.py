@@ -9,35 +9,21 @@ The last line is JSON: {"ratio_to_bare", "terms_share", "peak_memory_mib", ...}.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
+
+from circumstances import circumstances
 
 SHARED = Path(os.environ.get("RESILIENT_T5_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 VOCABULARY = 16_000
 BATCH_CHARACTERS = 100_000
 PACKAGES = ("tokenizers", "sentencepiece", "ahocorasick_rs", "numpy")
-
-
-def circumstances():
-    """Date, kind of machine, versions and the command with the names of its files; no path."""
-    return {
-        "benchmark": "prepare",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/prepare.py", *(Path(word).name for word in sys.argv[1:])]),
-    }
 
 
 def configuration(text, terms, tokenizer):
@@ -162,7 +148,7 @@ def main():
         return
     if not options.text.is_file():
         parser.error(f"no text at {options.text}; name a file with --text")
-    figures = circumstances() | measure(options)
+    figures = circumstances("prepare", PACKAGES) | measure(options)
     for name, value in figures.items():
         print(f"{name:>28}  {value if not isinstance(value, float) else round(value, 3)}")
     line = json.dumps(figures, ensure_ascii=False)

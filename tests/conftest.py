@@ -51,6 +51,15 @@ def tiny_config(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def finished(fork_server, tiny_config, tmp_path_factory):
+    """A run that went to its planned end."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    output = run.with_name("console.txt")
+    assert fork_server.run(["--config", tiny_config, "--run.dir", run], output) == 0, output.read_text()
+    return run
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real text that RESILIENT_T5_SHARED names (default: ../shared beside the repository)."""

@@ -12,6 +12,7 @@ from resilient_t5.commands.failure import reported
 from resilient_t5.errors import ConfigError, ExitCode, ResilientError
 
 FOLDER = Path(resilient_t5.__file__).resolve().parents[1] / "benchmarks"
+STARTED = 'if __name__ == "__main__":'
 USAGE = "usage: bin/benchmark NAME [options of the benchmark]; bin/benchmark NAME --help shows them"
 EPILOG = "Each prints one line of JSON last. Exit codes: 0 done; 2 usage; otherwise that of the benchmark"
 
@@ -56,5 +57,6 @@ def benchmarks(folder: Path) -> dict[str, str]:
         raise NoBenchmarks(
             "benchmarks run from a source checkout only", where=str(folder), mend="clone the repository and pip install -e ."
         )
-    documents = {script.stem: ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) for script in scripts}
-    return {name: (document or "").partition("\n")[0] for name, document in documents.items()}
+    sources = {script.stem: script.read_text(encoding="utf-8") for script in scripts}
+    started = {name: source for name, source in sources.items() if STARTED in source}  # the others are parts of them
+    return {name: (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0] for name, source in started.items()}

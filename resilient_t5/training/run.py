@@ -153,14 +153,8 @@ def build_run(
         ConfigError, DataError: a part cannot be built as it is configured.
         ResumeMismatch: `loaded` belongs to another run.
     """
-    device, precision, accelerator = build_device(config)
     corpus = Corpus.over(store, config)
-    fit, model, sizes, batches = fitted(config, corpus, device, precision)
-    settled = settle_precision(config, model, batches, precision, device)
-    if settled.name != precision.name:
-        accelerator = build_accelerator(settled, device)
-        fit, model, sizes, batches = fitted(config, corpus, device, settled)
-    precision = settled
+    device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus)
     updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed)
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
@@ -217,10 +211,24 @@ def telemetry_from(state: RunState, config: Config) -> Telemetry:
     return Telemetry(directory, from_update=state.update, evaluated_update=state.evaluated_update, tensorboard=tensorboard)
 
 
-def fitted(
-    config: Config, corpus: Corpus, device: torch.device, precision: Precision
-) -> tuple[Fit, T5Model, dict[str, int], Batches]:
-    """What depends on the plan: the plan, the model, the sizes of micro-batches, and the batches."""
+Fitted = tuple[Fit, T5Model, dict[str, int], Batches]
+"""What depends on the plan: the plan, the model, the sizes of micro-batches, and the batches."""
+
+
+def settled(config: Config, corpus: Corpus) -> tuple[torch.device, Precision, Accelerator, Fitted]:
+    """Device and number format, tried on the first batches and given up for float32 where it fails, and what fits them."""
+    device, precision, accelerator = build_device(config)
+    parts = fitted(config, corpus, device, precision)
+    _, model, _, batches = parts
+    found = settle_precision(config, model, batches, precision, device)
+    if found.name != precision.name:
+        accelerator = build_accelerator(found, device)
+        parts = fitted(config, corpus, device, found)
+    return device, found, accelerator, parts
+
+
+def fitted(config: Config, corpus: Corpus, device: torch.device, precision: Precision) -> Fitted:
+    """Plan, then build what the plan says."""
     fit = fit_run(config, corpus.store, device, precision.name)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
     if config.hardware.compile:

@@ -8,15 +8,6 @@ from resilient_t5.commands.evaluate import main
 from tests.conftest import read_summary
 
 
-@pytest.fixture(scope="module")
-def finished(fork_server, tiny_config, tmp_path_factory):
-    """A run that went to its planned end."""
-    run = tmp_path_factory.mktemp("evaluate") / "run"
-    output = run.with_name("console.txt")
-    assert fork_server.run(["--config", tiny_config, "--run.dir", run], output) == 0, output.read_text()
-    return run
-
-
 def figures(capsys):
     """The last line that was printed, and all lines before it."""
     *lines, last = capsys.readouterr().out.splitlines()

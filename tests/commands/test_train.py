@@ -28,15 +28,6 @@ SUMMARY_KEYS = {
 SENTENCES = "患者因高血压入院，给予氨氯地平口服。头痛三天，血压升高明显。\n" * 3
 
 
-@pytest.fixture(scope="module")
-def finished(fork_server, tiny_config, tmp_path_factory):
-    """A run that went to its planned end."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    output = run.with_name("console.txt")
-    assert fork_server.run(["--config", tiny_config, "--run.dir", run], output) == 0, output.read_text()
-    return run
-
-
 def test_a_finished_run_leaves_the_tree_that_the_readme_shows(finished):
     """Every file of the run directory is there, and every checkpoint is whole."""
     names = {path.name for path in finished.iterdir()}

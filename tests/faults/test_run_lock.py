@@ -78,8 +78,9 @@ def test_a_forked_worker_does_not_keep_the_run_held(scratch):
     worker = int(os.read(reading, 20))
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
-    with RunLock(scratch):
-        os.kill(worker, 0)
+    with RunLock(scratch) as lock:
+        os.kill(worker, 0)  # still alive, and the lock is ours all the same
+        assert lock.is_exclusive
     os.kill(worker, signal.SIGKILL)
 
 

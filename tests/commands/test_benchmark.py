@@ -19,6 +19,7 @@ def test_every_script_is_listed_with_its_claim(capsys):
     printed = capsys.readouterr().out
     found = benchmarks(ROOT / "benchmarks")
     assert set(found) >= NAMES
+    assert "crash_systems" not in found, "a part of a benchmark that cannot be started alone"
     assert all(claim and f"{name} " in printed and claim in printed for name, claim in found.items())
 
 
@@ -41,7 +42,8 @@ def test_without_a_source_checkout_it_says_so(tmp_path, monkeypatch, capsys):
 
 def test_options_and_the_exit_code_pass_through(tmp_path):
     """The script gets its options as they are, and its exit code is the command's."""
-    (tmp_path / "echo.py").write_text('"""Echo."""\nimport sys\nprint(sys.argv[1:])\nraise SystemExit(7)\n', encoding="utf-8")
+    body = 'import sys\nif __name__ == "__main__":\n    print(sys.argv[1:])\n    raise SystemExit(7)\n'
+    (tmp_path / "echo.py").write_text(f'"""Echo."""\n{body}', encoding="utf-8")
     code = f"""
 import pathlib, resilient_t5.commands.benchmark as b
 b.FOLDER = pathlib.Path({str(tmp_path)!r})

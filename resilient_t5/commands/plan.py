@@ -41,6 +41,11 @@ def _plan(argv: Sequence[str]) -> ExitCode:
     return ExitCode.OK
 
 
+def plan_lines(arguments: Arguments) -> Iterator[str]:
+    """The plan of `arguments` as bin/plan prints it."""
+    return _text(_found(arguments))
+
+
 def _found(arguments: Arguments) -> dict[str, Any]:
     """The plan as plain values."""
     # Imported late: --help and a typo must not wait for torch.
@@ -52,8 +57,8 @@ def _found(arguments: Arguments) -> dict[str, Any]:
     if config.model.name_or_path is None and config.model.preset is None:
         raise ConfigError("no model: set model.name_or_path (a checkpoint) or model.preset (a shape)")
     store, task = _store_and_task(arguments)
-    whole = sizes_of_settings(config.model, None)
-    rows = arguments.flags["rows"] or _rows(config, store, whole.rows)
+    whole = sizes_of_settings(config.model, _trained_rows(config))
+    rows = arguments.flags.get("rows") or _rows(config, store, whole.rows)
     sizes = whole.with_rows(rows)
     memory, precision = _memory_and_precision(config)
     listed = list(choices(sizes, task, memory, precision, OPTIMIZERS))
@@ -90,6 +95,14 @@ def _store_and_task(arguments: Arguments) -> tuple[Any, Any]:
         store = Store.open(directory)
         return store, task_of(config, store)
     return None, Task(config.data.max_source_tokens, config.data.max_target_tokens, config.batch.examples_per_update)
+
+
+def _trained_rows(config: Any) -> int | None:
+    """Rows of a model from scratch whose tokenizer is trained on the corpus: pieces and sentinels; None when not known."""
+    from resilient_t5.data.tokenizer import SENTINELS
+
+    pieces = config.tokenizer.train_vocab_size
+    return None if pieces is None or config.model.name_or_path is not None else pieces + SENTINELS
 
 
 def _rows(config: Any, store: Any, full: int) -> int:

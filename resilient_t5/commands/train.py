@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.commands.arguments import Arguments, parse_arguments
+from resilient_t5.commands.arguments import Arguments, config_text, differences, parse_arguments
 from resilient_t5.commands.failure import reported
+from resilient_t5.commands.plan import plan_lines
 from resilient_t5.commands.reference import write_commented
 from resilient_t5.commands.supervise import FLAG as SUPERVISE
 from resilient_t5.commands.supervise import supervise
 from resilient_t5.config import check_trainable
-from resilient_t5.errors import ExitCode
+from resilient_t5.errors import ConfigError, ExitCode
 
 DESCRIPTION = "Train a T5 or mT5 to restore damaged text; an interrupted run goes on where it stopped."
 FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--init", {"type": str, "default": None, "help": "write all settings, with comments, into this new file and stop"}),
+    ("--dry_run", {"type": str, "default": None, "help": "plan: say what would happen; update: do its hardest moments once"}),
     (SUPERVISE, {"action": "store_true", "help": "start the run again when it is killed, as long as it gets further"}),
 )
 
@@ -31,6 +33,8 @@ def _train(argv: Sequence[str]) -> int:
     if arguments.flags["init"] is not None:
         return _init(arguments)
     check_trainable(arguments.config)
+    if arguments.flags["dry_run"] is not None:
+        return _dry_run(arguments)
     if len(own) < len(argv):
         return supervise(own, Path(arguments.config.run.dir))
     return _run(arguments)
@@ -43,13 +47,28 @@ def _init(arguments: Arguments) -> ExitCode:
     return ExitCode.OK
 
 
+def _dry_run(arguments: Arguments) -> ExitCode:
+    if arguments.flags["dry_run"] not in ("plan", "update"):
+        raise ConfigError(f"--dry_run is plan or update, not {arguments.flags['dry_run']!r}")
+    from resilient_t5.training.rehearsal import rehearse, show_plan
+
+    if arguments.flags["dry_run"] == "update":
+        return rehearse(arguments.config, _given(arguments))
+    if not show_plan(arguments.config, _given(arguments), lambda line: print(line)):
+        sys.stdout.write("\n".join(plan_lines(arguments)) + "\n")
+    return ExitCode.OK
+
+
 def _run(arguments: Arguments) -> ExitCode:
     # Imported late: torch and transformers take seconds, and --help and a typo must not wait for them.
-    from resilient_t5.commands.arguments import config_text, differences
     from resilient_t5.training.process import train_in_directory
 
-    given = {key: (value, arguments.sources.get(key, "")) for key, value in differences(arguments.config).items()}
-    return train_in_directory(arguments.config, config_text(arguments.config), given)
+    return train_in_directory(arguments.config, config_text(arguments.config), _given(arguments))
+
+
+def _given(arguments: Arguments) -> dict[str, tuple[Any, str]]:
+    """The settings that differ from the defaults, each with the place it was given at."""
+    return {key: (value, arguments.sources.get(key, "")) for key, value in differences(arguments.config).items()}
 
 
 if __name__ == "__main__":

@@ -125,10 +125,23 @@ class Batches:
     def at(self, update: int) -> list[MicroBatch]:
         """The micro-batches of update number `update`, counted from 0; the largest first."""
         window = self._window(update // self.window_updates)
+        return self._cut(window, window.groups[update % self.window_updates])
+
+    def longest(self) -> list[MicroBatch]:
+        """The micro-batches of an update that no run has: its examples are the longest of all, so no other takes more."""
+        count = min(self.examples_per_update, len(self.split))
+        lengths = np.diff(self.split.offsets)
+        example_ids = np.argpartition(lengths, len(lengths) - count)[-count:]
+        corrupted = self._corrupt(example_ids, np.full(count, ESTIMATE_EPOCH))
+        ascending = np.lexsort(_lengths(corrupted)[::-1])
+        return self._cut(_Window(corrupted, example_ids, [[ascending]]), [ascending])
+
+    def _cut(self, window: _Window, groups: list[np.ndarray]) -> list[MicroBatch]:
+        """Groups of rows as micro-batches, the largest first."""
         cut_group = cut if self.window_updates > 1 else cheapest_cut
         parts = [
             rows
-            for group in window.groups[update % self.window_updates]
+            for group in groups
             for rows in cut_group(group, _lengths(window.corrupted), self.micro_tokens, self.pad_multiple)
         ]
         micro_batches = [

@@ -32,10 +32,10 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
     """
     directory = Path(directory)
     report_progress = on_progress or (lambda done, total: None)
-    if (store := _standing(config, directory)) is not None:
+    if (store := standing_store(config, directory)) is not None:
         return store
     with storage_errors(directory), only_maker(directory, lambda: report_progress(0, 0)):
-        if (store := _standing(config, directory)) is not None:  # made by another process while this one waited
+        if (store := standing_store(config, directory)) is not None:  # made by another process while this one waited
             return store
         with making(directory) as temporary:
             job, tokenizer_seconds = _job(config, report_progress)
@@ -76,7 +76,7 @@ def merge_shards(config: Config, directory: Path, shards: int) -> Store:
         DataError: a part is missing or was made from something else.
     """
     directory = Path(directory)
-    if (store := _standing(config, directory)) is not None:
+    if (store := standing_store(config, directory)) is not None:
         return store
     with storage_errors(directory), only_maker(directory, lambda: None):
         identity = identify(config, None)
@@ -98,15 +98,12 @@ def store_directory(config: Config) -> Path:
     return Path(config.data.store) if config.data.store is not None else Path(config.run.dir) / "store"
 
 
-def listed_terms(config: Config) -> TermList:
-    """The terms by id: of `data.terms`, else the built-in corpus' own, else none."""
-    if config.data.terms is not None:
-        return read_terms(terms_path(config.data.terms))
-    return clean_terms(clinical_terms()) if is_builtin(config) else TermList()
+def standing_store(config: Config, directory: Path) -> Store | None:
+    """The store that stands at `directory`; None when there is nothing yet. Writes nothing.
 
-
-def _standing(config: Config, directory: Path) -> Store | None:
-    """The store that stands at `directory`; None when there is nothing yet."""
+    Raises:
+        DataError: it was made from something else, or is no store.
+    """
     state = store_state(directory)
     if state == "absent":
         return None
@@ -126,6 +123,13 @@ def _standing(config: Config, directory: Path) -> Store | None:
         where=str(directory),
         mend="Name another directory with data.store, or remove this one.",
     )
+
+
+def listed_terms(config: Config) -> TermList:
+    """The terms by id: of `data.terms`, else the built-in corpus' own, else none."""
+    if config.data.terms is not None:
+        return read_terms(terms_path(config.data.terms))
+    return clean_terms(clinical_terms()) if is_builtin(config) else TermList()
 
 
 def _job(config: Config, on_progress: Progress) -> tuple[Job, float]:

@@ -1,77 +1,95 @@
 """The first lines of a run: what will happen, with what, and what to be warned of; warnings last."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from resilient_t5.checkpoint.retention import most_kept
 from resilient_t5.training.convergence import unreachable
 from resilient_t5.training.host import describe
-from resilient_t5.training.run import Run
+from resilient_t5.training.outlook import Outlook, nearest_existing
+
+GIB = 1 << 30
 
 
-def banner_lines(run: Run, given: Mapping[str, tuple[Any, str]], resumed_from: str | None) -> Iterator[str]:
+def banner_lines(
+    outlook: Outlook, given: Mapping[str, tuple[Any, str]], resumed_from: str | None, changed_conditions: Sequence[str] = ()
+) -> Iterator[str]:
     """The start banner, line by line.
 
     Args:
+        outlook: what will happen.
         given: {key: (value, where it came from)} of the settings that differ from the defaults.
-        resumed_from: name of the checkpoint that this process goes on from.
+        resumed_from: name of the checkpoint that the run goes on from.
+        changed_conditions: what differs from the process that saved it, so that the bits may differ too.
     """
-    plan, store, batch = run.plan, run.store, run.config.batch
-    report, model = store.report, run.updater.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows, full = model.shared.weight.shape[0], store.tokenizer.size
-    yield f"run    {run.directory}" + (f", resumed from {resumed_from}" if resumed_from else ", new")
-    yield f"device {describe(run.device)} | {run.precision.name}: {run.precision.why}"
-    yield f"model  {model.config.model_type}, {parameters / 1e6:.2f} M parameters, {rows} of {full} vocabulary rows"
+    plan, store, config = outlook.plan, outlook.store, outlook.config
+    report = store.report
+    yield f"run    {outlook.directory}" + (f", resumed from {resumed_from}" if resumed_from else ", new")
+    yield f"device {describe(outlook.device)} | {outlook.precision.name}: {outlook.precision.why}"
+    yield model_line(outlook)
     yield (
         f"data   {len(store.train)} training and {len(store.validation)} validation examples"
         f" | {report['tokens_per_character']:.2f} tokens a character | {report['terms']['found']} of"
         f" {report['terms']['listed']} terms found, {report['terms']['occurrences']} occurrences"
     )
     yield (
-        f"plan   {plan.total_updates} updates of {batch.examples_per_update} examples, {plan.updates_per_epoch:.1f} an epoch"
-        f" | warm-up {plan.warmup_updates} | evaluation every {plan.evaluate_every}"
+        f"plan   {plan.total_updates} updates of {config.batch.examples_per_update} examples,"
+        f" {plan.updates_per_epoch:.1f} an epoch | warm-up {plan.warmup_updates} | evaluation every {plan.evaluate_every}"
     )
-    rules = run.convergence.rules
-    yield disk_line(run)
-    yield memory_line(run)
+    rules = outlook.rules
+    yield disk_line(outlook)
+    yield memory_line(outlook)
     yield f"phases observed from {rules.start}, judged from {rules.judge_from}, patience {rules.patience} windows"
     for source in dict.fromkeys(source.partition(":")[0] for _, source in given.values()):
         settings = [f"{key} {value}" for key, (value, place) in given.items() if place.partition(":")[0] == source]
         yield f"set    by {source or 'default'}: {', '.join(settings)}"
-    if run.saver.changed_conditions:
-        changed = "; ".join(run.saver.changed_conditions)
+    if changed_conditions:
+        changed = "; ".join(changed_conditions)
         yield f"resume warning: the run goes on under other conditions, so not bit for bit: {changed}"
-    if shutil.disk_usage(run.directory).free < most_kept(run.config.checkpoint.keep_last) * checkpoint_bytes(run):
+    if free_bytes(outlook) < most_kept(config.checkpoint.keep_last) * checkpoint_bytes(outlook):
         yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
-    yield from (f"plan warning: {warning}" for warning in run.fit.warnings())
+    yield from (f"plan warning: {warning}" for warning in outlook.fit.warnings())
     yield from (f"plan warning: {warning}" for warning in unreachable(rules, plan.total_updates, plan.evaluate_every))
-    if run.config.evaluation.restore_examples and not report["terms"]["occurrences"]:
+    if config.evaluation.restore_examples and not report["terms"]["occurrences"]:
         yield "plan warning: no term of the list occurs in the corpus; the term restoration rate cannot be measured"
 
 
-def memory_line(run: Run) -> str:
-    """How an update is cut, and the memory that this needs."""
-    choice = run.fit.choice
-    checkpointing = "with" if choice.checkpointing else "without"
-    return f"memory micro-batches of {choice.micro_tokens} tokens, {checkpointing} gradient checkpointing: {run.fit.why}"
-
-
-def disk_line(run: Run) -> str:
-    """How often is saved, how large a checkpoint will be, and how much of the disk they take at most."""
-    settings, gib = run.config.checkpoint, 1 << 30
-    often = [f"every {settings.every_updates} updates"] if settings.every_updates is not None else []
-    often += [f"every {settings.every_minutes:g} min"] if settings.every_minutes is not None else []
-    size, free = checkpoint_bytes(run), shutil.disk_usage(run.directory).free
+def model_line(outlook: Outlook) -> str:
+    """Which model, how large, and how much of the vocabulary it trains."""
+    settings, sizes = outlook.config.model, outlook.fit.sizes
+    name = settings.name_or_path or f"{settings.preset} from scratch"
     return (
-        f"disk   saves {' and '.join(often) or 'the best and the last'}, about {size / gib:.3f} GiB each,"
-        f" {most_kept(settings.keep_last) * size / gib:.2f} GiB at most, {free / gib:.1f} GiB free"
+        f"model  {name}, {sizes.parameters / 1e6:.2f} M parameters,"
+        f" {sizes.rows} of {outlook.store.tokenizer.size} vocabulary rows"
     )
 
 
-def checkpoint_bytes(run: Run) -> int:
+def memory_line(outlook: Outlook) -> str:
+    """How an update is cut, and the memory that this needs."""
+    choice = outlook.fit.choice
+    checkpointing = "with" if choice.checkpointing else "without"
+    return f"memory micro-batches of {choice.micro_tokens} tokens, {checkpointing} gradient checkpointing: {outlook.fit.why}"
+
+
+def disk_line(outlook: Outlook) -> str:
+    """How often is saved, how large a checkpoint will be, and how much of the disk they take at most."""
+    settings = outlook.config.checkpoint
+    often = [f"every {settings.every_updates} updates"] if settings.every_updates is not None else []
+    often += [f"every {settings.every_minutes:g} min"] if settings.every_minutes is not None else []
+    size = checkpoint_bytes(outlook)
+    return (
+        f"disk   saves {' and '.join(often) or 'the best and the last'}, about {size / GIB:.3f} GiB each,"
+        f" {most_kept(settings.keep_last) * size / GIB:.2f} GiB at most, {free_bytes(outlook) / GIB:.1f} GiB free"
+    )
+
+
+def free_bytes(outlook: Outlook) -> int:
+    """Free bytes of the disk that the run directory lies on, or will lie on."""
+    return shutil.disk_usage(nearest_existing(outlook.directory)).free
+
+
+def checkpoint_bytes(outlook: Outlook) -> int:
     """Size of a checkpoint once the optimizer has all its state: float32 weights, and moments."""
-    weights = sum(parameter.numel() * 4 for parameter in run.updater.model.parameters())
-    hundredths = {"adamw": 300, "adamw8bit": 151}.get(run.config.optim.name, 101)
-    return weights * hundredths // 100
+    hundredths = {"adamw": 300, "adamw8bit": 151}.get(outlook.config.optim.name, 101)
+    return outlook.fit.sizes.parameters * 4 * hundredths // 100

@@ -23,6 +23,7 @@ from resilient_t5.training.ending import conclude, conclude_failure, is_conclude
 from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train
+from resilient_t5.training.outlook import outlook_of
 from resilient_t5.training.preparing import progress_teller
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run
@@ -79,7 +80,7 @@ def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSign
 
     run = build_run(config, store, vault, loaded, audit, display, claim=claim_directory)
     resumed_from = None if loaded is None else loaded.name
-    for line in banner_lines(run, given, resumed_from):
+    for line in banner_lines(outlook_of(run), given, resumed_from, run.saver.changed_conditions):
         display.line(line)
     if is_concluded(run):
         display.line(f"nothing left to do: {directory.path / 'summary.json'} says how this run ended")

@@ -446,3 +446,17 @@ def test_an_empty_split_is_refused():
         batches_of(empty)
     with pytest.raises(DataError, match="evaluate on"):
         evaluation_batches(empty, TABLE, config_of(), examples=5, seed=1, micro_tokens=500, pad_multiple=1)
+
+
+@pytest.mark.parametrize("window_updates", [1, 5])
+def test_no_update_of_an_epoch_has_more_tokens_than_that_of_the_longest_examples(window_updates):
+    """It is what a rehearsal measures memory and time by."""
+    split = small_split()
+    batches = batches_of(split, config_of(window_updates=window_updates))
+    longest = batches.longest()
+    ids = np.concatenate([micro_batch.example_ids for micro_batch in longest])
+    lengths = np.diff(split.offsets)
+    assert sorted(lengths[ids]) == sorted(lengths)[-8:]
+    most = max(sum(micro_batch.useful_tokens for micro_batch in batches.at(update)) for update in range(12))
+    assert sum(micro_batch.useful_tokens for micro_batch in longest) >= most
+    assert all(micro_batch.padded_tokens <= 400 or len(micro_batch.example_ids) == 1 for micro_batch in longest)

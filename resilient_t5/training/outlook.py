@@ -1,0 +1,66 @@
+"""What a run will do: its plan in updates, its phases and its memory, told by a run or known before its model is built."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from resilient_t5.config import Config
+from resilient_t5.data.batches import Batches
+from resilient_t5.data.store import Store
+from resilient_t5.model.numerics import Precision
+from resilient_t5.training.convergence import Rules
+from resilient_t5.training.device import build_device
+from resilient_t5.training.fitting import Fit, fit_run
+from resilient_t5.training.run import Corpus, Run, batch_sizes
+from resilient_t5.training.schedule import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What can be said of a run before its first update."""
+
+    config: Config
+    device: torch.device
+    precision: Precision
+    fit: Fit
+    store: Store
+    plan: Plan
+    rules: Rules
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, which need not be there yet."""
+        return Path(self.config.run.dir)
+
+
+def outlook_of(run: Run) -> Outlook:
+    """The outlook of a run that has been built."""
+    return Outlook(run.config, run.device, run.precision, run.fit, run.store, run.plan, run.convergence.rules)
+
+
+def outlook_over(config: Config, store: Store) -> Outlook:
+    """The outlook of the run that `config` asks for: no model is built or read, and nothing is written.
+
+    One thing may still come out otherwise: a 16-bit format that was chosen for a GPU is tried when the model is there.
+
+    Raises:
+        ConfigError, DataError: a part cannot be built as it is configured.
+    """
+    device, precision, _ = build_device(config)
+    corpus = Corpus.over(store, config)
+    fit = fit_run(config, store, device, precision.name)
+    sizes = batch_sizes(config, device, fit.choice.micro_tokens)
+    batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
+    plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
+    rules = Rules.from_config(config.convergence, plan.to_updates, config.evaluation)
+    return Outlook(config, device, precision, fit, store, plan, rules)
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that is there: its disk is the one that will be written to."""
+    found = Path(os.path.abspath(path))
+    while not found.is_dir():
+        found = found.parent
+    return found

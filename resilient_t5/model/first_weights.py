@@ -6,6 +6,8 @@ beside it. So the weights begin as trained attention looks (mimetic initialisati
 
 * Cross-attention: queries and keys are the same matrix, so a decoder that reads a sentinel looks at that sentinel in
   the source.
+* What the encoder's self-attention and cross-attention see they write down as they read it: the output matrix is the
+  transposed values, whose rows are orthogonal. So a gap knows its neighbours' vectors, each head in a part of its own.
 * Self-attention: the relative position bias of some heads points at one neighbour, the other heads average over
   everything; queries begin at zero and keys small, so that no random score disturbs either, also not after Adam's
   first moves, which are as long for a weight that does not matter as for one that does.
@@ -30,6 +32,8 @@ STREAM_SCALE = 0.04
 # All layers of a stack together write less than the embedding, so that a token can still be told behind them.
 BRANCH_SCALE = 0.5
 LARGEST_LOGIT_DEVIATION = 0.6
+# What attention writes down adds up over the layers: in as many as these it may be as large as the token itself.
+WRITTEN_LAYERS = 2
 # A tied model sees its own input token with a logit of nearly sqrt(d) deviations.
 LARGEST_LOGIT = 7.0
 # Scores of two equal tokens in cross-attention, and of a neighbour above all else: e**8 and e**5 against a hundred others.
@@ -59,7 +63,7 @@ def first_value(name: str, config: Any, *, scaled: bool) -> tuple[float, float]:
         return 0.0, 0.0
     if name.endswith(".k.weight"):
         return 0.0, SELF_KEY_SCALE * d**-0.5
-    if name.endswith(".o.weight"):
+    if name.endswith(".o.weight"):  # the decoder's self-attention; all others are transposed values
         return 0.0, branch * inner**-0.5
     if name.endswith(".wo.weight"):
         return 0.0, branch * config.d_ff**-0.5
@@ -100,15 +104,32 @@ def fill_with_first_weights(model: T5Model, seed: int) -> None:
             in_decoder = name.startswith("decoder.")
             parameter.copy_(position_bias(*parameter.shape, in_decoder=in_decoder))
             continue
+        if writes_what_it_read(name):
+            values = model.get_parameter(name.replace(".o.weight", ".v.weight"))
+            _draw_orthogonal(values, f"{seed} {name}")
+            parameter.copy_(min(1.0, WRITTEN_LAYERS / config.num_layers) * STREAM_SCALE * values.T)
+            continue
         mean, deviation = first_value(name, config, scaled=scales_decoder_output(model))
         # The keys of cross-attention are its queries.
         _draw(parameter, mean, deviation, f"{seed} {name.replace(f'{CROSS_ATTENTION}.k', f'{CROSS_ATTENTION}.q')}")
+
+
+def writes_what_it_read(name: str) -> bool:
+    """Whether `name` is the output matrix of an attention that looks at the source: what it sees there is what is told."""
+    return name.endswith(".o.weight") and (name.startswith("encoder.") or CROSS_ATTENTION in name)
+
+
+def _draw_orthogonal(parameter: torch.Tensor, key: str) -> None:
+    torch.nn.init.orthogonal_(parameter, generator=_generator(key))
 
 
 def _draw(parameter: torch.Tensor, mean: float, deviation: float, key: str) -> None:
     if deviation == 0.0:
         parameter.fill_(mean)
         return
+    parameter.normal_(mean, deviation, generator=_generator(key))
+
+
+def _generator(key: str) -> torch.Generator:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    parameter.normal_(mean, deviation, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

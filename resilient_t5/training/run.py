@@ -16,9 +16,11 @@ from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
 from resilient_t5.data.full_ids import in_full_ids
+from resilient_t5.data.neighbours import count_neighbours
 from resilient_t5.data.store import Split, Store
 from resilient_t5.data.token_table import TokenTable, build_token_table
 from resilient_t5.model.compiled import compile_layers
+from resilient_t5.model.first_vectors import MOST_IDS, RANK, factored, put_first_vectors
 from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
 from resilient_t5.model.numerics import (
@@ -165,7 +167,7 @@ def build_run(
     conditions = {"precision": precision.name, "compile": config.hardware.compile, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, timing)
     evaluator = build_evaluator(config, corpus, accelerator, model, sizes)
-    state = restored(saver, loaded, config)
+    state = restored(saver, loaded, config, corpus)
     claim()
     telemetry = telemetry_from(state, config)
     audit.attach(telemetry, display)
@@ -195,14 +197,24 @@ def build_run(
     )
 
 
-def restored(saver: Saver, loaded: Loaded | None, config: Config) -> RunState:
-    """The state of `loaded` put into the parts; or that of a new run, with the weights it forks from."""
+def restored(saver: Saver, loaded: Loaded | None, config: Config, corpus: Corpus) -> RunState:
+    """The state of `loaded` put into the parts; or that of a new run, with the weights it forks from or begins with."""
     if loaded is not None:
         return saver.restore(loaded)
     if config.run.fork is not None:
         saver.take_weights(load_checkpoint(Path(config.run.fork)))
+    elif config.model.name_or_path is None:
+        place_vocabulary(saver.updater.model, corpus, config.run.seed)
     rng.start(config.run.seed)
     return RunState()
+
+
+def place_vocabulary(model: T5Model, corpus: Corpus, seed: int) -> None:
+    """Give every piece of a model from scratch the vector that its neighbours in the training text suggest."""
+    rows, width = model.shared.weight.shape
+    found = count_neighbours(corpus.train, rows, MOST_IDS)
+    vectors_nR = factored(found.row_ends, found.columns, found.values, min(RANK, width), seed)
+    put_first_vectors(model, found.ids, vectors_nR, seed)
 
 
 def telemetry_from(state: RunState, config: Config) -> Telemetry:

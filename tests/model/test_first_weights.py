@@ -51,3 +51,18 @@ def test_some_heads_see_one_neighbour_and_the_others_everything(preset):
                 row = weights_BhTS[0, head, 20]
                 seen = row[20 + (distance or 0)]
                 assert seen > 0.7 if distance is not None else seen < 0.06, (in_decoder, head, distance)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_token_knows_its_neighbours_from_the_start(preset):
+    """The encoder writes what it sees: its output is nearest to the token itself, then to the tokens beside it."""
+    model = build_model(ModelConfig(preset=preset, dropout=0.0), vocabulary_rows=400, special=SPECIAL, seed=3).eval()
+    source_BS = distinct_ids(40)
+    with torch.no_grad():
+        found_SD = model.encoder(input_ids=source_BS).last_hidden_state[0]
+        told_SS = torch.cosine_similarity(found_SD[:, None], model.shared.weight[source_BS[0]][None], dim=-1)
+    inside = torch.arange(10, 30)
+    itself, beside = told_SS[inside, inside].mean(), (told_SS[inside, inside - 1] + told_SS[inside, inside + 1]).mean() / 2
+    apart = told_SS[inside][:, [0, 1, 2, 37, 38, 39]].mean()
+    assert itself > beside + 0.1
+    assert beside > apart + 0.1

@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 # Three million characters give the same tokens per character as a corpus of nine (within 0.5 %) in a quarter of the time.
 TRAINING_CHARACTERS = 3_000_000
 TRAINING_LINE_CHARACTERS = 1000
+TOO_FEW_PIECES = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 TRAINING_THREADS = 4  # fixed: the sums of the training, and so the model, depend on it
 
 
@@ -136,12 +138,24 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, character_coverag
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this text: {str(error).splitlines()[-1].strip()}",
-            where="tokenizer.train_vocab_size",
-            mend="Give more text, or another number of pieces.",
-        ) from error
+        raise _refusal(vocab_size, str(error)) from error
     return model.getvalue()
+
+
+def _refusal(vocab_size: int, said: str) -> DataError:
+    """What SentencePiece said, in the words of our settings where it is the mistake that many make."""
+    where = "tokenizer.train_vocab_size"
+    if (needed := TOO_FEW_PIECES.search(said)) is not None:
+        return DataError(
+            f"no tokenizer of {vocab_size} pieces can be trained on this text: its characters alone need {needed[1]}",
+            where=where,
+            mend=f"Set it above {needed[1]}, or lower tokenizer.character_coverage, which spells the rarest in bytes",
+        )
+    return DataError(
+        f"no tokenizer of {vocab_size} pieces can be trained on this text: {said.splitlines()[-1].strip()}",
+        where=where,
+        mend="Give more text, or another number of pieces.",
+    )
 
 
 def _sample(texts: Iterable[str]) -> list[str]:

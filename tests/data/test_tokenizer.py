@@ -5,6 +5,7 @@ Run: python -m pytest tests/data/test_tokenizer.py
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -262,3 +263,12 @@ def test_too_little_text_is_a_clear_error():
     """A tokenizer cannot be trained on nothing."""
     with pytest.raises(DataError, match="no text"):
         train_tokenizer([], 700, 0.999)
+
+
+def test_too_few_pieces_for_the_characters_names_how_many_are_needed():
+    """In our own settings' names; a few more than the number named are then enough."""
+    text = "".join(chr(0x4E00 + k) for k in range(600))
+    with pytest.raises(DataError, match=r"characters alone need (\d+).*tokenizer\.character_coverage") as refused:
+        train_tokenizer([text] * 50, 400, 1.0)
+    needed = int(re.search(r"alone need (\d+)", str(refused.value))[1])
+    assert train_tokenizer([text] * 50, needed + 5, 1.0).size >= needed

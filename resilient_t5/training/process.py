@@ -69,7 +69,7 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
 
 def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSignal, display: Display) -> ExitCode:
     directory = inspect(config)
-    audit = AuditTrail()
+    audit = AuditTrail(config.run.deadline_s)
     vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=audit)
     vault.sweep()
     store = prepare(config, store_directory(config), progress_teller(stop, display.line))

@@ -111,7 +111,7 @@ def _build(directory: Path, config: Config, store: Store, display: Display) -> R
     """The run, new, in `directory`."""
     directory.mkdir()
     settings, telemetry = replace(config.run, dir=str(directory)), replace(config.telemetry, tensorboard=False)
-    own, audit = replace(config, run=settings, telemetry=telemetry), AuditTrail()
+    own, audit = replace(config, run=settings, telemetry=telemetry), AuditTrail(config.run.deadline_s)
     vault = Vault(directory, run_id=uuid.uuid4().hex, settings=config.checkpoint, audit=audit)
     return build_run(own, store, vault, None, audit, display)
 

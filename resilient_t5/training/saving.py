@@ -188,9 +188,14 @@ def is_best(state: RunState) -> bool:
 
 
 class AuditTrail:
-    """What the vault did, as `save` rows and console lines; kept until there is a log to write it to."""
+    """What the vault did, as `save` rows and console lines; kept until there is a log to write it to.
 
-    def __init__(self) -> None:
+    Args:
+        deadline_s: seconds that a SIGTERM leaves for a save; one that takes longer is warned of, once.
+    """
+
+    def __init__(self, deadline_s: float = float("inf")) -> None:
+        self._deadline_s = deadline_s
         self._kept: list[tuple[str, dict[str, Any]]] = []
         self._log: tuple[Telemetry, Display] | None = None
 
@@ -207,6 +212,12 @@ class AuditTrail:
             display.line(
                 f"saved  {update:>6} {fields['name']} ({fields['reason']}) {size_mib:.1f} MiB in {fields['save_s']:.2f} s"
             )
+            if fields["save_s"] > self._deadline_s:
+                display.line(
+                    f"save   warning: a save takes longer than run.deadline_s {self._deadline_s:g}: after SIGTERM the newest"
+                    " state may not be saved; raise it, and the time that whoever sends the signal waits"
+                )
+                self._deadline_s = float("inf")
         elif event not in QUIET_EVENTS:
             display.line(f"checkpoint {event}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
 

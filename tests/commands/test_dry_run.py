@@ -95,6 +95,13 @@ def test_a_rehearsal_does_every_hard_moment_and_leaves_nothing(dry_run, finished
     assert (tree(finished), read_summary(finished)) == (before, summary)
 
 
+def test_a_save_that_takes_longer_than_sigterm_leaves_is_warned_of(dry_run, finished):
+    """Before the signal comes."""
+    status, console = dry_run("update", "--run.dir", finished, "--run.deadline_s", "0.0001")
+    assert status == 0, console
+    assert console.count("longer than run.deadline_s") == 1
+
+
 def test_a_rehearsal_of_a_new_run_prepares_its_corpus_for_itself(dry_run, tmp_path):
     """Not even the prepared corpus stays, and the run directory is not made."""
     status, console = dry_run("update", "--run.dir", tmp_path / "runs" / "new")

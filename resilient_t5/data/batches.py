@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from resilient_t5.config import Config
-from resilient_t5.data.corruption import Corrupted, Examples, corrupt
+from resilient_t5.data.corruption import Corrupted, Examples, corrupt, term_targets
 from resilient_t5.data.dealing import cheapest_cut, cut, deal, rounded_up
 from resilient_t5.data.keyed import order
 from resilient_t5.data.ragged import lay_out
@@ -71,6 +71,8 @@ class EvaluationBatch:
     corrupted: Corrupted
     example_ids: np.ndarray
     """int64 (B,)"""
+    of_terms_BT: torch.Tensor
+    """bool, the labels that belong to a masked term."""
 
 
 @dataclass(frozen=True)
@@ -279,13 +281,14 @@ def evaluation_batches(
     example_ids = order(seed, EVALUATION_EPOCH, np.arange(count), len(split))
     epochs = np.full(count, EVALUATION_EPOCH)
     corrupted = corrupt(split, example_ids, epochs, seed=seed, settings=config.corruption, data=config.data, table=table)
-    lengths = _lengths(corrupted)
+    lengths, of_terms = _lengths(corrupted), term_targets(corrupted)
     parts = cut(np.lexsort(lengths[::-1]), lengths, micro_tokens, pad_multiple)
     return [
         EvaluationBatch(
             micro_batch=collate(corrupted, rows, example_ids[rows], pad_id=table.pad_id, pad_multiple=pad_multiple),
             corrupted=corrupted.take(rows),
             example_ids=example_ids[rows],
+            of_terms_BT=torch.from_numpy(_padded(of_terms, corrupted.target_offsets, rows, (0, pad_multiple))[0] > 0),
         )
         for rows in parts
     ]

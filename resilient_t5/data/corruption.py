@@ -79,6 +79,19 @@ class Corrupted:
         return Corrupted(source, source_offsets, target, target_offsets, spans, _renumbered(self.masked_terms, new_number))
 
 
+def term_targets(corrupted: Corrupted) -> np.ndarray:
+    """Which target tokens belong to a masked term; bool, same shape as `corrupted.target`. Sentinels never do."""
+    found = np.zeros(len(corrupted.target), bool)
+    row, _, number, first, last = corrupted.masked_terms.T.astype(np.int64)
+    span_row, _, span_first, span_last = corrupted.spans.T.astype(np.int64)
+    first_span = np.searchsorted(span_row, row)
+    written = np.cumsum(span_last - span_first + 1) - (span_last - span_first + 1)  # a span is its sentinel and its tokens
+    span = first_span + number
+    within = written[span] - written[first_span] + 1 + first - span_first[span]
+    found[lay_out(corrupted.target_offsets[row] + within, last - first)] = True
+    return found
+
+
 def corrupt(
     split: Examples,
     example_ids: np.ndarray,

@@ -40,6 +40,8 @@ class ExampleNll:
     """int64, labels."""
     correct_B: torch.Tensor
     """int64, labels that are the argmax."""
+    part: "ExampleNll | None" = None
+    """The same over a part of the labels, where one was asked for."""
 
 
 def forward_loss(
@@ -87,28 +89,32 @@ def token_nll(
     source_mask_BS: torch.Tensor | None,
     labels_BT: torch.Tensor,
     *,
-    only_BT: torch.Tensor | None = None,
+    part_BT: torch.Tensor | None = None,
 ) -> ExampleNll:
     """Negative log-likelihood and correct tokens of each example, under teacher forcing; no gradient, no logits kept.
 
     Args:
         model: in evaluation mode, unless dropout is wanted.
         source_BS, source_mask_BS, labels_BT: as in `forward_loss`.
-        only_BT: bool; labels to count, such as those of terms. None counts all.
+        part_BT: bool; labels to count apart as well, such as those of terms, from the same forward pass.
     """
     hidden_ND, labels_N, positions_N = _label_states(model, source_BS, source_mask_BS, labels_BT)
     _, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, _terms(model, 1.0))
-    counted_N = torch.ones_like(correct_N) if only_BT is None else only_BT.flatten()[positions_N].bool()
     example_N = positions_N // labels_BT.shape[1]
 
     def per_example(values_N: torch.Tensor) -> torch.Tensor:
         return values_N.new_zeros(labels_BT.shape[0]).index_add_(0, example_N, values_N)
 
-    return ExampleNll(
-        per_example(torch.where(counted_N, nll_N.double(), 0.0)),
-        per_example(counted_N.long()),
-        per_example((correct_N & counted_N).long()),
-    )
+    def over(counted_N: torch.Tensor, part: ExampleNll | None = None) -> ExampleNll:
+        return ExampleNll(
+            per_example(torch.where(counted_N, nll_N.double(), 0.0)),
+            per_example(counted_N.long()),
+            per_example((correct_N & counted_N).long()),
+            part,
+        )
+
+    of_part = None if part_BT is None else over(part_BT.flatten()[positions_N].bool())
+    return over(torch.ones_like(correct_N), of_part)
 
 
 def shift_right(labels_BT: torch.Tensor, special: SpecialIds) -> torch.Tensor:

@@ -31,7 +31,11 @@ MACHINE_ENDINGS = ("_s", "_per_s", "_mib", "_wait_share", "_gib")
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 CONVERGENCE_PREFIX = "convergence_"
 LAYOUT = {
-    "Loss": {"loss": ["Multiline", ["train/loss", "evaluation/loss", "evaluation/best"]]},
+    "Loss": {
+        "loss": ["Multiline", ["train/loss", "evaluation/loss$", "evaluation/best$"]],
+        "masked terms and the rest": ["Multiline", ["evaluation/loss_terms", "evaluation/loss_rest"]],
+        "right tokens": ["Multiline", ["evaluation/token_accuracy", "evaluation/term_token_accuracy"]],
+    },
     "Saturation": {
         "projected gain": ["Margin", ["convergence/gain", "convergence/gain_low", "convergence/gain_high"]],
         "patience": ["Multiline", ["convergence/plateau", "convergence/patience"]],

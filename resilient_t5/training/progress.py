@@ -94,9 +94,12 @@ def train_line(row: Mapping[str, Any], total_updates: int, left: Left) -> str:
 def evaluation_line(row: Mapping[str, Any], is_best: bool) -> str:
     """The console line of an evaluation row."""
     mark = " (best)" if is_best else ""
+    terms = of_terms = ""
+    if row["loss_terms"] is not None:
+        terms, of_terms = f" terms {row['loss_terms']:.4f}", f", of terms {row['term_token_accuracy']:.3f}"
     best = "none so far" if row["best"] is None else f"{row['best']:.4f} at {row['best_update']}"
     return (
-        f"eval   {row['update']:>6} loss {row['loss']:.4f}{mark} token accuracy {row['token_accuracy']:.3f}"
+        f"eval   {row['update']:>6} loss {row['loss']:.4f}{mark}{terms} | token accuracy {row['token_accuracy']:.3f}{of_terms}"
         f" | best {best} | {readable(row['evaluation_s'])}"
     )
 

@@ -379,7 +379,7 @@ def test_evaluation_is_fixed_keyed_and_apart_from_training():
 
 
 def test_evaluation_batches_know_what_was_masked():
-    """Spans and masked terms of each micro-batch are numbered by its own rows and agree with its labels."""
+    """Spans and masked terms of each micro-batch are numbered by its own rows; its labels hold them where it says."""
     split = small_split(60)
     found = 0
     for batch in evaluation_batches(split, TABLE, config_of(), examples=60, seed=1, micro_tokens=500, pad_multiple=8):
@@ -391,6 +391,11 @@ def test_evaluation_batches_know_what_was_masked():
             assert (start, end, term) in split.terms_of(int(batch.example_ids[row]))
             found += 1
         assert len(batch.corrupted) == len(labels) == len(batch.example_ids)
+        for row, chosen in enumerate(batch.of_terms_BT):
+            of_terms = batch.micro_batch.labels_BT[row][chosen].tolist()
+            chunk = split.chunk(int(batch.example_ids[row]))
+            masked = batch.corrupted.masked_terms
+            assert of_terms == [token for *_, a, b in masked[masked[:, 0] == row].tolist() for token in chunk[a:b]]
     assert found > 5
 
 

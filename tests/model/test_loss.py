@@ -168,7 +168,7 @@ def test_every_parameter_is_announced_once_and_the_tables_last_and_first(make_mo
 
 
 def test_evaluation_gives_sums_per_example_and_counts_what_is_asked_for(make_model, make_examples, collate):
-    """nll, tokens and correct tokens of each example, over all labels and over a mask of them, equal the plain ones."""
+    """nll, tokens and correct tokens of each example, over all labels and over a part of them, equal the plain ones."""
     model, examples = make_model("t5"), make_examples(6)
     source_BS, mask_BS, labels_BT = batch = collate(examples)
     with torch.no_grad():
@@ -177,10 +177,10 @@ def test_evaluation_gives_sums_per_example_and_counts_what_is_asked_for(make_mod
     best_BT = logits_BTV.argmax(-1)
     real_BT = labels_BT != -100
     nll_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, ignore_index=-100, reduction="none")
-    only_BT = real_BT & (torch.arange(labels_BT.shape[1]) % 2 == 0)
-    for only in (None, only_BT):
-        counted_BT = real_BT if only is None else only
-        found = token_nll(model, *batch, only_BT=only)
+    part_BT = real_BT & (torch.arange(labels_BT.shape[1]) % 2 == 0)
+    assert token_nll(model, *batch).part is None
+    whole = token_nll(model, *batch, part_BT=part_BT)
+    for counted_BT, found in ((real_BT, whole), (part_BT, whole.part)):
         assert torch.allclose(found.nll_sum_B, (nll_BT * counted_BT).sum(1).double(), rtol=1e-6)
         assert torch.equal(found.tokens_B, counted_BT.sum(1))
         assert torch.equal(found.correct_B, ((best_BT == labels_BT) & counted_BT).sum(1))

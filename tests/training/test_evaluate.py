@@ -12,7 +12,7 @@ import torch
 from resilient_t5.checkpoint.vault import Vault
 from resilient_t5.commands.arguments import parse_config
 from resilient_t5.data.prepare import prepare
-from resilient_t5.training.evaluate import evaluate, restore_terms, summarise
+from resilient_t5.training.evaluate import ExampleSums, evaluate, restore_terms, summarise
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import build_run
 from resilient_t5.training.saving import AuditTrail, model_tensors
@@ -73,17 +73,43 @@ def test_the_loss_is_that_of_transformers(run):
     assert found.loss == pytest.approx(nll / tokens, rel=1e-5)
 
 
+def test_the_loss_of_terms_is_that_of_their_labels_alone(run):
+    """With every other label hidden, transformers gives `loss_terms`; with those hidden, `loss_rest`; the right ones agree."""
+    model, sums, right = run.updater.model, {True: [0.0, 0], False: [0.0, 0]}, 0
+    model.eval()
+    for batch in run.evaluator.loss_batches:
+        micro, of_terms_BT = batch.micro_batch, batch.of_terms_BT
+        with torch.no_grad():
+            logits_BTV = model(
+                input_ids=micro.source_BS, attention_mask=micro.source_mask_BS, labels=micro.labels_BT
+            ).logits.float()
+        for terms, total in sums.items():
+            kept_BT = (micro.labels_BT != -100) & (of_terms_BT == terms)
+            labels_BT = micro.labels_BT.where(kept_BT, -100)
+            total[0] += float(torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="sum"))
+            total[1] += int(kept_BT.sum())
+        right += int(((logits_BTV.argmax(-1) == micro.labels_BT) & of_terms_BT).sum())
+    model.train()
+    found = evaluate(run.evaluator, lambda: False)
+    assert 0 < found.term_tokens == sums[True][1] < found.target_tokens
+    assert found.loss_terms == pytest.approx(sums[True][0] / sums[True][1], rel=1e-5)
+    assert found.loss_rest == pytest.approx(sums[False][0] / sums[False][1], rel=1e-5)
+    assert found.term_token_accuracy == right / found.term_tokens
+
+
 def test_the_standard_error_is_that_of_a_ratio():
     """Against a bootstrap over examples."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(5, 50, 400)
     nll = tokens * generator.gamma(4.0, 0.5, 400)
-    found = summarise(nll, tokens, np.zeros(400))
+    nothing = ExampleSums(np.zeros(1), np.zeros(1, int), np.zeros(1, int))
+    found = summarise(ExampleSums(nll, tokens, np.zeros(400, int)), nothing)
     picks = generator.integers(0, 400, (2000, 400))
     resampled = nll[picks].sum(1) / tokens[picks].sum(1)
     assert found.loss == pytest.approx(nll.sum() / tokens.sum())
     assert found.loss_se == pytest.approx(resampled.std(), rel=0.1)
-    assert math.isinf(summarise(nll[:1], tokens[:1], np.zeros(1)).loss_se)
+    assert found.loss_terms is found.term_token_accuracy is None and found.loss_rest == found.loss
+    assert math.isinf(summarise(ExampleSums(nll[:1], tokens[:1], np.zeros(1, int)), nothing).loss_se)
 
 
 def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: Path):

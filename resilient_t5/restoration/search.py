@@ -5,6 +5,9 @@ there. A source's search ends when no live hypothesis can overtake the worst of 
 nothing better is missed but what the beam dropped on the way. One beam is greedy search. A test holds the search to the
 library's beam search with the same rules, and to full enumeration.
 
+Behind the last gap a further sentinel says what the end mark says: the answer is over. A model that was trained with many
+gaps, or on T5's own targets, expects one there; if its probability were only forbidden, the answer would run on instead.
+
 Shapes: B sources, W beams, R = B * W hypotheses, S source tokens, T target tokens, A output ids.
 """
 
@@ -202,10 +205,10 @@ class _Beam:
         open_BW = (self.stops_B[:, None] - self.opened_BW).clamp_min(0)
         slack_BW = self.limit - position - 2 - 2 * open_BW
         allowed_BWA = s._cost_NA[self.state_BW] <= slack_BW.clamp(-1, FORBIDDEN - 1)[:, :, None]
+        logits_BWA = logits_BWA.float()
         move_BW1 = self._next_mark(self.opened_BW)[:, :, None]
-        logit_BW1 = logits_BWA.gather(2, move_BW1).masked_fill((self.state_BW != SEEN)[:, :, None], NEVER)
-        logits_BWA = logits_BWA.masked_fill(~allowed_BWA, NEVER).scatter(2, move_BW1, logit_BW1)
-        log_BWA = logits_BWA.float().log_softmax(-1)
+        logit_BW1 = self._ending(logits_BWA, move_BW1).masked_fill((self.state_BW != SEEN)[:, :, None], NEVER)
+        log_BWA = logits_BWA.masked_fill(~allowed_BWA, NEVER).scatter(2, move_BW1, logit_BW1).log_softmax(-1)
         if position < self.forced_BT.shape[1]:
             forced_B = self.forced_BT[:, position]
             rows = torch.nonzero(forced_B >= 0)[:, 0]
@@ -213,6 +216,15 @@ class _Beam:
             log_BWA[rows, 0, forced_B[rows]] = 0.0
         # A hypothesis that does not exist has no allowed token, and log_softmax of nothing is NaN.
         return torch.where(self.score_BW[:, :, None] == NEVER, NEVER, log_BWA)
+
+    def _ending(self, logits_BWA: torch.Tensor, move_BW1: torch.Tensor) -> torch.Tensor:
+        """Logit of the mark that would end the answer; behind the last gap that of a further sentinel, too."""
+        logit_BW1 = logits_BWA.gather(2, move_BW1)
+        further_BW1 = logits_BWA.gather(2, self.s._marks[self.gaps_B][:, None, None].expand_as(move_BW1))
+        # With as many gaps as sentinels there is no further one, and the place of it holds the end mark itself.
+        has_further_B = (self.gaps_B > 0) & (self.gaps_B < len(self.s._marks) - 1)
+        is_last_BW = has_further_B[:, None] & (self.opened_BW == self.gaps_B[:, None])
+        return torch.where(is_last_BW[:, :, None], torch.logaddexp(logit_BW1, further_BW1), logit_BW1)
 
     def _next_mark(self, opened_BW: torch.Tensor) -> torch.Tensor:
         """Place in the output ids of the mark that would end the answer."""

@@ -40,6 +40,7 @@ def _restore(argv: Sequence[str]) -> int:
     from resilient_t5.restoration.text_bytes import TextBytes
     from resilient_t5.training.host import choose_device
 
+    target = None if arguments.output is None else _target(arguments.output)
     marks = arguments.mark or [DEFAULT_MARK]
     find_gaps("", marks)  # a mark that is none is a usage error, before anything is read
     name, raw = _read(arguments.file)
@@ -63,7 +64,7 @@ def _restore(argv: Sequence[str]) -> int:
     else:
         rows, places = _filled(filler, text, marks, asking, tally)
     output = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode() if arguments.json else None
-    _write(arguments.output, text.replaced(places) if output is None else output)
+    _write(target, text.replaced(places) if output is None else output)
     _report(tally, len(rows), filler)
     return ExitCode.OK
 
@@ -146,15 +147,24 @@ def _read(file: str) -> tuple[str, bytes]:
     except IsADirectoryError as error:
         raise DataError("a folder, not a text", where=file, mend="Give one file at a time") from error
     except OSError as error:
-        raise StorageError(f"cannot be read: {error.strerror}", where=file) from error
+        raise StorageError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _write(output: str | None, content: bytes) -> None:
-    if output is None:
+def _target(output: str) -> Path:
+    """The file to write, refused before the work and not after it where there is no place for it."""
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise StorageError(f"--output {output} is a folder", mend="Name a file in it")
+    if not path.parent.is_dir():
+        raise StorageError(f"--output {output} cannot be written: there is no folder {path.parent}", mend="Make it first")
+    return path
+
+
+def _write(path: Path | None, content: bytes) -> None:
+    if path is None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         return
-    path = Path(output).expanduser()
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with temporary.open("wb") as file:

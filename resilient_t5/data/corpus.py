@@ -94,7 +94,7 @@ def _files_of(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         if file_kind(path) is None:
-            raise DataError("is a file of an unknown kind", where=name, mend=f"Known by their names are {KINDS}")
+            raise DataError(f"{name} is a file of an unknown kind", mend=f"Known by their names are {KINDS}")
         return [path]
     if path.is_dir():
         files = _files_under(path)
@@ -104,7 +104,7 @@ def _files_of(name: str) -> list[Path]:
             files += _files_under(hit) if hit.is_dir() else [hit]
         files = [file for file in files if file.is_file() and file_kind(file) is not None]
     elif path.exists():
-        raise DataError("is neither a file nor a folder", where=name, mend="Write its content into a file first")
+        raise DataError(f"{name} is neither a file nor a folder", mend="Write its content into a file first")
     else:
         raise DataError("input is missing", where=name, mend="Check the path; it is taken from the current folder")
     if not files:

@@ -67,6 +67,10 @@ class HeldText:
 TextSource = Path | HeldText
 
 
+class Undecodable(DataError):
+    """A text in no encoding that was tried or named."""
+
+
 @dataclass(eq=False)
 class BadByte(Exception):
     """The first byte that does not decode: its value, its offset in the (unpacked) file and its line, from 1."""
@@ -97,14 +101,11 @@ def unpacked_blocks(path: TextSource) -> Iterator[bytes]:
                 yield block
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
-            f"cannot be unpacked: {error}",
-            where=str(path),
+            f"{path} cannot be unpacked: {error}",
             mend="Copy it again, or unpack it with gzip or xz to see how far it goes",
         ) from error
     except OSError as error:
-        raise StorageError(
-            f"cannot be read: {error.strerror or error}", where=str(path), mend="Check the file and its rights"
-        ) from error
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}", mend="Check the file and its rights") from error
 
 
 def _opened(path: TextSource) -> BinaryIO:
@@ -195,8 +196,7 @@ def _detected(path: TextSource) -> str:
             return wide
         if nuls > 8 + len(head) // 64:
             raise DataError(
-                f"is a binary file, not text: {nuls} NUL bytes in its first {len(head)} bytes",
-                where=str(path),
+                f"{path} is a binary file, not text: {nuls} NUL bytes in its first {len(head)} bytes",
                 mend="Export it as plain text, .csv or .jsonl, or leave it out of the inputs",
             )
     fault = _utf8_fault(path)
@@ -284,11 +284,10 @@ def _common_chinese() -> np.ndarray:
     return table
 
 
-def _undecodable(path: TextSource, fault: BadByte, second: BadByte | str | None = None) -> DataError:
+def _undecodable(path: TextSource, fault: BadByte, second: BadByte | str | None = None) -> Undecodable:
     also = f"; {second}" if second is not None else ""
     unpacked = " once unpacked" if path.suffix.lower() in PACKED_SUFFIXES else ""
-    return DataError(
-        f"is {fault}{also}",
-        where=f"{path}{unpacked}",
+    return Undecodable(
+        f"{path}{unpacked} is {fault}{also}",
         mend="Repair that place, or set data.encoding to the file's encoding, for example gb18030, big5 or cp1252",
     )

@@ -96,11 +96,12 @@ def terms_path(name: str) -> Path:
     """The file of terms.
 
     Raises:
-        DataError: it does not exist.
+        DataError: it does not exist, or is no file.
     """
     path = Path(name).expanduser()
     if not path.is_file():
-        raise DataError("the terms file is missing", where=name, mend="Check data.terms; one term per line.")
+        found = "no file but a folder" if path.is_dir() else "missing"
+        raise DataError(f"the list of terms {name} is {found}", mend="Set data.terms to a file with one term per line")
     return path
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import ahocorasick_rs
 import numpy as np
 
-from resilient_t5.data.encodings import resolve_encoding
+from resilient_t5.data.encodings import Undecodable, resolve_encoding
 from resilient_t5.data.formats import CorpusCounts, text_lines
 from resilient_t5.data.tokenizer import Encoded
 from resilient_t5.errors import DataError
@@ -142,8 +142,11 @@ def read_terms(path: Path) -> TermList:
     """
     if not path.is_file():
         raise DataError("the list of terms is missing", where=str(path), mend="Set data.terms to a file with one term per line")
-    encoding = resolve_encoding(path, "auto")
-    listed = clean_terms((line.text for line in text_lines(path, encoding, CorpusCounts())), str(path))
+    try:
+        encoding = resolve_encoding(path, "auto")
+        listed = clean_terms((line.text for line in text_lines(path, encoding, CorpusCounts())), str(path))
+    except Undecodable as error:  # data.encoding is that of the text, not of this list
+        raise DataError(error.what, mend="Repair that place, or save the list of terms as UTF-8") from None
     if not listed.terms:
         raise DataError("the list of terms is empty", where=str(path), mend="Write one term per line")
     return listed

@@ -68,7 +68,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                     raise DataError("the file is too large to be a record of losses", where=f"{path}:{number}")
                 yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"cannot be read as text: {error}", where=str(path)) from None
+        raise DataError(f"{path} cannot be read as text: {error}") from None
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -148,9 +148,11 @@ def closing_lines(run: Run, reason: StopReason) -> list[str]:
     state, directory = run.state, run.directory
     lines = [f"end    {STATUS[reason]} ({reason}) at update {state.update} after {readable(run.wall_s())}"]
     if state.before is not None and state.best is not None:
+        restored = f" | term restoration {_percent(state.before)} -> {_percent(state.best)}"
+        measured = {state.before["term_restoration"], state.best["term_restoration"]} != {None}
         lines.append(
             f"result loss {state.before['loss']:.4f} -> {state.best['loss']:.4f} at update {state.best['update']}"
-            f" | term restoration {_percent(state.before)} -> {_percent(state.best)}"
+            f"{restored if measured else ''}"
         )
     return [*lines, f"model  {directory / 'export' / 'best'} (best) and {directory / 'export' / 'last'} (last)"]
 

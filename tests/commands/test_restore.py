@@ -91,9 +91,11 @@ def test_json_tells_every_gap(call, finished, tmp_path):
         (("--max_sentinels", "0"), "[?]", 2, ["--max_sentinels"]),
         (("--encoding", "klingon"), "[?]", 2, ["--encoding", "klingon"]),
         (("--encoding", "ascii"), "患[?]", 65, ["ASCII", "byte 0", "--encoding"]),
-        ((), b"\x81\xff\xfe[?]", 65, ["0x81", "standard input"]),
+        ((), b"\x81\xff\xfe[?]", 65, ["0x81", "standard input is not"]),
         ((), b"\x00\x01\x02" * 50, 65, ["binary"]),
         (("--nonsense",), "[?]", 2, ["--nonsense"]),
+        (("--output", "/nowhere/out.txt"), "[?]", 74, ["--output /nowhere/out.txt", "no folder /nowhere"]),
+        (("--output", "/"), "[?]", 74, ["--output /", "folder"]),
     ],
 )
 def test_a_mistake_is_told_with_its_cure_and_nothing_is_written(call, finished, argv, stdin, code, words):

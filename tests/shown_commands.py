@@ -1,0 +1,68 @@
+"""What the documents tell a reader to type: every launcher call in a code block of the README and of docs/."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FIRST_RUN = ROOT / "docs" / "first-run.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CALL = re.compile(r"(?:^|&& |\| |srun )bin/\w+")
+SHOWN_ONLY = "..."
+"""Stands for settings that a page does not repeat."""
+
+
+@dataclass(frozen=True, order=True)
+class Shown:
+    """One call: the page, the launcher with its arguments, and the text that an `echo` before it would pipe into it."""
+
+    page: str
+    launcher: str
+    arguments: tuple[str, ...]
+    stdin: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page} {self.launcher} {' '.join(self.arguments)}"
+
+
+def code_lines(page: Path) -> Iterator[str]:
+    """The lines of all code blocks, fenced or indented; lines behind a backslash belong to the line before."""
+    fenced = False
+    for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line.strip()
+
+
+def first_block(page: Path) -> list[str]:
+    """The lines of the first fenced block."""
+    return page.read_text(encoding="utf-8").split("```")[1].strip().splitlines()
+
+
+def shown_commands() -> list[Shown]:
+    """Every call, each once a page."""
+    found = set()
+    for page in PAGES:
+        for line in code_lines(page):
+            if CALL.search(line):
+                found.update(_calls(page.name, shlex.split(line, comments=True)))
+    return sorted(found, key=str)
+
+
+def _calls(page: str, words: list[str]) -> Iterator[Shown]:
+    """The calls of one line; what stands behind `>` is the reader's file."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word in ("|", "&&"):
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    for before, part in pairwise([[], *parts]):
+        called = part[1:] if part[:1] == ["srun"] else part
+        if called and called[0].startswith("bin/"):
+            end = called.index(">") if ">" in called else len(called)
+            yield Shown(page, called[0], tuple(called[1:end]), before[1] + "\n" if before[:1] == ["echo"] else None)

@@ -1,0 +1,134 @@
+"""What the documents show is run. Run: python -m pytest tests/test_docs_run.py
+
+The first page as it stands, in a shell, with a shorter training. Every other call in the folder of a reader who has what
+the pages speak of: text, terms, a run of each name, a tokenizer under the name that the hub would know. Only the amount of
+work is cut, by settings behind the written ones. Nothing is left out: no shown command needs a GPU or the hub.
+"""
+
+import gzip
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from resilient_t5.commands import evaluate, export, plan, prepare, replay, restore
+from resilient_t5.data.sample import clinical_terms, generate_notes
+from tests.shown_commands import FIRST_RUN, ROOT, SHOWN_ONLY, first_block, shown_commands
+
+MAIN = {
+    "bin/evaluate": evaluate.main,
+    "bin/export": export.main,
+    "bin/plan": plan.main,
+    "bin/prepare": prepare.main,
+    "bin/replay": replay.main,
+    "bin/restore": restore.main,
+}
+LESS_WORK = {
+    "bin/train": [
+        *("--schedule.max_updates", "2", "--schedule.warmup", "1", "--batch.examples_per_update", "8"),
+        *("--data.sample_notes", "120", "--tokenizer.train_vocab_size", "700"),
+        *("--evaluation.examples", "8", "--evaluation.restore_examples", "4"),
+    ],
+    "bin/evaluate": ["--examples", "8", "--curve_examples", "2"],
+}
+ONCE = list({(shown.launcher, shown.arguments, shown.stdin): shown for shown in shown_commands()}.values())
+"""A call that several pages show is run once."""
+MADE_BY = ("--png", "--json", "--to")
+"""Options that name a file or folder that the call makes."""
+
+
+@pytest.fixture
+def reader(finished, tiny_config, tmp_path, monkeypatch):
+    """The folder of a reader, and the current one."""
+    notes = [note.text for note in generate_notes(60, 3)]
+    for name in ("corpus/ward.txt", "notes/ward.txt", "reports/ward7.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("\n\n".join(notes), encoding="utf-8")
+    (tmp_path / "terms.txt").write_text("\n".join(clinical_terms()), encoding="utf-8")
+    (tmp_path / "note.txt").write_text("Diagnosis: gout. Drug: [?]; dose: [?].\n", encoding="utf-8")
+    (tmp_path / "my.yaml").write_bytes(tiny_config.read_bytes())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google" / "mt5-small").symlink_to(finished / "store" / "tokenizer")
+    (tmp_path / "runs").mkdir()
+    for name in ("a", "mine", "other", "quickstart"):
+        (tmp_path / "runs" / name).symlink_to(finished)
+    losses = [3.0 + 4.0 / (1 + number) for number in range(40)]
+    history = [{"step": 1000 * number, "eval_loss": loss} for number, loss in enumerate(losses, 1)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
+    curve = {"name": "one", "eval": [[1000 * number, loss] for number, loss in enumerate(losses, 1)]}
+    (tmp_path / "CURVES.jsonl.gz").write_bytes(gzip.compress((json.dumps(curve) + "\n").encode()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def completed(shown):
+    """The arguments with what the page does not repeat: those of its first call without the place of the store."""
+    first = next(other for other in shown_commands() if other.page == shown.page and SHOWN_ONLY not in other.arguments)
+    given = list(first.arguments)
+    del given[given.index("--data.store") :]
+    return [part for word in shown.arguments for part in (given if word == SHOWN_ONLY else [word])]
+
+
+@pytest.mark.parametrize("shown", ONCE, ids=lambda shown: str(shown)[:70])
+def test_a_shown_command_runs(shown, reader, fork_server, monkeypatch, capfd):
+    """Exit code 0, no traceback, and what it says it writes is there."""
+    arguments = [*(completed(shown) if SHOWN_ONLY in shown.arguments else shown.arguments), *LESS_WORK.get(shown.launcher, ())]
+    if shown.launcher == "bin/train":
+        for run in (reader / "runs").iterdir():
+            run.unlink()  # the reader's first run of that name
+        console = reader / "console.txt"
+        code = fork_server.run(arguments, console, before=[("os:chdir", {"path": str(reader)})])
+        told = console.read_text(encoding="utf-8")
+    else:
+        if "--merge" in arguments:
+            parts = arguments[: arguments.index("--merge")]
+            assert [prepare.main([*parts, "--shard", f"{number}/4"]) for number in (1, 2, 3, 4)] == [0, 0, 0, 0]
+        torch.set_num_threads(1)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((shown.stdin or "").encode())))
+        code = MAIN[shown.launcher](arguments)
+        told = "".join(capfd.readouterr())
+    assert code == 0, told
+    assert "Traceback" not in told
+    for option, made in zip(arguments, arguments[1:], strict=False):
+        assert option not in MADE_BY or made.startswith("--") or (reader / made).exists(), made
+
+
+def first_page(folder: Path, *shorter: str) -> str:
+    """What the shell prints for the first page's commands, those that install excepted, in a clone without runs."""
+    (folder / "bin").symlink_to(ROOT / "bin")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    lines = first_block(FIRST_RUN)
+    assert len(lines) == 5
+    assert [line.split()[0] for line in lines[:3]] == ["python3.11", "source", "python"]
+    train, restored = lines[3:]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = f"set -e\n{train} {shlex.join(shorter)} >&2\n{restored}\n"
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_the_first_page_leads_to_a_restored_sentence(tmp_path):
+    """Its commands in a shell, with fewer notes and updates: the sentence comes back whole, without a gap."""
+    written = first_page(tmp_path, "--schedule.max_updates", "4", "--data.sample_notes", "400")
+    asked = shlex.split(first_block(FIRST_RUN)[4])[1]
+    between = asked.split("[?]")
+    assert written.startswith(between[0]) and written.endswith(between[-1] + "\n") and between[1] in written
+    assert "[?]" not in written
+
+
+@pytest.mark.slow
+def test_the_first_page_prints_what_it_says(tmp_path):
+    """The whole quickstart: the sentence with the right drug and dose, as the page shows it."""
+    shown = FIRST_RUN.read_text(encoding="utf-8").split("```")[3].strip()
+    assert first_page(tmp_path).strip() == shown

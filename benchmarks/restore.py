@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForSeq2SeqLM  # noqa: E402
 
+from circumstances import circumstances  # noqa: E402
 from resilient_t5.config_data import ModelConfig  # noqa: E402
 from resilient_t5.data.sample import generate_notes  # noqa: E402
 from resilient_t5.data.tokenizer import train_tokenizer  # noqa: E402
@@ -133,9 +134,11 @@ def main():
         report[f"ratio_over_{name}"] = round(float(np.median(ratios)), 2)
         report[f"ratio_over_{name}_range"] = [round(float(ratios.min()), 2), round(float(ratios.max()), 2)]
         report[f"{name}_unanswered_share"] = round(missing[name] / gaps, 4)
-    report |= {"gaps": gaps, "beams": arguments.beams, "rounds": arguments.rounds, "model": arguments.model or "random"}
+    report |= {"gaps": gaps, "beams": arguments.beams, "rounds": arguments.rounds}
+    report |= {"model": Path(arguments.model).name if arguments.model else "random"}
     for name in sides:
         print(f"{name:>7}: {report[f'{name}_gaps_per_s']:>8} gaps a second of processor time")
+    report = circumstances("restore", ("resilient_t5", "torch", "transformers", "numpy")) | report
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))

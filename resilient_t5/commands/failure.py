@@ -1,6 +1,7 @@
 """How a command ends: an exit code for the caller, one clear message for the user, a traceback only for our own bugs."""
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,16 +11,24 @@ from resilient_t5.errors import ExitCode, ResilientError
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def reported(command: Callable[[], int]) -> int:
-    """Run `command`; turn what it raises into a message on stderr and the exit code that belongs to it."""
+def reported(command: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Run `command`; turn what it raises into a message on stderr and the exit code that belongs to it.
+
+    Args:
+        command: returns an exit code.
+        interrupted: what a Ctrl+C is answered with.
+    """
     try:
         return int(command())
     except ResilientError as error:
         sys.stderr.write(f"{error}\n")
         return int(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted before training began; nothing to save\n")
+        sys.stderr.write(f"{interrupted}\n")
         return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        return int(ExitCode.IO_ERROR)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         full = error.errno in NO_SPACE

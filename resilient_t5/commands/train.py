@@ -24,7 +24,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bin/train` and return its exit code."""
-    return reported(lambda: _train(sys.argv[1:] if argv is None else argv))
+    told = "interrupted before training began; nothing to save"
+    return reported(lambda: _train(sys.argv[1:] if argv is None else argv), told)
 
 
 def _train(argv: Sequence[str]) -> int:

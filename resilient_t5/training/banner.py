@@ -52,7 +52,8 @@ def banner_lines(
     yield from (f"plan warning: {warning}" for warning in outlook.fit.warnings())
     yield from (f"plan warning: {warning}" for warning in unreachable(rules, plan.total_updates, plan.evaluate_every))
     if config.evaluation.restore_examples and not report["terms"]["occurrences"]:
-        yield "plan warning: no term of the list occurs in the corpus; the term restoration rate cannot be measured"
+        listed = "no term of the list occurs in the corpus" if report["terms"]["listed"] else "no list of terms (data.terms)"
+        yield f"plan warning: {listed}; the term restoration rate cannot be measured"
 
 
 def model_line(outlook: Outlook) -> str:

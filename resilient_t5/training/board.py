@@ -27,6 +27,8 @@ GROUPS = {
 }
 """TensorBoard group of a row's values: those that depend on the run, those that depend on the machine."""
 
+NOT_DRAWN = ("kind", "update", "time", "q", "metric")
+"""What is no curve of its own: how a row is found, the number of a checkpoint, and the loss that stands elsewhere."""
 MACHINE_ENDINGS = ("_s", "_per_s", "_mib", "_wait_share", "_gib")
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 CONVERGENCE_PREFIX = "convergence_"
@@ -68,7 +70,7 @@ class Board:
         if groups is None:
             return
         for name, value in row.items():
-            if name in ("kind", "update", "time") or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+            if name in NOT_DRAWN or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
                 continue
             if name.startswith(CONVERGENCE_PREFIX):
                 tag = f"convergence/{name.removeprefix(CONVERGENCE_PREFIX)}"

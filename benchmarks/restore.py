@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from circumstances import circumstances  # noqa: E402
 from transformers import AutoModelForSeq2SeqLM  # noqa: E402
 
-from circumstances import circumstances  # noqa: E402
 from resilient_t5.config_data import ModelConfig  # noqa: E402
 from resilient_t5.data.sample import generate_notes  # noqa: E402
 from resilient_t5.data.tokenizer import train_tokenizer  # noqa: E402

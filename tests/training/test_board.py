@@ -1,7 +1,11 @@
 """What a real run shows in TensorBoard, read from its event files. Run: python -m pytest tests/training/test_board.py"""
 
+import re
+
 import pytest
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+from resilient_t5.training.board import LAYOUT
 
 TAGS = {
     "train/loss",
@@ -50,6 +54,17 @@ def test_the_tags_are_there_and_no_tag_is_a_folder_of_another(board):
     assert tags >= TAGS
     assert all(tag.isascii() for tag in tags)
     assert [(tag, other) for tag in tags for other in tags if other.startswith(f"{tag}/")] == []
+
+
+def test_the_charts_of_the_layout_show_what_they_name(board):
+    """Tags are patterns there, matched from the beginning: each one is drawn, and only one that is meant so draws several."""
+    (run,) = board[0].Runs()
+    tags = set(board[0].PluginRunToTagToContent("scalars")[run])
+    for charts in LAYOUT.values():
+        for kind, patterns in charts.values():
+            for pattern in patterns:
+                shown = [tag for tag in tags if (tag == pattern if kind == "Margin" else re.match(pattern, tag))]
+                assert len(shown) == 1 or (shown and pattern.endswith(".*")), (pattern, shown)
 
 
 def test_a_resumed_curve_has_every_update_once(board):

@@ -13,14 +13,15 @@ from resilient_t5.errors import ConfigError, DataError, ExitCode
 from resilient_t5.training.curve_files import read_curves
 from resilient_t5.training.curves import Curve
 from resilient_t5.training.presets import Rules
-from resilient_t5.training.replay import differences, replay, replay_rules, story
+from resilient_t5.training.replay import Beside, differences, replay, replay_rules, story
 
 DESCRIPTION = """Replay recorded losses through the convergence machine.
 
 An input is a metrics.jsonl or a run directory, a TensorBoard directory, a Hugging Face trainer_state.json, a CSV, or a
 .jsonl(.gz) of curves {"name", "eval": [[update, loss], ...]}. A run of ours is replayed with its own rules and its own
 updates; of any other recording one evaluation counts as one window of 1000 updates (an epoch as 12 windows), unless a
-curve says "window_updates": N. Settings of the machine are given as --convergence.key VALUE, as for bin/train."""
+curve says "window_updates": N. Settings of the machine are given as --convergence.key VALUE, as for bin/train; with
+--beside they are told and drawn beside the run's own rules instead of in their place."""
 EPILOG = (
     "exit codes: 0 done; 2 usage; 65 a recording that cannot be read, or a replay that differs from its run; 74 input/output"
 )
@@ -43,13 +44,19 @@ def _replay(argv: Sequence[str]) -> int:
     if arguments.compare:
         return _compare(curves, section if settings else None, arguments)
     curve = _chosen(curves, arguments.name)
-    own_rules = curve.rules if not settings else None
-    return _tell(curve, own_rules or replay_rules(curve, section, arguments.clock), arguments)
+    given = replay_rules(curve, section, arguments.clock)
+    if not arguments.beside:
+        return _tell(curve, given if settings or curve.rules is None else curve.rules, None, arguments)
+    if curve.rules is None or not settings:
+        raise ConfigError("--beside wants a run of ours and settings: --convergence.preset NAME or any --convergence.key VALUE")
+    return _tell(curve, curve.rules, Beside(section.preset, replay(curve, given, arguments.clock)), arguments)
 
 
-def _tell(curve: Curve, rules: Rules, arguments: argparse.Namespace) -> int:
+def _tell(curve: Curve, rules: Rules, beside: Beside | None, arguments: argparse.Namespace) -> int:
     result = replay(curve, rules, arguments.clock)
     lines = story(result, whole=arguments.whole)
+    if beside:
+        lines += ["", f"{beside.name} beside it:", *story(beside.replay, whole=arguments.whole)[1:]]
     differing = []
     if curve.recorded and curve.windows and rules == curve.rules:
         differing = differences(result)
@@ -58,7 +65,7 @@ def _tell(curve: Curve, rules: Rules, arguments: argparse.Namespace) -> int:
         # Imported late: a story needs no imaging library.
         from resilient_t5.training.picture import draw_replay
 
-        draw_replay(result, Path(arguments.png))
+        draw_replay(result, Path(arguments.png), beside)
         lines.append(f"picture: {arguments.png}")
     print("\n".join(line.encode("ascii", "replace").decode() for line in lines))
     return ExitCode.BAD_DATA if differing else ExitCode.OK
@@ -113,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group", default="", help="only curves of this group")
     parser.add_argument("--tag", default=None, help="tag, column or key of the evaluation loss")
     parser.add_argument("--png", default="replay.png", help="where the picture goes (replay.png); none draws none")
+    parser.add_argument("--beside", action="store_true", help="the settings given beside the run's own rules, in one picture")
     parser.add_argument("--whole", action="store_true", help="tell every window, not only those where something happened")
     parser.add_argument("--clock", choices=("windows", "updates"), default="windows", help="what an evaluation counts as")
     return parser

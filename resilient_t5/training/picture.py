@@ -6,7 +6,7 @@ from pathlib import Path
 
 from resilient_t5.training.drawing import INK, MUTED, Axes, Canvas, Color, text_width
 from resilient_t5.training.phases import Phase
-from resilient_t5.training.replay import Replay
+from resilient_t5.training.replay import Beside, Replay
 from resilient_t5.training.rivals import lowest
 from resilient_t5.training.scoring import Comparison, Summary, summary
 from resilient_t5.training.trend import HORIZON_WINDOWS
@@ -25,11 +25,11 @@ BAND: dict[Phase, Color] = {
 }
 EVALUATION, FORGONE, TRAINING, GAIN = (28, 85, 158), (150, 178, 212), (176, 184, 196), (106, 76, 147)
 ANCHOR, USED, INTERVAL, ERROR = (200, 110, 20), (214, 158, 46), (219, 210, 232), (226, 236, 248)
-STOP, BEST, SECOND, UNTRAINED = (192, 28, 40), (24, 122, 62), (20, 108, 60), (244, 245, 247)
+STOP, BEST, SECOND, UNTRAINED, OTHER = (192, 28, 40), (24, 122, 62), (20, 108, 60), (244, 245, 247), (122, 44, 130)
 
 
-def draw_replay(result: Replay, path: Path) -> None:
-    """Three panels above one axis of updates: losses, patience used, projected gain."""
+def draw_replay(result: Replay, path: Path, beside: Beside | None = None) -> None:
+    """Three panels above one axis of updates: losses, patience used, projected gain; and where another rule stops."""
     windows, rules = result.windows, result.rules
     x_range = (windows[0].update - 0.5 * rules.every, windows[-1].update + 0.5 * rules.every)
     values = [window.loss for window in windows if math.isfinite(window.loss)]
@@ -46,6 +46,8 @@ def draw_replay(result: Replay, path: Path) -> None:
     _losses(canvas, loss, result)
     _patience(canvas, patience, result)
     _gain(canvas, gain, result)
+    if beside is not None:
+        _other_stop(canvas, (loss, patience, gain), beside)
     _marks(canvas, (loss, patience, gain), result)
     _head(canvas, result)
     canvas.save(path)
@@ -178,6 +180,19 @@ def _marks(canvas: Canvas, panels: Sequence[Axes], result: Replay) -> None:
             BEST,
             anchor="mm",
         )
+
+
+def _other_stop(canvas: Canvas, panels: Sequence[Axes], beside: Beside) -> None:
+    """The stop and the best of a rule that did not steer the run."""
+    axes, other = panels[0], beside.replay
+    if other.stopped is not None:
+        x = axes.x(other.stopped.update)
+        _upright(canvas, panels, x, OTHER, width=2.6, dash=9)
+        canvas.tag(x + 8, axes.top + 74, f"{beside.name} stops: {other.stopped.stop} at {other.stopped.update:,}", OTHER, 15)
+    if other.best is not None:
+        x, y = axes.x(other.best.update), axes.y(other.best.loss)
+        canvas.dot(x, y, 6, OTHER)
+        canvas.tag(x, y + 20, f"{beside.name} keeps {other.best.loss:.4g} at {other.best.update:,}", OTHER, anchor="mm")
 
 
 def _upright(canvas: Canvas, panels: Sequence[Axes], x: float, color: Color, *, width: float, dash: float = 0.0) -> None:

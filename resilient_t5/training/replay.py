@@ -37,6 +37,14 @@ class Replay:
         return Outcome(len(self.verdicts), kept)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Another rule over the same recording, with the name it is told and drawn by."""
+
+    name: str
+    replay: Replay
+
+
 def replay_rules(curve: Curve, settings: ConvergenceConfig, clock: str = "windows") -> Rules:
     """The rules of `settings` in the clock of the recording; an epoch is what `EPOCH_WINDOWS` says."""
     every = cadence(windows_of(curve, clock)) if clock == "updates" or curve.windows else WINDOW_UPDATES

@@ -309,6 +309,26 @@ def test_the_picture_shows_every_phase_the_stop_and_what_was_not_trained(tmp_pat
     assert any(math.dist(color, SECOND) < 40 for color in seen)
 
 
+def test_another_rule_is_told_and_drawn_beside_the_runs_own(tmp_path, capsys):
+    """The run keeps its own rules and its agreement; the other's stop is in the story and in the picture."""
+    from resilient_t5.training.picture import OTHER, STOP
+
+    run, picture = write_run(tmp_path / "run", LOSSES, replace(RULES, patience=8)), tmp_path / "both.png"
+    other = ["--beside", "--convergence.preset", "seed-code", "--convergence.start", "200", "--convergence.judge_from", "200"]
+    assert main([str(run), "--png", str(picture), *other]) == 0
+    own, beside = capsys.readouterr().out.split("seed-code beside it:")
+    assert "patience 8 windows" in own
+    assert "stops at update 2600 of 2600 (saturated)" in own
+    assert "patience 5 windows" in beside
+    assert "stops at update 1400 of 2600 (saturated)" in beside
+    assert "keeps 3.83 of update 900; gives up 0.93" in beside
+    assert "agrees with the run's own verdicts" in beside
+    seen = {color for _, color in Image.open(picture).getcolors(1 << 20)}
+    assert {OTHER, STOP} <= seen
+    assert main([str(run), "--beside", "--png", "none"]) == 2
+    assert "--beside wants" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("losses", [[2.0], [math.nan, math.nan], [2.0, math.nan, 1.0], [5.0] * 4, [1e-9, 1e9]])
 def test_odd_recordings_are_told_and_drawn(tmp_path, losses, capsys):
     """One evaluation, none finite, gaps, no range, a huge range."""

@@ -1,9 +1,9 @@
 """A run whose loss stands still and then falls a second time: what the peer's rule gives up there, and where ours ends.
 
-The notes state four facts of two words each, and an invented formulary settles every one of them by the other three
-together; any two tell nothing of the rest. So a model first learns which kind of word is missing, stands at the loss of a
-guess between the two words of that kind, and learns the formulary later. Nothing is put into the loss or into the order
-of the notes: the plateau belongs to the task.
+The notes state a disease, an age, how the kidneys work and a drug, three words of each, in any order, and an invented
+formulary settles the drug by the other three together; any two tell nothing of it. So a model first learns that a drug is
+missing, stands at the loss of a guess among the three (ln 3 over the three tokens of a target: 0.366), and learns the
+formulary later, or not at all. Nothing is put into the loss or into the order of the notes: the plateau belongs to the task.
 
 For each seed three things happen: `configs/second-descent.yaml` trains as it stands; the same run trains once more under
 `seed-code`, the peer's rule, scaled to the length of the run as the peer's 6000 / 1000 stand to its 60,000 updates; and
@@ -33,15 +33,15 @@ from resilient_t5.training.replay import Beside, replay, replay_rules
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "second-descent.yaml"
 NOTES_DIRECTORY = Path("runs/second-descent-notes")
-NOTES = 5050
-"""Many are alike and count once: about 240 updates of 16 remain to an epoch."""
-PEER_STARTS_AT = 90
-"""The peer's 6000 of 60,000 updates; the configuration evaluates every 15, its 1000."""
+NOTES = 20_000
+"""Some are alike and count once: 930 updates of 16 remain to an epoch."""
+PEER_STARTS_AT = 180
+"""The peer's 6000 of 60,000 updates; the configuration evaluates every 30, its 1000."""
 FACTS = {
-    "disease": ("pneumonia", "cystitis"),
-    "age": ("infant", "pensioner"),
-    "kidneys": ("normal", "failing"),
-    "drug": ("amoxicillin", "cefuroxime"),
+    "disease": ("pneumonia", "cystitis", "cellulitis"),
+    "age": ("infant", "pensioner", "teenager"),
+    "kidneys": ("normal", "failing", "reduced"),
+    "drug": ("amoxicillin", "cefuroxime", "doxycycline"),
 }
 # Several marks behind each word: SentencePiece makes a piece only of what has more than one continuation.
 AFTER_FACT = (".", ";", "!")
@@ -61,11 +61,11 @@ def notes(count: int, seed: int) -> list[str]:
 
 
 def write_notes(directory: Path) -> tuple[Path, Path]:
-    """The notes and the term list as files."""
+    """The notes and the term list, which holds the drugs alone, as files."""
     directory.mkdir(parents=True, exist_ok=True)
     text, terms = directory / "notes.txt", directory / "terms.txt"
     text.write_text("\n\n".join(notes(NOTES, seed=1)) + "\n", encoding="utf-8")
-    terms.write_text("\n".join(word for words in FACTS.values() for word in words) + "\n", encoding="utf-8")
+    terms.write_text("\n".join(FACTS["drug"]) + "\n", encoding="utf-8")
     return text, terms
 
 

@@ -105,6 +105,23 @@ class DeviceLost(ResilientError):
     label = "device lost"
 
 
+class ProcessLost(ResilientError):
+    """Another process of the same run is gone or does not answer; the last commit stands, and all may be started again."""
+
+    exit_code = ExitCode.RESUMABLE
+    label = "process lost"
+
+
+class ProcessFailed(ResilientError):
+    """Another process of the same run failed and told why; this one leaves with its exit code."""
+
+    label = "error"
+
+    def __init__(self, what: str, *, exit_code: ExitCode):
+        super().__init__(what)
+        self.exit_code = exit_code
+
+
 class OutOfMemory(ResilientError):
     """The device has too little memory for the smallest micro-batch that was tried."""
 

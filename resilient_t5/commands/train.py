@@ -1,5 +1,6 @@
 """bin/train: prepare what is missing, train or resume, say how it ended, leave with the exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,18 @@ def _train(argv: Sequence[str]) -> int:
         return _init(arguments)
     check_trainable(arguments.config)
     if arguments.flags["dry_run"] is not None:
+        _require_alone("--dry_run: one process tells what each of them would need; start it without a launcher")
         return _dry_run(arguments)
     if len(own) < len(argv):
+        _require_alone(f"{SUPERVISE}: let the launcher restart its processes, as torchrun does with --max-restarts 3")
         return supervise(own, Path(arguments.config.run.dir))
     return _run(arguments)
+
+
+def _require_alone(instead: str) -> None:
+    """Raise ConfigError when a launcher started this process together with others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{instead} (WORLD_SIZE is {os.environ['WORLD_SIZE']}; this is for one process)")
 
 
 def _init(arguments: Arguments) -> ExitCode:

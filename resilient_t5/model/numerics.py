@@ -183,10 +183,11 @@ def check_attention(device: torch.device) -> str:
     return f"; attention's backward is off by {offset:.1e}, so only the plain kernel is used"
 
 
-def seed_dropout(seed: int, update: int, micro_batch: int, rank: int) -> None:
-    """Start torch's global streams, on all devices, from a hash of the four numbers.
+def seed_dropout(seed: int, update: int, micro_batch: int) -> None:
+    """Start torch's global streams, on all devices, from a hash of the three numbers.
 
-    Dropout is then a function of them alone: neither what ran before nor a resume can move it.
+    Dropout is then a function of them alone: neither what ran before, nor a resume, nor the process that computes the
+    micro-batch can move it.
     """
-    digest = hashlib.blake2b(struct.pack("<4q", seed, update, micro_batch, rank), digest_size=8, person=b"dropout").digest()
+    digest = hashlib.blake2b(struct.pack("<4q", seed, update, micro_batch, 0), digest_size=8, person=b"dropout").digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)

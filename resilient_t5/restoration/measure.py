@@ -112,7 +112,7 @@ def measure_restoration(
     """
     generated = []
     for micro_batch, corrupted in batches:
-        generated_BT = _generate(model, micro_batch, restorer, should_stop)
+        generated_BT = write_answers(model, micro_batch, restorer, should_stop)
         if generated_BT is None:
             return None
         generated.append((np.asarray(micro_batch.example_ids), corrupted, generated_BT))
@@ -130,19 +130,25 @@ def score_generated(generated: Sequence[tuple[np.ndarray, Corrupted, np.ndarray]
     return _report([_read_batch(*batch, restorer) for batch in generated], restorer)
 
 
-def _generate(
+def write_answers(
     model: Any, micro_batch: MicroBatch, restorer: Restorer, should_stop: Callable[[], bool] | None
 ) -> np.ndarray | None:
+    """What the model writes for a micro-batch, int (B, T) with T at most `longest_answer`; None when it was cut short."""
     device = model.lm_head.weight.device
     return generate(
         model,
         micro_batch.source_BS.to(device),
         micro_batch.source_mask_BS.to(device),
-        max_new_tokens=min(restorer.max_target_tokens, micro_batch.labels_BT.shape[1] + SLACK_TOKENS),
+        max_new_tokens=longest_answer(micro_batch, restorer),
         eos_id=restorer.table.eos_id,
         pad_id=restorer.table.pad_id,
         should_stop=should_stop,
     )
+
+
+def longest_answer(micro_batch: MicroBatch, restorer: Restorer) -> int:
+    """Tokens that an answer to this micro-batch may have."""
+    return min(restorer.max_target_tokens, micro_batch.labels_BT.shape[1] + SLACK_TOKENS)
 
 
 def _read_batch(example_ids: np.ndarray, corrupted: Corrupted, generated_BT: np.ndarray, restorer: Restorer) -> _Batch:

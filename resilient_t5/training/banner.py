@@ -8,6 +8,7 @@ from resilient_t5.checkpoint.retention import most_kept
 from resilient_t5.training.convergence import unreachable
 from resilient_t5.training.host import describe
 from resilient_t5.training.outlook import Outlook, nearest_existing
+from resilient_t5.training.run import Run
 
 GIB = 1 << 30
 
@@ -54,6 +55,20 @@ def banner_lines(
     if config.evaluation.restore_examples and not report["terms"]["occurrences"]:
         listed = "no term of the list occurs in the corpus" if report["terms"]["listed"] else "no list of terms (data.terms)"
         yield f"plan warning: {listed}; the term restoration rate cannot be measured"
+
+
+def process_lines(run: Run) -> Iterator[str]:
+    """How many processes train this run; one is said too, since a launcher may have started fewer than was meant."""
+    ranks = run.ranks
+    if ranks.count == 1:
+        yield "procs  1 process"
+        return
+    yield f"procs  {ranks.count} processes, {ranks.local_count} on this machine, sums by {ranks.backend}"
+    if (pieces := len(run.batches.at(run.state.attempted))) < ranks.count:
+        yield (
+            f"plan warning: an update has {pieces} micro-batches for {ranks.count} processes, so some have nothing to do;"
+            " lower batch.micro_tokens or raise batch.examples_per_update"
+        )
 
 
 def model_line(outlook: Outlook) -> str:

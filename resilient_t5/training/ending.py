@@ -13,6 +13,7 @@ from resilient_t5.training.export import Exported, exported, write_export
 from resilient_t5.training.exporting import facts_of, restoration_row
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.loop import StopReason
+from resilient_t5.training.ranks import ALONE
 from resilient_t5.training.run import Run, original_tables
 from resilient_t5.training.saving import put_model_tensors
 from resilient_t5.training.signals import StopSignal
@@ -32,7 +33,10 @@ SUMMARY = "summary.json"
 
 
 def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
-    """Save, export unless the run was interrupted, write summary.json; returns the exit code."""
+    """Save, export unless the run was interrupted, write summary.json; returns the exit code.
+
+    Process 0 does all of this by itself.
+    """
     if reason is StopReason.INTERRUPTED:
         return _interrupt(run, stop)
     run.saver.finish(run.state, "final", stop)
@@ -60,8 +64,20 @@ def _interrupt(run: Run, stop: StopSignal) -> ExitCode:
     return stop.exit_code
 
 
+def save_what_stands(run: Run, stop: StopSignal) -> None:
+    """Save the last whole update after another process was lost; no sum over processes is waited for behind a move."""
+    if not run.ranks.is_writer:
+        return
+    try:
+        run.saver.finish(run.state, "signal", stop)
+    except ResilientError as error:  # the last commit must do
+        run.display.line(str(error))
+
+
 def conclude_failure(run: Run, error: ResilientError) -> None:
     """Write summary.json for a run that an error ended; the checkpoints stay as they are."""
+    if not run.ranks.is_writer:
+        return
     run.display.line(str(error))
     write_summary(run, STATUS_OF_CODE.get(error.exit_code, "failed"), error.label, error.exit_code)
 
@@ -118,7 +134,7 @@ def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) 
     """
     if record is None or record["term_restoration"] is not None or run.config.evaluation.restore_examples == 0:
         return {}
-    report = restore_terms(run.evaluator, lambda: stop.requested)
+    report = restore_terms(replace(run.evaluator, ranks=ALONE), lambda: stop.requested)
     record["term_restoration"] = None if report is None else report.term_rate
     return {} if report is None else report.as_row()
 

@@ -1,7 +1,8 @@
 """Evaluation: loss and term restoration on fixed examples with fixed corruption.
 
 A pure reader (law 4 of the design): no global random state is drawn from, the model's mode comes back as it was, and
-nothing of the run moves. What is cut short by a stop request is dropped whole and done again later.
+nothing of the run moves. What is cut short by a stop request is dropped whole and done again later. With several processes
+each takes its share of the batches and all get the figures of one: every example is computed once and keeps its place.
 """
 
 import math
@@ -14,10 +15,12 @@ import torch
 from accelerate import Accelerator
 
 from resilient_t5.data.batches import EvaluationBatch
+from resilient_t5.errors import Diverged
 from resilient_t5.model.loss import ExampleNll, token_nll
 from resilient_t5.model.tables import T5Model
-from resilient_t5.restoration.measure import Restorer, measure_restoration
+from resilient_t5.restoration.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.report import RestorationReport
+from resilient_t5.training.ranks import ALONE, Ranks, weights_mark
 
 
 @dataclass(frozen=True)
@@ -48,32 +51,84 @@ class Evaluator:
     loss_batches: Sequence[EvaluationBatch]
     restore_batches: Sequence[EvaluationBatch]
     restorer: Restorer
+    ranks: Ranks = ALONE
 
 
 def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluation | None:
     """The loss of the model as it stands; None when `interrupted` between two batches."""
-    found: list[ExampleNll] = []
+    batches, ranks, halted = evaluator.loss_batches, evaluator.ranks, False
+    ends = np.cumsum([len(batch.example_ids) for batch in batches])
+    # nll, tokens and correct tokens of each example, then those of its terms. Whole numbers below 2**53 are exact in
+    # float64, and so is a sum with zeros.
+    sums_6E = torch.zeros(6, int(ends[-1]), dtype=torch.float64)
     with _reading(evaluator):
-        for batch in evaluator.loss_batches:
-            if interrupted():
-                return None
-            micro_batch, device = batch.micro_batch, evaluator.accelerator.device
-            nll = token_nll(
+        for number in ranks.share([batch.micro_batch.padded_tokens for batch in batches]):
+            if halted := interrupted():
+                break
+            micro_batch, device = batches[number].micro_batch, evaluator.accelerator.device
+            found = token_nll(
                 evaluator.model,
                 micro_batch.source_BS.to(device),
                 micro_batch.source_mask_BS.to(device),
                 micro_batch.labels_BT.to(device),
-                part_BT=batch.of_terms_BT.to(device),
+                part_BT=batches[number].of_terms_BT.to(device),
             )
-            found.append(nll)
-    return summarise(_sums(found), _sums([nll.part for nll in found if nll.part is not None]))
+            assert found.part is not None  # the part was asked for
+            own_6B = sums_6E[:, ends[number] - len(found.tokens_B) : ends[number]]
+            for row, values_B in enumerate((*_values(found), *_values(found.part))):
+                own_6B[row] = values_B
+    if not _complete(evaluator, "evaluation", halted):
+        return None
+    ranks.add_up([sums_6E])
+    return summarise(ExampleSums(*sums_6E[:3].numpy()), ExampleSums(*sums_6E[3:].numpy()))
+
+
+def _values(found: ExampleNll) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return found.nll_sum_B, found.tokens_B, found.correct_B
 
 
 def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> RestorationReport | None:
     """Restore the fixed examples by greedy generation and score them; None when `interrupted` between two tokens."""
+    batches, ranks, restorer = evaluator.restore_batches, evaluator.ranks, evaluator.restorer
+    shapes = [(len(batch.example_ids), longest_answer(batch.micro_batch, restorer)) for batch in batches]
+    ends = np.cumsum([rows * width for rows, width in shapes])
+    widths = torch.zeros(len(batches), dtype=torch.int64)
+    written = torch.zeros(int(ends[-1]), dtype=torch.int64)
+    places = [part.view(shape) for part, shape in zip(written.split([rows * w for rows, w in shapes]), shapes, strict=True)]
+    halted = False
     with _reading(evaluator):
-        batches = [(batch.micro_batch, batch.corrupted) for batch in evaluator.restore_batches]
-        return measure_restoration(evaluator.model, batches, evaluator.restorer, interrupted)
+        for number in ranks.share([batch.micro_batch.padded_tokens for batch in batches]):
+            generated_BT = write_answers(evaluator.model, batches[number].micro_batch, restorer, interrupted)
+            if halted := generated_BT is None:
+                break
+            widths[number] = generated_BT.shape[1]
+            places[number][:, : generated_BT.shape[1]] = torch.from_numpy(generated_BT)
+    if not _complete(evaluator, "restoration", halted):
+        return None
+    ranks.add_up([widths, written])
+    answers = [place[:, : int(width)].numpy() for place, width in zip(places, widths, strict=True)]
+    return score_generated(
+        [(batch.micro_batch.example_ids, batch.corrupted, found) for batch, found in zip(batches, answers, strict=True)],
+        restorer,
+    )
+
+
+def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
+    """Whether no process was interrupted in its share.
+
+    Raises:
+        Diverged: the weights of two processes differ.
+    """
+    ranks = evaluator.ranks
+    if ranks.count == 1:
+        return not halted
+    notes = ranks.exchange(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
+    if len({told["weights"] for told in notes}) > 1:
+        raise Diverged(
+            "the weights of the processes are no longer equal, so what was trained since the last evaluation is worthless",
+            mend="Use cards of one kind with one driver, or hardware.deterministic, and go on from an older one by run.resume",
+        )
+    return not any(told["halted"] for told in notes)
 
 
 @dataclass(frozen=True)
@@ -87,14 +142,6 @@ class ExampleSums:
     def totals(self) -> tuple[float, int, int]:
         """nll, tokens and correct tokens of all examples."""
         return float(self.nll_E.sum()), int(self.tokens_E.sum()), int(self.correct_E.sum())
-
-
-def _sums(found: Sequence[ExampleNll]) -> ExampleSums:
-    return ExampleSums(
-        np.concatenate([nll.nll_sum_B.double().cpu().numpy() for nll in found]),
-        np.concatenate([nll.tokens_B.cpu().numpy() for nll in found]),
-        np.concatenate([nll.correct_B.cpu().numpy() for nll in found]),
-    )
 
 
 def summarise(all_tokens: ExampleSums, of_terms: ExampleSums) -> Evaluation:

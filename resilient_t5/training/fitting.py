@@ -6,7 +6,7 @@ undisturbed one in its dropout; a number in `batch.micro_tokens` rules that out.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from resilient_t5.model.activations import Execution
 from resilient_t5.model.memory import GIB, Choice, Memory, Task, choice_at, choose_micro_tokens
 from resilient_t5.model.numerics import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
+from resilient_t5.training.ranks import ALONE, Ranks
 
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -41,13 +42,15 @@ class Fit:
         return [f"the plan is {short:.2f} GiB above the memory that is there; see bin/plan for what would fit"]
 
 
-def fit_run(config: Config, store: Store, device: torch.device, precision: PrecisionName) -> Fit:
+def fit_run(config: Config, store: Store, device: torch.device, precision: PrecisionName, ranks: Ranks = ALONE) -> Fit:
     """Resolve what the configuration leaves to the plan, for a run over `store` on `device`.
 
     Raises:
         ConfigError, DataError: the model cannot be found or read.
     """
-    memory = memory_of(config, device)
+    memory = memory_of(config, device, ranks.local_count)
+    # The same cut in every process: what the one with the least memory can do.
+    memory = replace(memory, total=ranks.least("plan", memory.total))
     task = task_of(config, store)
     sizes = sizes_of_settings(config.model, trained_rows(config, store))
     return fit(config, sizes, task, memory, precision)
@@ -121,14 +124,17 @@ def _limits(config: Config) -> tuple[int, int]:
     return config.data.max_source_tokens, config.data.max_target_tokens
 
 
-def memory_of(config: Config, device: torch.device) -> Memory:
-    """The memory to plan for: what the configuration says, else what the device has free now."""
+def memory_of(config: Config, device: torch.device, sharing: int = 1) -> Memory:
+    """The memory to plan for: what the configuration says, else what the device has free now.
+
+    Main memory is divided by the number of processes that are `sharing` it; a GPU belongs to one of them.
+    """
     on_gpu, asked = device.type == "cuda", config.hardware.memory_gib
     if asked != "auto":
         return Memory(float(asked) * GIB, on_gpu)
     if on_gpu:
         return Memory(float(torch.cuda.mem_get_info(device)[0]), on_gpu, context_counted=False)
-    return Memory(host_memory_bytes(), on_gpu)
+    return Memory(host_memory_bytes() / sharing, on_gpu)
 
 
 def host_memory_bytes() -> float:

@@ -28,16 +28,22 @@ def judge(run: Run, stop: StopSignal) -> None:
     window = window_of(run, evaluation, report)
     verdict = run.convergence.observe(window)
     remember(run, evaluation, report, verdict)
-    tell_evaluation(run, evaluation, window, verdict, restored_from_s - begun_s)
-    if report is not None:
-        tell_restoration(run, report, ended_s - restored_from_s)
+    if run.ranks.is_writer:
+        tell_evaluation(run, evaluation, window, verdict, restored_from_s - begun_s)
+        if report is not None:
+            tell_restoration(run, report, ended_s - restored_from_s)
+        tell_verdict(run, verdict)
+    run.timing.add("evaluation", time.monotonic() - begun_s)
+
+
+def tell_verdict(run: Run, verdict: Verdict) -> None:
+    """The phase row, where the phase changed, the line of the phase, and the events."""
     if verdict.phase != verdict.previous:
         names = {"phase": verdict.phase.name, "former": verdict.previous.name}
         run.telemetry.row("phase", run.state.update, **names, why=verdict.why)
     run.display.line(phase_line(verdict), keep="phase")
     if verdict.events:
         show_events(run)
-    run.timing.add("evaluation", time.monotonic() - begun_s)
 
 
 def restoration_due(run: Run) -> bool:

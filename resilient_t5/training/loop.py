@@ -27,7 +27,7 @@ def train(run: Run, stop: StopSignal) -> StopReason:
 
     Evaluation comes before the save of the same update, so a checkpoint holds its own verdict; the reason to stop is
     looked for before the next update, so resuming a finished run does nothing. Whatever a rollback changes is read anew
-    in the next pass.
+    in the next pass. With several processes all of them are in here and take every branch together.
 
     Raises:
         Diverged: the guard gave up.
@@ -64,11 +64,11 @@ def why_stop(run: Run, stop: StopSignal) -> StopReason | None:
     """The only place that ends a run."""
     if run.state.ended is not None:
         return StopReason(run.state.ended)
-    if stop.requested:
+    if run.ranks.stops(stop):
         return StopReason.INTERRUPTED
     if run.state.update >= run.plan.total_updates:
         return StopReason.MAX_UPDATES
-    if run.plan.max_time_s is not None and run.wall_s() >= run.plan.max_time_s:
+    if run.plan.max_time_s is not None and run.ranks.word("time", run.wall_s() >= run.plan.max_time_s):
         return StopReason.MAX_TIME
     return None
 

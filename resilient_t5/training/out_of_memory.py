@@ -78,7 +78,7 @@ def _halve(run: Run, micro_batches: list[MicroBatch], failure: str) -> None:
 def _refusal(run: Run, failure: str) -> OutOfMemory:
     """The error that ends the run, with the options in the order of what they cost."""
     now = _planned(run, run.fit.choice.optimizer, run.fit.choice.checkpointing, run.batches.micro_tokens)
-    short = (now.needed - memory_of(run.config, run.device).usable) / GIB
+    short = (now.needed - memory_of(run.config, run.device, run.ranks.local_count).usable) / GIB
     options = " | ".join(f"{setting} ({(option.needed - now.needed) / GIB:+.2f} GiB)" for setting, option in _options(run))
     return OutOfMemory(
         f"an update with micro_tokens {run.batches.micro_tokens} and sources of up to {run.fit.task.source_tokens} tokens"

@@ -1,12 +1,13 @@
 """One process over one run directory: lock, store, run, resume, train, ending.
 
-Whatever is wrong with the settings, the directory or the text is found before anything is written into the run.
+Whatever is wrong with the settings, the directory or the text is found before anything is written into the run. With
+several processes each of them comes through here; process 0 holds the lock, prepares and writes, the others follow it.
 """
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ import torch
 from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.config import Config
+from resilient_t5.data.one_pass import Progress
 from resilient_t5.data.prepare import prepare, store_directory
-from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ResilientError
-from resilient_t5.training.banner import banner_lines
+from resilient_t5.data.store import Store
+from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
+from resilient_t5.training.banner import banner_lines, process_lines
 from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
-from resilient_t5.training.ending import conclude, conclude_failure, is_concluded
+from resilient_t5.training.ending import conclude, conclude_failure, is_concluded, save_what_stands
 from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train
 from resilient_t5.training.outlook import outlook_of
 from resilient_t5.training.preparing import progress_teller
 from resilient_t5.training.progress import Display
+from resilient_t5.training.ranks import Ranks, join
+from resilient_t5.training.recovery import load_together
 from resilient_t5.training.run import Run, build_run
 from resilient_t5.training.saving import AuditTrail
 from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by
@@ -48,55 +53,91 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
     Raises:
         ResilientError: what a user can mend; summary.json says the same once there is a run.
     """
-    path = Path(config.run.dir)
-    refuse_foreign_files(path)
-    path.mkdir(parents=True, exist_ok=True)
     # Accelerate and transformers warn about things that this loop does itself.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    stop = StopSignal(path, deadline_s=config.run.deadline_s, on_usr1=config.run.on_usr1)
-    with stop, RunLock(path), Display(config.telemetry.progress, path / "train.log") as display:
-        (path / "STOP").unlink(missing_ok=True)
+    path, ranks = Path(config.run.dir), join(choose_device(config.hardware.device).type == "cuda")
+    # The file STOP is looked for where it is obeyed; whatever reaches any process reaches all.
+    ranks.stop = stop = StopSignal(
+        path if ranks.is_writer else None, deadline_s=config.run.deadline_s, on_usr1=config.run.on_usr1
+    )
+    with stop:
         try:
-            code = _train_locked(config, config_yaml, given, stop, display)
+            with ranks.leaving_together(), _entered(config, ranks) as display:
+                code = _train_locked(config, config_yaml, given, display, ranks)
+                code = ExitCode(ranks.word("end", int(code)))
         except Stopped:
-            display.line("stopped before training began; nothing is lost, start again")
             code = stop.exit_code
     if stop.received in STOPPING and code == stop.exit_code and config.run.signal_exit == "signal":
         die_by(stop.received)
     return code
 
 
-def _train_locked(config: Config, config_yaml: str, given: Given, stop: StopSignal, display: Display) -> ExitCode:
-    directory = inspect(config)
+@contextmanager
+def _entered(config: Config, ranks: Ranks) -> Iterator[Display]:
+    """Hold the run directory and open the console; a process that does not write gets a console that shows nothing."""
+    path = Path(config.run.dir)
+    if not ranks.is_writer:
+        yield Display("quiet", None)
+        return
+    refuse_foreign_files(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with RunLock(path), Display(config.telemetry.progress, path / "train.log") as display:
+        (path / "STOP").unlink(missing_ok=True)
+        try:
+            yield display
+        except Stopped:
+            display.line("stopped before training began; nothing is lost, start again")
+            raise
+
+
+def _train_locked(config: Config, config_yaml: str, given: Given, display: Display, ranks: Ranks) -> ExitCode:
+    stop = ranks.stop
+    assert stop is not None
+    directory = inspect(config) if ranks.is_writer else RunDirectory(Path(config.run.dir), "", is_new=False)
+    run_id = ranks.word("run", directory.run_id)
     audit = AuditTrail(config.run.deadline_s)
-    vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=audit)
-    vault.sweep()
-    store = prepare(config, store_directory(config), progress_teller(stop, display.line))
-    loaded = _resumed(config, directory, vault)
+    vault = Vault(directory.path, run_id=run_id, settings=config.checkpoint, audit=audit)
+    if ranks.is_writer:
+        vault.sweep()
+    store = _prepared(config, ranks, progress_teller(stop, display.line))
+    loaded = load_together(vault, ranks, lambda: _resumed(config, directory, vault))
 
     def claim_directory() -> None:
-        claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
+        if ranks.is_writer:
+            claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
 
-    run = build_run(config, store, vault, loaded, audit, display, claim=claim_directory)
+    run = build_run(config, store, vault, loaded, audit, display, claim=claim_directory, ranks=ranks)
     resumed_from = None if loaded is None else loaded.name
-    for line in banner_lines(outlook_of(run), given, resumed_from, run.saver.changed_conditions):
-        display.line(line)
-    if is_concluded(run):
+    if ranks.is_writer:
+        for line in banner_lines(outlook_of(run), given, resumed_from, run.saver.changed_conditions):
+            display.line(line)
+        for line in process_lines(run):
+            display.line(line)
+    if ranks.word("concluded", ranks.is_writer and is_concluded(run)):
         display.line(f"nothing left to do: {directory.path / 'summary.json'} says how this run ended")
         close(run)
         return ExitCode.OK
     changed, rules = run.saver.changed_conditions, dataclasses.asdict(run.convergence.rules)
     run.telemetry.row("start", run.state.update, resumed_from=resumed_from, changed_conditions=changed, rules=rules)
-    show_start(run, config_yaml)
+    if ranks.is_writer:
+        show_start(run, config_yaml)
     return _train_to_the_end(run, stop)
 
 
+def _prepared(config: Config, ranks: Ranks, progress: Progress) -> Store:
+    """The store, made by process 0 if it is missing; the others wait for that, however long it takes, and open it."""
+    store = prepare(config, store_directory(config), progress) if ranks.is_writer else None
+    ranks.word("prepared", None)
+    return store or prepare(config, store_directory(config), progress)
+
+
 def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
+    """Train, and end the run; the others leave the ending to process 0, whose exit code becomes theirs."""
     run.display.begin(run.state.update, run.plan.total_updates)
     try:
         reason = train(run, stop)
-        return conclude(run, reason, stop)
+        return conclude(run, reason, stop) if run.ranks.is_writer else ExitCode.OK
     except torch.AcceleratorError as error:
         lost = DeviceLost(
             f"the device failed: {str(error).splitlines()[0]}",
@@ -106,6 +147,8 @@ def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
         conclude_failure(run, lost)
         raise lost from error
     except ResilientError as error:
+        if isinstance(error, ProcessLost):
+            save_what_stands(run, stop)
         conclude_failure(run, error)
         raise
     finally:

@@ -4,14 +4,16 @@ The raw values of every update that gave a reason, with its examples, are in the
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from resilient_t5.checkpoint.snapshot import NonFiniteState
+from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.errors import DeviceLost, Diverged, NoValidCheckpoint
 from resilient_t5.training.directory import write_whole
 from resilient_t5.training.guard import Action, Verdict
+from resilient_t5.training.ranks import Ranks
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.state import UpdateResult
@@ -52,15 +54,20 @@ def guard_update(run: Run, stop: StopSignal, micro_batches: Sequence[MicroBatch]
 def save_if_due(run: Run, stop: StopSignal) -> None:
     """Save if it is time to; a state that holds NaN or infinity is never saved, and the run goes back instead.
 
+    Process 0 saves, and tells the others whether its state was refused.
+
     Raises:
         Diverged: the guard gave up.
         DiskFull, StorageError: a save failed for a reason that waiting does not mend.
     """
+    refused = None
     try:
-        if (cause := run.saver.due(run.state, stop)) is not None:
+        if run.ranks.is_writer and (cause := run.saver.due(run.state, stop)) is not None:
             run.saver.save(run.state, cause, stop)
     except NonFiniteState as error:
-        verdict = run.guard.not_finite(max(0, run.state.attempted - 1), f"{error.what} ({error.where})")
+        refused = f"{error.what} ({error.where})"
+    if (refused := run.ranks.word("save", refused)) is not None:
+        verdict = run.guard.not_finite(max(0, run.state.attempted - 1), refused)
         run.telemetry.row("guard", run.state.update, action=str(verdict.action), why=verdict.why)
         follow(run, stop, verdict)
 
@@ -134,7 +141,7 @@ def roll_back(run: Run, stop: StopSignal, verdict: Verdict) -> None:
     before, wall_s, left_behind = run.guard.memory, run.state.wall_s, run.state.update
     _settle_writer(run)
     try:
-        loaded = run.vault.load_newest(healthy=True)
+        loaded = load_together(run.vault, run.ranks, lambda: run.vault.load_newest(healthy=True))
     except NoValidCheckpoint as error:
         raise give_up(run, f"{verdict.why}, and {error.what}") from error
     if loaded is None:
@@ -148,11 +155,27 @@ def roll_back(run: Run, stop: StopSignal, verdict: Verdict) -> None:
     passed_over = run.guard.memory.passed_over
     run.telemetry.row("guard", run.state.update, action="rolled back", to=loaded.name, passed_over=passed_over, why=verdict.why)
     run.display.line(f"guard  back from update {left_behind} to {loaded.name}; passes over attempted updates {passed_over}")
-    run.saver.save(run.state, "rollback", stop)
+    if run.ranks.is_writer:
+        run.saver.save(run.state, "rollback", stop)
+
+
+def load_together(vault: Vault, ranks: Ranks, choose: Callable[[], Loaded | None]) -> Loaded | None:
+    """What `choose` loads in process 0, loaded by every process; a damaged one is put aside by process 0 alone.
+
+    Raises:
+        NoValidCheckpoint, StorageError: as `choose`; or this process does not see the directory of process 0.
+    """
+    loaded = choose() if ranks.is_writer else None
+    name = ranks.word("load", None if loaded is None else loaded.name)
+    return loaded if ranks.is_writer or name is None else vault.load(name)
 
 
 def give_up(run: Run, why: str) -> Diverged:
     """Write diagnosis.json; returns the error that ends the run."""
+    path = run.directory / DIAGNOSIS
+    mend = f"{path} holds the raw values and what to try"
+    if not run.ranks.is_writer:
+        return Diverged(why, where=f"update {run.state.update}", mend=mend)
     run.telemetry.flush()
     rows = [row for row in read_rows(run.telemetry.path) if row["kind"] == "guard"][-ROWS_IN_DIAGNOSIS:]
     memory = run.guard.memory
@@ -171,9 +194,8 @@ def give_up(run: Run, why: str) -> Diverged:
         "guard_rows": rows,
         "advice": ADVICE,
     }
-    path = run.directory / DIAGNOSIS
     write_whole(path, json.dumps(plain(diagnosis), indent=2, ensure_ascii=False) + "\n")
-    return Diverged(why, where=f"update {run.state.update}", mend=f"{path} holds the raw values and what to try")
+    return Diverged(why, where=f"update {run.state.update}", mend=mend)
 
 
 def _settle_writer(run: Run) -> None:

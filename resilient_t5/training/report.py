@@ -45,6 +45,8 @@ def log_updates(run: Run) -> None:
 def report_status(run: Run, stop: StopSignal) -> None:
     """Write status.json: where the run stands at this moment. A disk that refuses it is counted, and ends nothing."""
     stop.status_requested = False
+    if not run.ranks.is_writer:
+        return
     state, newest, memory = run.state, run.vault.newest, run.guard.memory
     status = {
         "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
 from resilient_t5.training.host import give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
+from resilient_t5.training.ranks import ALONE, Ranks, weights_mark
 from resilient_t5.training.saving import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
 from resilient_t5.training.state import RunState
@@ -80,6 +81,7 @@ class Run:
     audit: AuditTrail
     display: Display
     timing: Timing
+    ranks: Ranks
     slept_s: float
     """Seconds that the machine had slept when it was last asked."""
     memory_halved: bool = False
@@ -94,7 +96,7 @@ class Run:
     def open_telemetry(self) -> None:
         """Open metrics.jsonl and TensorBoard again where the state stands; what was written about later updates goes."""
         self.telemetry.close()
-        self.telemetry = telemetry_from(self.state, self.config)
+        self.telemetry = telemetry_from(self.state, self.config, self.ranks)
         self.audit.attach(self.telemetry, self.display)
 
     def wall_s(self) -> float:
@@ -145,31 +147,39 @@ def build_run(
     display: Display,
     *,
     claim: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Construct every part of a run over a prepared store, as it stands in `loaded`, or at update 0.
 
     Args:
         claim: called when everything has proved to be usable, before the first byte is written into the run.
+        ranks: the processes that train the run together; each of them builds all of it.
 
     Raises:
         ConfigError, DataError: a part cannot be built as it is configured.
         ResumeMismatch: `loaded` belongs to another run.
     """
     corpus = Corpus.over(store, config)
-    device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus)
-    updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed)
+    device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus, ranks)
+    updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed, ranks)
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
     guard = Guard(plan.warmup_updates)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
     ids = trained_ids(corpus, model)
     fingerprints = {"data": data_sha256(config, store), "vocabulary": vocabulary_sha256(store, ids)}
-    conditions = {"precision": precision.name, "compile": config.hardware.compile, **sizes, **numeric_conditions(device)}
+    conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": ranks.count}
+    conditions |= {**sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, timing)
-    evaluator = build_evaluator(config, corpus, accelerator, model, sizes)
+    evaluator = replace(build_evaluator(config, corpus, accelerator, model, sizes), ranks=ranks)
     state = restored(saver, loaded, config, corpus)
+    if ranks.count > 1:
+        if loaded is None:
+            ranks.follow(list(model.parameters()))
+        must_be_equal = {**fingerprints, "precision": precision.name, "weights": weights_mark(model)}
+        ranks.require_equal("ready", must_be_equal, "All of them need the same text, model files, settings and kind of card")
     claim()
-    telemetry = telemetry_from(state, config)
+    telemetry = telemetry_from(state, config, ranks)
     audit.attach(telemetry, display)
     return Run(
         config=config,
@@ -193,6 +203,7 @@ def build_run(
         audit=audit,
         display=display,
         timing=timing,
+        ranks=ranks,
         slept_s=slept_s(),
     )
 
@@ -217,31 +228,35 @@ def place_vocabulary(model: T5Model, corpus: Corpus, seed: int) -> None:
     put_first_vectors(model, found.ids, vectors_nR, seed)
 
 
-def telemetry_from(state: RunState, config: Config) -> Telemetry:
-    """The log of a run that goes on from `state`."""
-    directory, tensorboard = Path(config.run.dir), config.telemetry.tensorboard
-    return Telemetry(directory, from_update=state.update, evaluated_update=state.evaluated_update, tensorboard=tensorboard)
+def telemetry_from(state: RunState, config: Config, ranks: Ranks) -> Telemetry:
+    """The log of a run that goes on from `state`; one that keeps nothing in a process that does not write."""
+    return Telemetry(
+        Path(config.run.dir) if ranks.is_writer else None,
+        from_update=state.update,
+        evaluated_update=state.evaluated_update,
+        tensorboard=config.telemetry.tensorboard,
+    )
 
 
 Fitted = tuple[Fit, T5Model, dict[str, int], Batches]
 """What depends on the plan: the plan, the model, the sizes of micro-batches, and the batches."""
 
 
-def settled(config: Config, corpus: Corpus) -> tuple[torch.device, Precision, Accelerator, Fitted]:
+def settled(config: Config, corpus: Corpus, ranks: Ranks) -> tuple[torch.device, Precision, Accelerator, Fitted]:
     """Device and number format, tried on the first batches and given up for float32 where it fails, and what fits them."""
     device, precision, accelerator = build_device(config)
-    parts = fitted(config, corpus, device, precision)
+    parts = fitted(config, corpus, device, precision, ranks)
     _, model, _, batches = parts
     found = settle_precision(config, model, batches, precision, device)
     if found.name != precision.name:
         accelerator = build_accelerator(found, device)
-        parts = fitted(config, corpus, device, found)
+        parts = fitted(config, corpus, device, found, ranks)
     return device, found, accelerator, parts
 
 
-def fitted(config: Config, corpus: Corpus, device: torch.device, precision: Precision) -> Fitted:
+def fitted(config: Config, corpus: Corpus, device: torch.device, precision: Precision, ranks: Ranks = ALONE) -> Fitted:
     """Plan, then build what the plan says."""
-    fit = fit_run(config, corpus.store, device, precision.name)
+    fit = fit_run(config, corpus.store, device, precision.name, ranks)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
     if config.hardware.compile:
         compile_layers(model, device)

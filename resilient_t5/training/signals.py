@@ -114,6 +114,12 @@ class StopSignal:
             if self.left_s <= 0.0:
                 os._exit(self.exit_code)
 
+    def adopt(self, number: int, left_s: float) -> None:
+        """Take over a stop request that another process of the run received, with the seconds that are left to it."""
+        self.received = signal.Signals(number)
+        if self._leave_at_s is None and left_s < float("inf"):
+            self._leave_at_s = time.monotonic() + left_s
+
     @property
     def requested(self) -> bool:
         """True once the run was asked to stop, by a signal or by a file STOP in the run directory.

@@ -24,15 +24,19 @@ class Telemetry:
     """Writes the rows of one run.
 
     Args:
-        directory: of the run.
+        directory: of the run; None writes nothing anywhere.
         from_update: the update that the run goes on from; 0 for a new one.
         evaluated_update: the last update whose evaluation is part of that state, below 0 for none; None: `from_update`.
         tensorboard: draw the rows, too.
     """
 
-    def __init__(self, directory: Path, *, from_update: int, evaluated_update: int | None = None, tensorboard: bool):
-        self.path = directory / "metrics.jsonl"
+    def __init__(self, directory: Path | None, *, from_update: int, evaluated_update: int | None = None, tensorboard: bool):
+        self.path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
         self.write_errors = 0
+        self._board: Board | None = None
+        if directory is None:
+            self._file = self.path.open("a", encoding="utf-8")
+            return
         drop_rows_beyond(self.path, from_update, from_update if evaluated_update is None else evaluated_update)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = Board(directory / "tensorboard", from_update=from_update) if tensorboard else None

@@ -2,7 +2,8 @@
 
 The loss of an update is the sum of the token losses over all its micro-batches divided once by all its target tokens
 (law 3 of the design), so the gradient does not depend on how the update is cut. Each micro-batch contributes
-sum / tokens of the whole update, and that divisor is known on the CPU before the first forward pass.
+sum / tokens of the whole update, and that divisor is known on the CPU before the first forward pass. With several
+processes each accumulates its share of the micro-batches; one sum over all of them follows, then all move alike.
 
 Shapes: B examples, S source tokens, T target tokens.
 """
@@ -21,7 +22,9 @@ from resilient_t5.model.adafactor import AdafactorInBackward
 from resilient_t5.model.loss import LossParts, forward_loss
 from resilient_t5.model.numerics import seed_dropout
 from resilient_t5.model.tables import T5Model
+from resilient_t5.model.vocabulary_gradients import gradient_of
 from resilient_t5.training.host import is_out_of_memory
+from resilient_t5.training.ranks import ALONE, Ranks
 from resilient_t5.training.state import UpdateResult
 
 
@@ -34,10 +37,10 @@ class Updater:
     optimizer: torch.optim.Optimizer
     settings: OptimConfig
     seed: int
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        several = self.accelerator.num_processes > 1
-        if several and isinstance(self.optimizer, AdafactorInBackward):
+        if self.ranks.count > 1 and isinstance(self.optimizer, AdafactorInBackward):
             raise ConfigError("optim.name: adafactor_in_backward moves weights before gradients meet; use one process")
 
     def __call__(
@@ -60,13 +63,11 @@ class Updater:
             nll_sum, norm, fault = self._move_in_backward(micro_batches, tokens, attempted, lr)
             half_moved = bool(fault) and self.optimizer.moved > 0
         elif not fault:
-            nll_sums = []
-            for index, micro_batch in enumerate(micro_batches):
-                if interrupted():
-                    self.optimizer.zero_grad(set_to_none=True)
-                    return None
-                nll_sums.append(self.accumulate(micro_batch, tokens, attempted, index))
-            nll_sum, norm = self._norm_and_clip(torch.stack(nll_sums).sum())
+            nll_sums = self._accumulate_all(micro_batches, tokens, attempted, interrupted)
+            if nll_sums is None:
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            nll_sum, norm = self._norm_and_clip(nll_sums.sum())
             fault = "" if self._move(lr, nll_sum, norm) else "loss or gradient not finite"
         clip = self.settings.clip_norm
         return UpdateResult(
@@ -86,6 +87,41 @@ class Updater:
             half_moved=half_moved,
         )
 
+    def _accumulate_all(
+        self, micro_batches: list[MicroBatch], tokens: int, attempted: int, interrupted: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """The gradient of the whole update: this process' share, and those of the others added to it.
+
+        Returns:
+            The loss sum of every micro-batch, float64 on the device; None when a process was interrupted.
+
+        Raises:
+            MemoryError: another process found no room for its share, so that this one gives up as it does.
+        """
+        done: dict[int, torch.Tensor] = {}
+        halted, failure = False, ""
+        try:
+            for index in self.ranks.share([micro_batch.padded_tokens for micro_batch in micro_batches]):
+                if halted := interrupted():
+                    break
+                done[index] = self.accumulate(micro_batches[index], tokens, attempted, index)
+            if self.ranks.count == 1:
+                return None if halted else torch.stack(list(done.values()))
+            gradients = [gradient_of(p) for p in self.model.parameters() if p.requires_grad]
+        except (RuntimeError, MemoryError) as error:
+            if self.ranks.count == 1 or not is_out_of_memory(error):
+                raise
+            failure = str(error).partition("\n")[0][:300] or type(error).__name__
+        notes = self.ranks.exchange(f"update {attempted}", {"halted": halted, "failure": failure})
+        if short := [f"process {index}: {told['failure']}" for index, told in enumerate(notes) if told["failure"]]:
+            raise MemoryError(short[0])
+        if any(told["halted"] for told in notes):
+            return None
+        nothing = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        nll_sums = torch.stack([done.get(index, nothing) for index in range(len(micro_batches))])
+        self.ranks.add_up([nll_sums, *gradients])
+        return nll_sums
+
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
         """Add one micro-batch's share of the gradient; its loss sum, in nats, stays on the device."""
         parts = self._forward(micro_batch, tokens, attempted, index)
@@ -95,10 +131,10 @@ class Updater:
     def _forward(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> LossParts:
         """The loss of one micro-batch, with its graph.
 
-        Dropout is seeded by (seed, update, micro-batch, rank), so nothing drawn elsewhere can change it.
+        Dropout is seeded by (seed, update, micro-batch), so nothing drawn elsewhere can change it.
         """
         device = self.accelerator.device
-        seed_dropout(self.seed, attempted, index, self.accelerator.process_index)
+        seed_dropout(self.seed, attempted, index)
         with self.accelerator.autocast():
             return forward_loss(
                 self.model,

@@ -171,7 +171,7 @@ def _dropout():
     from resilient_t5.training import update
 
     inner = update.seed_dropout
-    update.seed_dropout = lambda seed, attempted, index, rank: inner(seed, 0, index, rank)
+    update.seed_dropout = lambda seed, attempted, index: inner(seed, 0, index)
 
 
 def _random_states():

@@ -1,0 +1,171 @@
+"""A run on several real processes on one machine (gloo), and what happens when one of them is killed in a save.
+
+python -m tests.resume.several --kills 50 --seed 1
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from tests.forkserver import LIMIT_S
+from tests.resume.harness import Arena, differences, main, newest_checkpoint, whole_rows
+
+RESUMABLE = 75
+MOST_WRITES = 25
+"""A kill comes at one of this many writes of a process: the first saves of its life, so that each life gets a little further."""
+UPDATES_EACH = 3
+
+
+def be_one_of(index, count, port):
+    """What a launcher sets for process `index` of `count`; called in the child by the fork server."""
+    os.environ.update(
+        RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def kill_at_write(call, pid_file):
+    """Before write number `call` of a save, from this process' first on, SIGKILL the process whose number `pid_file` holds."""
+    from resilient_t5.checkpoint.fsops import FileSystem
+    from tests.resume.placing import before
+
+    counter = iter(range(1, 1 << 60))
+
+    def strike(*_):
+        if next(counter) == call:
+            os.kill(int(Path(pid_file).read_text()), signal.SIGKILL)
+
+    before(FileSystem, "write", strike)
+
+
+def run_out_of_memory(call):
+    """Micro-batch number `call` of this process finds no memory."""
+    from resilient_t5.training.update import Updater
+    from tests.resume.placing import before
+
+    counter = iter(range(1, 1 << 60))
+
+    def fail(*_):
+        if next(counter) == call:
+            raise MemoryError("no room")
+
+    before(Updater, "accumulate", fail)
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def start_together(arena, name, count, *more, before=None):
+    """Start `count` processes of the run `name`; their process ids. `before` is {index: faults to place in that process}."""
+    port = free_port()
+    return [
+        arena.server.start(
+            arena.argv(name, *more),
+            arena.console(name),
+            [
+                ("tests.resume.several:be_one_of", {"index": index, "count": count, "port": port}),
+                *(before or {}).get(index, []),
+            ],
+        )
+        for index in range(count)
+    ]
+
+
+def run_together(arena, name, count, *more, before=None):
+    """Run the processes to their end; their exit statuses, in the order of their indices."""
+    return [arena.server.wait(pid) for pid in start_together(arena, name, count, *more, before=before)]
+
+
+def attack_lost(server, folder, kills, seed):
+    """R22: one of two processes is killed in a save, again and again; the other leaves, and the run goes on as if nothing was."""
+    begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
+    options = ("--schedule.max_updates", str(6 + UPDATES_EACH * kills), "--checkpoint.every_updates", "1")
+    assert run_together(arena, "reference", 2, *options) == [0, 0], console(arena, "reference")
+    bad, struck, slowest_s = [], 0, 0.0
+    while struck < kills:
+        victim, call = draw.randrange(2), draw.randint(1, MOST_WRITES)
+        pid_file = arena.folder / "victim.pid"
+        pid_file.unlink(missing_ok=True)
+        fault = ("tests.resume.several:kill_at_write", {"call": call, "pid_file": str(pid_file)})
+        pids = start_together(arena, "attacked", 2, *options, before={0: [fault]})
+        pid_file.write_text(str(pids[victim]))
+        statuses, waited_s = wait_for_both(server, pids, victim)
+        if statuses == [0, 0]:  # the run had come to its end before the kill; there is nothing left to strike
+            break
+        struck += 1
+        slowest_s = max(slowest_s, waited_s)
+        wanted = [RESUMABLE, RESUMABLE]
+        wanted[victim] = -signal.SIGKILL
+        problems = [f"statuses {statuses}"] if statuses != wanted else []
+        problems += damage(arena.folder / "attacked")
+        if problems:
+            bad.append({"kill": struck, "victim": victim, "call": call, "problems": problems})
+    statuses = run_together(arena, "attacked", 2, *options)
+    different = differences(arena.folder / "attacked", arena.folder / "reference") if statuses == [0, 0] else ["no end"]
+    figures = {
+        "attack": "R22",
+        "kills": struck,
+        "bad": bad,
+        "different": different,
+        "slowest_exit_of_the_other_s": round(slowest_s, 2),
+        "seconds": round(time.monotonic() - begun_s, 1),
+    }
+    return figures, len(bad) + len(different)
+
+
+def wait_for_both(server, pids, victim):
+    """(Exit statuses, seconds from the end of the victim to that of the other)."""
+    ended_s = {}
+    statuses = {}
+    until = time.monotonic() + 2 * LIMIT_S
+    while len(statuses) < 2:
+        for index, pid in enumerate(pids):
+            if index not in statuses and (status := server.poll(pid)) is not None:
+                statuses[index], ended_s[index] = status, time.monotonic()
+        if time.monotonic() > until:
+            for index, pid in enumerate(pids):
+                if index not in statuses:
+                    os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(f"processes {pids} did not end; ended: {statuses}")
+        time.sleep(0.01)
+    return [statuses[0], statuses[1]], ended_s[1 - victim] - ended_s[victim]
+
+
+def damage(run):
+    """What is wrong with the checkpoints of a run: a live one that is not whole, or one that was acknowledged and is gone."""
+    from resilient_t5.checkpoint.reading import load_checkpoint
+    from resilient_t5.errors import NoValidCheckpoint
+
+    found, names = [], sorted(path.name for path in (run / "checkpoints").glob("u*-*"))
+    for name in names:
+        try:
+            load_checkpoint(run / "checkpoints" / name)
+        except NoValidCheckpoint as error:
+            found.append(f"{name}: {error}")
+    told = [row["q"] for row in whole_rows(run) if row["kind"] == "save" and row["event"] == "save"]
+    newest = int(newest_checkpoint(run).name.rpartition("-")[2]) if names else 0
+    if newest < max(told, default=0):
+        found.append(f"commit {max(told)} was acknowledged, the newest is {newest}")
+    return found
+
+
+def console(arena, name):
+    """The last lines of a run's console."""
+    return arena.console(name).read_text()[-1500:]
+
+
+def summary(arena, name):
+    """summary.json of a run."""
+    return json.loads((arena.folder / name / "summary.json").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main(attack_lost, ("kills", 5), ("seed", 1)))

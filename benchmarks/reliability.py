@@ -141,6 +141,15 @@ ATTACKS = (
         "RESILIENT_T5_NAN",
         500,
     ),
+    Attack(
+        "R22",
+        "SIGKILL of one of two processes in a save; the other leaves, the same command goes on",
+        "kills",
+        "no commit lost or half, exit 75 without a hang, the run identical by sha256 to one left alone",
+        ("tests/resume/test_several.py::test_a_killed_process_in_a_save_loses_nothing",),
+        "RESILIENT_T5_RANK_KILLS",
+        50,
+    ),
 )
 
 

@@ -172,7 +172,17 @@ class Ranks:
 
     @contextmanager
     def leaving_together(self) -> Iterator[None]:
-        """Let an error that ends this process end all the others too, with its words and its exit code."""
+        """Let an error that ends this process end all the others too, with its words and its exit code; then part."""
+        try:
+            with self._telling_why():
+                yield
+        finally:
+            if self.count > 1:  # threads of a group that the interpreter finds at its end make it abort
+                self._group = None
+                dist.destroy_process_group()
+
+    @contextmanager
+    def _telling_why(self) -> Iterator[None]:
         try:
             yield
         except (ProcessFailed, ProcessLost):
@@ -217,8 +227,10 @@ class Ranks:
             self.stop_agreed = True
             left_s = min((told["left_s"] for told in stopping if told["left_s"] is not None), default=math.inf)
             self.stop.adopt(stopping[0]["signal"], left_s)
-        # Only the writer saves; whoever passed the request on has done its part.
-        self.stop.save_requested = self.is_writer and any(told.get("save") for told in notes)
+        if self.is_writer:
+            self.stop.save_requested |= any(told.get("save") for told in notes)
+        elif notes[self.index].get("save"):  # passed on to the writer
+            self.stop.save_requested = False
 
     def _gather(self, note: Mapping[str, Any], patience_s: float) -> list[dict[str, Any]]:
         text = json.dumps(note, ensure_ascii=False).encode()

@@ -17,7 +17,7 @@ from tests.resume.harness import Arena, differences, main, newest_checkpoint, wh
 
 RESUMABLE = 75
 MOST_WRITES = 25
-"""A kill comes at one of this many writes of a process: the first saves of its life, so that each life gets a little further."""
+"""A kill comes at one of this many writes of a process: in the first saves of its life, so that each life gets further."""
 UPDATES_EACH = 3
 
 
@@ -85,7 +85,7 @@ def run_together(arena, name, count, *more, before=None):
 
 
 def attack_lost(server, folder, kills, seed):
-    """R22: one of two processes is killed in a save, again and again; the other leaves, and the run goes on as if nothing was."""
+    """R22: one of two processes is killed in a save, again and again; the other leaves, and the run goes on unchanged."""
     begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
     options = ("--schedule.max_updates", str(6 + UPDATES_EACH * kills), "--checkpoint.every_updates", "1")
     assert run_together(arena, "reference", 2, *options) == [0, 0], console(arena, "reference")

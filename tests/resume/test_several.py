@@ -7,12 +7,17 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from resilient_t5.checkpoint.lock import RunLock
+from tests.conftest import ROOT
+from tests.forkserver import LIMIT_S
 from tests.resume.harness import Arena, differences, metric_rows, newest_checkpoint, whole_rows
-from tests.resume.several import attack_lost, console, run_together, summary
+from tests.resume.several import attack_lost, console, free_port, run_together, summary
 
 KILLS = int(os.environ.get("RESILIENT_T5_RANK_KILLS", "3"))
 UPDATES = ("--schedule.max_updates", "20", "--telemetry.log_every", "1")
@@ -142,3 +147,36 @@ def test_a_killed_process_in_a_save_loses_nothing(fork_server, tmp_path, record_
     record_property("slowest_exit_of_the_other_s", figures["slowest_exit_of_the_other_s"])
     assert figures["bad"] == [] and figures["different"] == []
     assert figures["kills"] == KILLS
+
+
+def test_torchrun_starts_a_run_of_two_processes(arena):
+    """The launcher itself, with interpreters of their own that come to a clean end: exit 0, and the run of two."""
+    more = ("--schedule.max_updates", "4", "--evaluation.restore_examples", "0")
+    argv = [*map(str, arena.argv("launched", *more))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run([*torchrun, "bin/train", *argv], cwd=ROOT, capture_output=True, text=True, timeout=4 * LIMIT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes, 2 on this machine" in done.stdout
+    assert summary(arena, "launched")["updates"] == 4
+
+
+def test_a_process_whose_partner_is_killed_says_so_and_leaves_with_75(arena):
+    """In interpreters of their own, as srun starts them: no hang, no abort, and what was trained is saved."""
+    argv, port = [*map(str, arena.argv("bereft", "--schedule.max_updates", "5000"))], free_port()
+    pair = []
+    for index in range(2):
+        own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in own.items()}, "OMP_NUM_THREADS": "1"}
+        pair.append(
+            subprocess.Popen([sys.executable, "bin/train", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    until = time.monotonic() + 2 * LIMIT_S
+    while not metric_rows(arena.folder / "bereft", "train") and time.monotonic() < until:
+        time.sleep(0.1)
+    pair[1].kill()
+    said = pair[0].communicate(timeout=LIMIT_S)[1]
+    pair[1].communicate(timeout=LIMIT_S)
+    assert pair[0].returncode == 75, said
+    assert "process lost: another process of this run is gone" in said
+    last = metric_rows(arena.folder / "bereft", "train")[-1]["update"]
+    assert int(newest_checkpoint(arena.folder / "bereft").name[1:9]) >= last == 3 * (last // 3)

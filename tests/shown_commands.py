@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIRST_RUN = ROOT / "docs" / "first-run.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CALL = re.compile(r"(?:^|&& |\| |srun )bin/\w+")
+STARTERS = ("srun", "exec", "torchrun", "accelerate")
+"""What may stand before a launcher and start it, with options of its own."""
+CALL = re.compile(rf"(?:^|&& |\| |\b(?:{'|'.join(STARTERS)}) (?:.* )?)bin/\w+")
 SHOWN_ONLY = "..."
 """Stands for settings that a page does not repeat."""
 
@@ -62,7 +64,8 @@ def _calls(page: str, words: list[str]) -> Iterator[Shown]:
         else:
             parts[-1].append(word)
     for before, part in pairwise([[], *parts]):
-        called = part[1:] if part[:1] == ["srun"] else part
+        starts = next((place for place, word in enumerate(part) if word.startswith("bin/")), 0)
+        called = part[starts:] if part[:1] and part[0] in STARTERS else part
         if called and called[0].startswith("bin/"):
             end = called.index(">") if ">" in called else len(called)
             yield Shown(page, called[0], tuple(called[1:end]), before[1] + "\n" if before[:1] == ["echo"] else None)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class Ranks:
     """Whether all processes know, since the same exchange, that the run is to stop."""
     _group: Any = None
     _adding: bool = False
+    _stuck: bool = False
 
     @property
     def is_writer(self) -> bool:
@@ -176,8 +178,14 @@ class Ranks:
         try:
             with self._telling_why():
                 yield
+        except ResilientError as error:
+            if self._stuck:  # what was begun never ends, and would hold up the end of the interpreter
+                sys.stderr.write(f"{error}\n")
+                sys.stderr.flush()
+                os._exit(error.exit_code)
+            raise
         finally:
-            if self.count > 1:  # threads of a group that the interpreter finds at its end make it abort
+            if self.count > 1 and not self._stuck:  # threads of a group that the interpreter finds at its end make it abort
                 self._group = None
                 dist.destroy_process_group()
 
@@ -258,6 +266,7 @@ class Ranks:
                     raise _lost(error) from error
             over = work.is_completed()
             if time.monotonic() > until_s:
+                self._stuck = True
                 raise ProcessLost(f"another process has not answered for {patience_s / 60:.0f} minutes")
 
 

@@ -56,6 +56,17 @@ def run_out_of_memory(call):
     before(Updater, "accumulate", fail)
 
 
+def fall_silent(call, patience_s):
+    """Micro-batch number `call` of this process lasts for minutes; no process waits longer than `patience_s` for another."""
+    from resilient_t5.training import ranks
+    from resilient_t5.training.update import Updater
+    from tests.resume.placing import before
+
+    counter = iter(range(1, 1 << 60))
+    ranks.PATIENCE_S = patience_s
+    before(Updater, "accumulate", lambda *_: time.sleep(600) if next(counter) == call else None)
+
+
 def free_port():
     """A port of this machine that nobody listens on."""
     with socket.socket() as place:

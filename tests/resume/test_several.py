@@ -17,7 +17,7 @@ from resilient_t5.checkpoint.lock import RunLock
 from tests.conftest import ROOT
 from tests.forkserver import LIMIT_S
 from tests.resume.harness import Arena, differences, metric_rows, newest_checkpoint, whole_rows
-from tests.resume.several import attack_lost, console, free_port, run_together, summary
+from tests.resume.several import attack_lost, console, free_port, run_together, start_together, summary
 
 KILLS = int(os.environ.get("RESILIENT_T5_RANK_KILLS", "3"))
 UPDATES = ("--schedule.max_updates", "20", "--telemetry.log_every", "1")
@@ -130,6 +130,17 @@ def test_weights_that_drift_apart_end_the_run(arena):
     fault = ("tests.resume.placing:spoil", {"place": "parameter", "update": 6, "value": "0.5"})
     assert run_together(arena, "drifted", 2, *UPDATES, before={1: [fault]}) == [70, 70], console(arena, "drifted")
     assert "no longer equal" in console(arena, "drifted")
+
+
+def test_a_process_that_says_nothing_is_not_waited_for_without_end(arena):
+    """After its patience the other one saves what stands and leaves with 75."""
+    faults = {index: [("tests.resume.several:fall_silent", {"call": 9 + 999 * index, "patience_s": 3.0})] for index in (0, 1)}
+    silent, other = start_together(arena, "silent", 2, *UPDATES, before={1: faults[0], 0: faults[1]})[::-1]
+    assert arena.server.wait(other) == 75, console(arena, "silent")
+    os.kill(silent, signal.SIGKILL)
+    arena.server.wait(silent)
+    assert "has not answered for" in console(arena, "silent")
+    assert newest_checkpoint(arena.folder / "silent").name.startswith(f"u{summary(arena, 'silent')['updates']:08d}")
 
 
 def test_an_optimizer_that_steps_in_backward_is_refused(arena):

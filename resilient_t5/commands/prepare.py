@@ -14,7 +14,7 @@ from resilient_t5.training.signals import Stopped, StopSignal
 DESCRIPTION = "Prepare a corpus: tokens, term occurrences and a report, once, for any number of runs."
 SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 FLAGS = (
-    ("--shard", {"type": str, "default": None, "help": "i/n: prepare only part i of n, chosen by content (1 to n)"}),
+    ("--shard", {"type": str, "default": None, "help": "i/n: prepare only part i of n (1 to n)"}),
     ("--merge", {"type": int, "default": None, "help": "n: join the n parts that --shard made into the store"}),
 )
 

@@ -102,19 +102,18 @@ def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs 
 
 
 def _batches(config: Config, counts: CorpusCounts, shard: tuple[int, int] | None, forced: int | None) -> Iterator[Batch]:
-    batch, characters = Batch(), 0
+    batch, characters, number = Batch(), 0, 0
     for document, validation in documents_of(config, counts):
         key = text_digest(document.text) if document.key is None else document.key
-        if shard is not None and key % shard[1] != shard[0] - 1:
-            continue
         batch.documents.append(document)
         batch.validation.append(validation or key == forced)
         batch.keys.append(key)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = Batch(), 0
-    if batch.documents:
+            if shard is None or number % shard[1] == shard[0] - 1:
+                yield batch
+            batch, characters, number = Batch(), 0, number + 1
+    if batch.documents and (shard is None or number % shard[1] == shard[0] - 1):
         yield batch
 
 
@@ -141,7 +140,7 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
     Args:
         job: what to do.
         directory: where the part is written.
-        shard: (i, n) takes only the documents of shard i of n, by content.
+        shard: (i, n) takes only every n-th batch of documents, from the i-th on.
         forced: key of a document that goes to validation in any case.
     """
     started = time.perf_counter()
@@ -156,6 +155,7 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
             for split, chosen in (("train", ~validation), ("validation", validation)):
                 if chosen.any():
                     writer.add(split, examples.chosen(chosen), int(chosen.sum()))
+            writer.end_batch()
             smallest_key = min(smallest_key, *batch.keys)
             job.on_progress(min(counts.bytes, total), total)
         extra = {key: value for key, value in dataclasses.asdict(tally).items() if key != "term_counts"}

@@ -1,12 +1,14 @@
 """The one pass writes parts with full ids; joining parts chooses the active vocabulary and writes the store's files.
 
-A part is what one pass wrote: streams of int32 for each split, and counts. A store is the join of one part, or of the
-parts of all shards in the order of their numbers, so it depends on neither the machines nor the order that made them.
-Both write and read in blocks: memory does not grow with the corpus.
+A part is what one pass wrote: streams of int32 for each split, what each batch of documents added to them, and counts. A
+shard has every n-th batch, so a join takes a batch from each part in turn and is the store of one pass over all of it,
+whatever the machines and the order that made the parts. Both write and read in blocks: memory does not grow with the
+corpus, but for a few numbers a batch.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +22,11 @@ from resilient_t5.data.tokenizer import TextTokenizer
 STREAMS = ("tokens", "lengths", "documents", "pairs", "terms")
 PART = "part.json"
 FREQUENCIES = "frequencies.npy"
-BLOCK = 1 << 18  # array elements handled at a time
+BATCHES = "batches.npy"
+COUNTED = ("examples", "documents", "tokens", "terms")
+"""What a batch is measured in; the columns of `batches.npy`, for each split one after another."""
+UNITS = {"tokens": "tokens", "lengths": "examples", "documents": "examples", "pairs": "examples", "terms": "terms"}
+BATCHES_TOGETHER = 8  # of one part alone, which needs no turns
 ROUND_TO = 64
 ACTIVE_16_BIT = 65_536
 
@@ -33,6 +39,7 @@ class PartWriter:
         self._directory = directory
         self._files = {split: {name: _stream(directory, split, name).open("wb") for name in STREAMS} for split in SPLITS}
         self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
+        self._totals: list[list[int]] = []
         self.counts = {split: {"examples": 0, "documents": 0, "tokens": 0, "terms": 0, "with_term": 0} for split in SPLITS}
 
     def add(self, split: str, examples: Examples, documents: int) -> None:
@@ -49,10 +56,16 @@ class PartWriter:
         counts["terms"] += len(terms)
         counts["with_term"] += len(np.unique(examples.terms[:, 0]))
 
+    def end_batch(self) -> None:
+        """Note how far all streams have come."""
+        self._totals.append([self.counts[split][name] for split in SPLITS for name in COUNTED])
+
     def close(self, extra: dict[str, Any]) -> "Part":
         """End the streams and write the counts, with `extra` beside them."""
         self.release()
         np.save(self._directory / FREQUENCIES, self._frequencies)
+        totals = np.array(self._totals, dtype=np.int64).reshape(-1, len(SPLITS) * len(COUNTED))
+        np.save(self._directory / BATCHES, np.diff(totals, axis=0, prepend=0))
         content = {"counts": self.counts, **extra}
         (self._directory / PART).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
         return Part.open(self._directory)
@@ -83,13 +96,39 @@ class Part:
         counts: np.ndarray = np.load(self.directory / FREQUENCIES, allow_pickle=False)
         return counts
 
-    def blocks(self, split: str, name: str) -> Iterator[np.ndarray]:
-        """A stream in blocks of int32; rows of four for terms."""
-        columns = 4 if name == "terms" else 1
-        with _stream(self.directory, split, name).open("rb") as file:
-            while block := file.read(4 * columns * BLOCK):
-                array = np.frombuffer(block, dtype=np.int32)
-                yield array.reshape(-1, 4) if columns == 4 else array
+    def batches(self, split: str) -> np.ndarray:
+        """int64 (batches, 4): examples, documents, tokens and terms that each batch added to a split."""
+        sizes: np.ndarray = np.load(self.directory / BATCHES, allow_pickle=False)
+        first = list(SPLITS).index(split) * len(COUNTED)
+        return sizes[:, first : first + len(COUNTED)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring elements of a stream of one part, and what its numbers of examples and documents are moved by."""
+
+    array: np.ndarray
+    examples: int
+    documents: int
+
+
+def pieces(parts: Sequence[Part], split: str, name: str) -> Iterator[Piece]:
+    """A stream of the joined store: a batch of each part in turn; int32, rows of four for terms."""
+    columns, unit = 4 if name == "terms" else 1, COUNTED.index(UNITS[name])
+    sizes = [part.batches(split) for part in parts]
+    if len(parts) == 1:  # in any pieces
+        sizes = [np.add.reduceat(sizes[0], np.arange(0, len(sizes[0]), BATCHES_TOGETHER))] if len(sizes[0]) else sizes
+    whole, own = np.zeros(2, dtype=np.int64), np.zeros((len(parts), 2), dtype=np.int64)
+    with ExitStack() as stack:
+        files = [stack.enter_context(_stream(part.directory, split, name).open("rb")) for part in parts]
+        for number in range(sum(map(len, sizes))):
+            turn = number % len(parts)
+            size = sizes[turn][number // len(parts)]
+            array = np.frombuffer(files[turn].read(4 * columns * int(size[unit])), dtype=np.int32)
+            moved = whole - own[turn]
+            yield Piece(array.reshape(-1, 4) if columns == 4 else array, int(moved[0]), int(moved[1]))
+            whole += size[:2]
+            own[turn] += size[:2]
 
 
 def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequence[str]) -> np.ndarray:
@@ -120,9 +159,8 @@ def join_parts(parts: Sequence[Part], directory: Path, active_to_full: np.ndarra
         target.mkdir(exist_ok=True)
         counts[split] = {key: sum(part.counts[split][key] for part in parts) for key in parts[0].counts[split]}
         with (target / "tokens.bin").open("wb") as file:
-            for part in parts:
-                for block in part.blocks(split, "tokens"):
-                    file.write(full_to_active[block].data)
+            for piece in pieces(parts, split, "tokens"):
+                file.write(full_to_active[piece.array].data)
         _write_offsets(parts, split, target / "offsets.npy", counts[split]["examples"])
         for name in ("documents", "pairs", "terms"):
             _write_column(parts, split, name, target / f"{name}.npy", counts[split])
@@ -140,29 +178,24 @@ def _write_offsets(parts: Sequence[Part], split: str, path: Path, examples: int)
         _npy_header(file, np.dtype(np.int64), (examples + 1,))
         end = np.zeros(1, dtype=np.int64)
         file.write(end.data)
-        for part in parts:
-            for block in part.blocks(split, "lengths"):
-                ends = np.cumsum(block, dtype=np.int64) + end
-                end = ends[-1:]
-                file.write(ends.data)
+        for piece in pieces(parts, split, "lengths"):
+            ends = np.cumsum(piece.array, dtype=np.int64) + end
+            end = ends[-1:] if len(ends) else end
+            file.write(ends.data)
 
 
 def _write_column(parts: Sequence[Part], split: str, name: str, path: Path, counts: dict[str, int]) -> None:
-    """One int32 column, with the numbers of documents and examples of later parts moved behind those of earlier ones."""
+    """One int32 column, with the numbers of documents and examples as they are in the joined store."""
     rows = counts["terms"] if name == "terms" else counts["examples"]
     with path.open("wb") as file:
         _npy_header(file, np.dtype(np.int32), (rows, 4) if name == "terms" else (rows,))
-        documents = examples = 0
-        for part in parts:
+        for piece in pieces(parts, split, name):
             shift = {
-                "documents": np.int32(documents),
+                "documents": np.int32(piece.documents),
                 "pairs": np.int32(0),
-                "terms": np.array([examples, 0, 0, 0], dtype=np.int32),
+                "terms": np.array([piece.examples, 0, 0, 0], dtype=np.int32),
             }[name]
-            for block in part.blocks(split, name):
-                file.write((block + shift).data)
-            documents += part.counts[split]["documents"]
-            examples += part.counts[split]["examples"]
+            file.write((piece.array + shift).data)
 
 
 def _npy_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:

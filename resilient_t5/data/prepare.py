@@ -46,7 +46,7 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
 
 
 def prepare_shard(config: Config, directory: Path, shard: tuple[int, int], on_progress: Progress | None = None) -> Path:
-    """Prepare the documents of shard (i, n), 1 <= i <= n, chosen by content, into `DIRECTORY-i-of-n`.
+    """Prepare the documents of shard (i, n), 1 <= i <= n, into `DIRECTORY-i-of-n`.
 
     Returns:
         the directory of the part. A part made from the same inputs and settings is reused.

@@ -93,6 +93,32 @@ def test_shards_are_prepared_and_merged(arguments, tmp_path, capsys):
     assert store.report["documents"] == len(set(NOTES))
 
 
+def test_shards_of_processes_at_once_one_of_them_killed_make_the_store_of_one(arguments, tmp_path):
+    """SIGKILL in the middle of a shard: its neighbour is not harmed, the same call makes it, and the merge is the whole."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{note} {number}" for number in range(12) for note in NOTES), encoding="utf-8")
+    kill = "import os, signal; from resilient_t5.data import parts; w = parts.PartWriter; add = w.add; calls = [];\n"
+    kill += "w.add = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGKILL), add(*a))\n"
+    kill += "import sys; from resilient_t5.commands.prepare import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(shard, *program):
+        return subprocess.Popen([sys.executable, *program, *arguments, "--shard", shard], env=environment, cwd=ROOT)
+
+    pair = [start("1/2", "bin/prepare"), start("2/2", "-c", kill)]
+    assert [process.wait() for process in pair] == [0, -signal.SIGKILL]
+    assert list(tmp_path.glob(".store-2-of-2.making-*")) and not (tmp_path / "store-2-of-2").exists()
+    assert main([*arguments, "--merge", "2"]) == 65
+    assert main([*arguments, "--shard", "2/2"]) == 0
+    assert not list(tmp_path.glob(".store*"))
+    assert main([*arguments, "--merge", "2"]) == 0
+    assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
+    files = {name: tmp_path / name for name in ("store", "whole")}
+    for path in sorted(files["whole"].rglob("*")):
+        if path.is_file() and path.name not in ("report.json", "meta.json"):
+            assert path.read_bytes() == (files["store"] / path.relative_to(files["whole"])).read_bytes(), path.name
+
+
 @pytest.mark.parametrize("flags", [["--shard", "3/2"], ["--shard", "x"], ["--merge", "0"], ["--shard", "1/2", "--merge", "2"]])
 def test_a_wrong_shard_is_a_usage_error(arguments, tmp_path, flags, capsys):
     """Shards count from 1 to n; anything else is refused before anything is read."""

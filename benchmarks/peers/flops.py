@@ -7,6 +7,7 @@ Symbols of the formulas: B examples, S source and T target positions with paddin
 V vocabulary rows; d width, f feed-forward width, i = heads x width of a head, L layers of a stack.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,15 @@ def peer_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
     """Forward and backward with whole logits: 3 x forward, and the stacks once more where activations are recomputed."""
     stacks, head = stack_flops(config, shape), 2 * shape.head * config.d_model * config.vocab_size
     return (4 if checkpointing else 3) * stacks + 3 * head
+
+
+def useful_flops(config: Any, lengths: Iterable[tuple[int, int]]) -> int:
+    """What examples of these source and target lengths need: no padding, nothing computed twice, logits of labels alone.
+
+    Over the time and the peak of a device it is the utilisation by useful tokens, and comparable between sides that train
+    the same vocabulary rows.
+    """
+    return sum(peer_flops(config, MicroShape(1, source, target, target), checkpointing=False) for source, target in lengths)
 
 
 def score_flops(config: Any, shape: MicroShape) -> int:

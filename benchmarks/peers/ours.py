@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.flops import MicroShape, our_flops
+from benchmarks.peers.flops import MicroShape, our_flops, useful_flops
 from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import Setup
 from resilient_t5.checkpoint.vault import Vault
@@ -40,10 +40,17 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
         "updates": setup.updates,
         "examples": sum(shape.examples for shape in shapes),
         "target_tokens": sum(m.target_tokens for m in done),
+        "useful_flops": useful_flops(model.config, (pair for m in done for pair in _lengths(m))),
         "flops": sum(our_flops(model.config, s, checkpointing=checkpointing) for s in shapes),
         "vocabulary_rows": model.config.vocab_size,
         "loss": run.state.window_nll_sum / max(1, run.state.window_tokens),
     }
+
+
+def _lengths(micro_batch: MicroBatch) -> list[tuple[int, int]]:
+    """Source and target tokens of each example."""
+    sources, targets = micro_batch.source_mask_BS.sum(1), (micro_batch.labels_BT >= 0).sum(1)
+    return list(zip(sources.tolist(), targets.tolist(), strict=True))
 
 
 def open_run(setup: Setup, seed: int) -> Run:

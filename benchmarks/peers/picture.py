@@ -6,13 +6,14 @@ from typing import Any
 
 from resilient_t5.training.drawing import INK, MUTED, Canvas, Color, text_width
 
-WIDTH, PANEL, LEFT, RIGHT, BAR = 1200, 230, 210, 1010, 30
+WIDTH, LEFT, RIGHT, BAR = 1200, 210, 1010, 30
 OURS, PEER = (24, 122, 62), (150, 178, 212)
 NAMES = {
     "script": "usual script, as it is",
     "script_mended": "usual script, mended",
     "tuned_trainer": "tuned Seq2SeqTrainer",
     "ours": "resilient_t5",
+    "ours_compiled": "resilient_t5, compiled",
 }
 PANELS = (
     ("examples a second (more is better)", "examples_per_s", "{:.2f}"),
@@ -27,12 +28,13 @@ def draw_throughput(result: dict[str, Any], sides: Sequence[str], path: Path) ->
     Raises:
         StorageError: it cannot be written there.
     """
-    canvas = Canvas(WIDTH, 110 + PANEL * len(PANELS))
+    panel = 70 + len(sides) * (BAR + 10)
+    canvas = Canvas(WIDTH, 110 + panel * len(PANELS))
     canvas.text(30, 34, f"Training {result['model']} on the same masked examples: {result['device']}", INK, 22)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     canvas.text(30, 66, f"medians of {result['rounds']} interleaved rounds; {versions}", MUTED, 14)
     for number, (title, key, form) in enumerate(PANELS):
-        _panel(canvas, 110 + number * PANEL, title, [(side, result["sides"][side], key, form) for side in sides])
+        _panel(canvas, 110 + number * panel, title, [(side, result["sides"][side], key, form) for side in sides])
     canvas.save(path)
 
 
@@ -41,7 +43,7 @@ def _panel(canvas: Canvas, top: float, title: str, rows: Sequence[tuple[str, Any
     longest = max((figures[key] for _, figures, key, _ in rows if figures), default=1.0)
     for number, (side, figures, key, form) in enumerate(rows):
         y = top + 38 + number * (BAR + 10)
-        color: Color = OURS if side == "ours" else PEER
+        color: Color = OURS if side.startswith("ours") else PEER
         canvas.text(LEFT - 12, y, NAMES[side], INK, 15, anchor="rm")
         if figures is None:
             canvas.text(LEFT, y, "does not fit into the memory given", MUTED, 15)

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PEERS = {"script": "script", "script_mended": "mended_script", "tuned_trainer": "tuned_trainer"}
+PEERS = {
+    "script": "script",
+    "script_mended": "mended_script",
+    "tuned_trainer": "tuned_trainer",
+    "ours_compiled": "ours_compiled",
+}
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 Rounds = Sequence[dict[str, Any]]
 
@@ -19,6 +24,8 @@ def document(rounds: Rounds, sides: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"benchmark": "throughput"}
     for kind, value in (("ratio_over", speed), ("cpu_ratio_over", cpu_speed), ("flops_ratio_over", inverse_flops)):
         for side, name in PEERS.items():
+            if side not in sides:
+                continue
             pairs = [(one["ours"], one[side]) for one in rounds if one["ours"] is not None and one[side] is not None]
             ratios = [value(ours) / value(peer) for ours, peer in pairs]
             result[f"{kind}_{name}"] = round(statistics.median(ratios), 3) if ratios else None
@@ -26,6 +33,14 @@ def document(rounds: Rounds, sides: Sequence[str]) -> dict[str, Any]:
                 result[f"{kind}_{name}_rounds"] = [round(ratio, 3) for ratio in ratios]
     result["sides"] = {side: _medians([one[side] for one in rounds]) for side in sides}
     return result
+
+
+def add_utilisation(result: dict[str, Any], peak_tflops: float) -> None:
+    """Give every side the share of the device's peak that its useful operations took."""
+    result["peak_tflops"] = peak_tflops
+    for figures in result["sides"].values():
+        if figures is not None:
+            figures["useful_share_of_peak"] = round(figures["useful_gflop_per_s"] / (1000 * peak_tflops), 4)
 
 
 def speed(figures: dict[str, float]) -> float:
@@ -57,6 +72,7 @@ def _medians(rounds: Sequence[dict[str, float] | None]) -> dict[str, float] | No
         "examples_per_cpu_s": median(cpu_speed),
         "gflop_per_example": median(lambda one: one["flops"] / one["examples"] / 1e9),
         "gflop_per_s": median(lambda one: one["flops"] / one["wall_s"] / 1e9),
+        "useful_gflop_per_s": median(lambda one: one["useful_flops"] / one["wall_s"] / 1e9),
         "target_tokens_per_example": median(lambda one: one["target_tokens"] / one["examples"]),
         "update_s": median(lambda one: one["wall_s"] / one["updates"]),
         "peak_mib": median(lambda one: one["peak_mib"]),

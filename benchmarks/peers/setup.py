@@ -9,7 +9,7 @@ every piece of the trained tokenizer. mT5's own tokenizer would leave fewer acti
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -43,6 +43,12 @@ class Setup:
     script_updates: int
     """Timed updates of the script: each one costs about ten times as much."""
     warm_updates: int
+    micro_tokens: int | Literal["auto"] = "auto"
+    """Of ours."""
+    micro_examples: int = EXAMPLES_PER_UPDATE
+    """Of the tuned Trainer."""
+    compiled: bool = False
+    """Whether ours compiles its layers."""
 
     def config(self, seed: int) -> Config:
         """Our configuration: the defaults, over this store and model."""
@@ -51,10 +57,10 @@ class Setup:
             tokenizer=TokenizerConfig(name_or_path=str(Path(self.store) / "tokenizer")),
             model=ModelConfig(name_or_path=self.model),
             corruption=CorruptionConfig(),
-            batch=BatchConfig(examples_per_update=EXAMPLES_PER_UPDATE),
+            batch=BatchConfig(examples_per_update=EXAMPLES_PER_UPDATE, micro_tokens=self.micro_tokens),
             evaluation=EvaluationConfig(every=10**9, examples=1, restore_examples=0),
             checkpoint=CheckpointConfig(every_minutes=None, every_updates=None),
-            hardware=HardwareConfig(device=self.device),
+            hardware=HardwareConfig(device=self.device, compile=self.compiled),
             run=RunConfig(dir=self.scratch, seed=seed),
         )
 

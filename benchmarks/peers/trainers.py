@@ -5,7 +5,8 @@ everything else as transformers has it. Only names that transformers 5 removed w
 divides the loss by the accumulation: Seq2SeqTrainer believes that a T5 does so itself, and it does not.
 
 The tuned Trainer: padding to the longest of a batch, batches of neighbours in length, sdpa, fused AdamW, 16 examples in
-one batch, no checkpointing, bf16 where the device has it, the loss scale mended.
+one batch (fewer at a time where --search finds that faster), no checkpointing, bf16 where the device has it, the loss scale
+mended.
 """
 
 import warnings
@@ -27,13 +28,18 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from benchmarks.peers.flops import MicroShape, peer_flops
+from benchmarks.peers.flops import MicroShape, peer_flops, useful_flops
 from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, Setup, masked_epoch
 from resilient_t5.training.host import choose_device
 
 MEGABATCH_UPDATES = 50  # transformers sorts this many batches by length together
 Features = list[dict[str, Any]]
+
+
+def _lengths(features: Features) -> list[tuple[int, int]]:
+    """Source and target tokens of each example."""
+    return [(len(row["input_ids"]), len(row["labels"])) for row in features]
 
 
 @dataclass
@@ -44,14 +50,14 @@ class Padded:
     target: int
     pad_id: int
     label_pad: int
-    given: list[tuple[MicroShape, int]] = field(default_factory=list)
+    given: list[tuple[MicroShape, list[tuple[int, int]]]] = field(default_factory=list)
 
     def __call__(self, features: Features) -> dict[str, torch.Tensor]:
         def full(name: str, width: int, value: int) -> torch.Tensor:
             return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in features])
 
         shape = MicroShape(len(features), self.source, self.target, len(features) * self.target)
-        self.given.append((shape, sum(len(row["labels"]) for row in features)))
+        self.given.append((shape, _lengths(features)))
         return {
             "input_ids": full("input_ids", self.source, self.pad_id),
             "attention_mask": full("attention_mask", self.source, 0),
@@ -64,13 +70,13 @@ class Dynamic:
     """DataCollatorForSeq2Seq, and what it gave."""
 
     collator: DataCollatorForSeq2Seq
-    given: list[tuple[MicroShape, int]] = field(default_factory=list)
+    given: list[tuple[MicroShape, list[tuple[int, int]]]] = field(default_factory=list)
 
     def __call__(self, features: Features) -> Any:
-        useful = sum(len(row["labels"]) for row in features)
+        lengths = _lengths(features)
         batch = self.collator(features)
         (examples, source), target = batch["input_ids"].shape, batch["labels"].shape[1]
-        self.given.append((MicroShape(examples, source, target, examples * target), useful))
+        self.given.append((MicroShape(examples, source, target, examples * target), lengths))
         return batch
 
 
@@ -126,7 +132,8 @@ def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
     device = choose_device(setup.device)
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     settings = {
-        "per_device_train_batch_size": EXAMPLES_PER_UPDATE,
+        "per_device_train_batch_size": setup.micro_examples,
+        "gradient_accumulation_steps": EXAMPLES_PER_UPDATE // setup.micro_examples,
         "optim": "adamw_torch_fused",
         "bf16": native,
         "fp16": device.type == "cuda" and not native,
@@ -185,7 +192,8 @@ def _train(
     return clock.figures | {
         "updates": updates,
         "examples": sum(shape.examples for shape, _ in timed),
-        "target_tokens": sum(useful for _, useful in timed),
+        "target_tokens": sum(target for _, lengths in timed for _, target in lengths),
+        "useful_flops": sum(useful_flops(model.config, lengths) for _, lengths in timed),
         "flops": sum(peer_flops(model.config, shape, checkpointing=checkpointing) for shape, _ in timed),
         "vocabulary_rows": model.config.vocab_size,
         "loss": trainer.state.log_history[-1].get("train_loss"),

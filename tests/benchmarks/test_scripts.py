@@ -30,7 +30,7 @@ def run(name, *options):
 def test_throughput_compares_all_sides_on_the_same_examples(tmp_path):
     """Ratios, figures of every side, the picture; the tuned Trainer and ours train the very same tokens of one window."""
     options = ["--quick", "--rounds", "1", "--updates", "50", "--json", tmp_path / "r.json", "--png", tmp_path / "r.png"]
-    result = run("throughput", *options)
+    result = run("throughput", *options, "--peak-tflops", "0.1")
     assert result == json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert {"ratio_over_script", "ratio_over_tuned_trainer"} <= result.keys()
     assert result["ratio_over_script"] > 1
@@ -40,8 +40,20 @@ def test_throughput_compares_all_sides_on_the_same_examples(tmp_path):
     tokens = {side: result["sides"][side]["target_tokens_per_example"] for side in ("tuned_trainer", "ours")}
     assert tokens["ours"] == tokens["tuned_trainer"]
     assert all(result["sides"][side]["peak_mib"] > 0 for side in SIDES)
+    for figures in result["sides"].values():
+        assert 0 < figures["useful_gflop_per_s"] < figures["gflop_per_s"], "useful operations are some of those that are done"
+        assert figures["useful_share_of_peak"] == pytest.approx(figures["useful_gflop_per_s"] / 100, abs=1e-4)
     assert str(tmp_path) not in json.dumps(result)
     assert Image.open(tmp_path / "r.png").size[0] > 1000
+
+
+@pytest.mark.slow
+def test_a_search_keeps_the_fastest_sizes_and_compiled_layers_are_a_side_of_their_own():
+    """One of the sizes tried is kept for each side that is searched; ours stands beside ours with compiled layers."""
+    result = run("throughput", "--quick", "--rounds", "1", "--updates", "3", "--search", "--compile")
+    assert result["searched"]["micro_examples"] in (16, 8, 4, 2)
+    assert result["searched"]["micro_tokens"] in ("auto", 1024, 2048, 4096, 8192, 16384, 32768)
+    assert result["sides"]["ours_compiled"]["examples_per_s"] > 0 and result["ratio_over_ours_compiled"] > 0
 
 
 def test_memory_compares_ours_with_the_trainer():
@@ -69,7 +81,16 @@ def test_a_ratio_is_taken_within_a_round_and_a_side_that_does_not_fit_has_none()
     """Median of the rounds' own ratios, not the ratio of medians; None beside a side without figures."""
 
     def figures(wall_s):
-        names = ("peak_mib", "loading_peak_mib", "vocabulary_rows", "target_tokens", "updates", "flops", "cpu_s")
+        names = (
+            "peak_mib",
+            "loading_peak_mib",
+            "vocabulary_rows",
+            "target_tokens",
+            "updates",
+            "flops",
+            "useful_flops",
+            "cpu_s",
+        )
         return {**dict.fromkeys(names, 1.0), "examples": 16.0, "wall_s": wall_s}
 
     walls = [(1.0, 2.0), (10.0, 50.0), (2.0, 6.0)]

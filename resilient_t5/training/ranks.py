@@ -104,17 +104,24 @@ class Ranks:
         said = value if self.is_writer else None
         return self.exchange(place, {"word": said}, patient=patient)[0]["word"]
 
-    def require_equal(self, place: str, values: Mapping[str, Any], mend: str) -> None:
-        """Make sure that all processes hold the same values.
+    def begin_equal(self, model: nn.Module, values: Mapping[str, str], *, is_new: bool) -> None:
+        """Give a new run the first weights of process 0 everywhere, and make sure that all hold the same weights and values.
 
         Raises:
             ConfigError: they do not; every name and both values are told.
         """
-        notes = self.exchange(place, {"values": dict(values)})
+        if self.count == 1:
+            return
+        if is_new:
+            self._follow(list(model.parameters()))
+        notes = self.exchange("ready", {**values, "weights": weights_mark(model)})
         for index, told in enumerate(notes):
-            odd = [f"{k} {notes[0]['values'][k]} and {v}" for k, v in told["values"].items() if notes[0]["values"][k] != v]
+            odd = [f"{name} {notes[0][name]} and {told[name]}" for name in (*values, "weights") if notes[0][name] != told[name]]
             if odd:
-                raise ConfigError(f"processes 0 and {index} differ: {'; '.join(odd)}. {mend}")
+                raise ConfigError(
+                    f"processes 0 and {index} differ: {'; '.join(odd)}. All of them need the same text, model files, settings"
+                    " and kind of card"
+                )
 
     def least(self, place: str, value: float) -> float:
         """The smallest of the values that all processes hold."""
@@ -156,7 +163,7 @@ class Ranks:
         self._adding = False
 
     @torch.no_grad()
-    def follow(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _follow(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every process the tensors of process 0; afterwards their bits are the same in each of them."""
         if not self.is_writer:
             for tensor in tensors:

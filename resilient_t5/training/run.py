@@ -13,7 +13,7 @@ from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.reading import load_checkpoint
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
-from resilient_t5.config import Config
+from resilient_t5.config import Config, mathematics_sha256
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
 from resilient_t5.data.full_ids import in_full_ids
 from resilient_t5.data.neighbours import count_neighbours
@@ -40,7 +40,7 @@ from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
 from resilient_t5.training.host import give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
-from resilient_t5.training.ranks import ALONE, Ranks, weights_mark
+from resilient_t5.training.ranks import ALONE, Ranks
 from resilient_t5.training.saving import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
 from resilient_t5.training.state import RunState
@@ -173,11 +173,8 @@ def build_run(
     saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, timing)
     evaluator = replace(build_evaluator(config, corpus, accelerator, model, sizes), ranks=ranks)
     state = restored(saver, loaded, config, corpus)
-    if ranks.count > 1:
-        if loaded is None:
-            ranks.follow(list(model.parameters()))
-        must_be_equal = {**fingerprints, "precision": precision.name, "weights": weights_mark(model)}
-        ranks.require_equal("ready", must_be_equal, "All of them need the same text, model files, settings and kind of card")
+    same = {**fingerprints, "settings": mathematics_sha256(config), "precision": precision.name}
+    ranks.begin_equal(model, same, is_new=loaded is None)
     claim()
     telemetry = telemetry_from(state, config, ranks)
     audit.attach(telemetry, display)

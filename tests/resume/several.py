@@ -74,12 +74,17 @@ def free_port():
         return place.getsockname()[1]
 
 
-def start_together(arena, name, count, *more, before=None):
-    """Start `count` processes of the run `name`; their process ids. `before` is {index: faults to place in that process}."""
+def start_together(arena, name, count, *more, before=None, own=None):
+    """Start `count` processes of the run `name`; their process ids.
+
+    Args:
+        before: {index: faults to place in that process}.
+        own: {index: settings that only that process gets}.
+    """
     port = free_port()
     return [
         arena.server.start(
-            arena.argv(name, *more),
+            arena.argv(name, *more, *(own or {}).get(index, [])),
             arena.console(name),
             [
                 ("tests.resume.several:be_one_of", {"index": index, "count": count, "port": port}),
@@ -90,9 +95,9 @@ def start_together(arena, name, count, *more, before=None):
     ]
 
 
-def run_together(arena, name, count, *more, before=None):
+def run_together(arena, name, count, *more, before=None, own=None):
     """Run the processes to their end; their exit statuses, in the order of their indices."""
-    return [arena.server.wait(pid) for pid in start_together(arena, name, count, *more, before=before)]
+    return [arena.server.wait(pid) for pid in start_together(arena, name, count, *more, before=before, own=own)]
 
 
 def attack_lost(server, folder, kills, seed):

@@ -143,6 +143,13 @@ def test_a_process_that_says_nothing_is_not_waited_for_without_end(arena):
     assert newest_checkpoint(arena.folder / "silent").name.startswith(f"u{summary(arena, 'silent')['updates']:08d}")
 
 
+def test_processes_with_other_settings_do_not_start(arena):
+    """One machine with another learning rate in its file: nothing is written, and both say what differs."""
+    assert run_together(arena, "unlike", 2, own={1: ["--optim.lr", "0.1"]}) == [2, 2]
+    assert "processes 0 and 1 differ: settings" in console(arena, "unlike")
+    assert not (arena.folder / "unlike" / "environment.json").exists()
+
+
 def test_an_optimizer_that_steps_in_backward_is_refused(arena):
     """It moves weights before the gradients of the others have come; both processes name the setting."""
     settings = {"optim.name": "adafactor_in_backward", "optim.clip_norm": 0, "batch.groups_per_update": 1}

@@ -32,7 +32,7 @@ files in `benchmarks/results/`, and a test fails when the two differ.
 What is not promised: the same bits on another machine, another version of torch, or a GPU without `hardware.deterministic`.
 Power loss was modelled from recorded calls (R3), not tried with a plug. Network file systems and Windows were not tried.
 """
-ATTACKS = ("R1", "R2", "R3", "R4", "R6", "R7", "R9", "R10", "R12", "R13", "R17")
+ATTACKS = ("R1", "R2", "R3", "R4", "R6", "R7", "R9", "R10", "R12", "R13", "R17", "R22")
 
 
 def newest(kind: str) -> dict[str, Any] | None:

@@ -75,8 +75,10 @@ def serve():
     import resilient_t5.training.process  # noqa: F401  the import that every child is to find done
     from resilient_t5.commands.train import main
 
-    # A shell starts what goes to the background with SIGINT ignored; a run keeps to that, and no attack would reach it.
+    # A shell starts what goes to the background with SIGINT ignored, and nohup SIGHUP; a run keeps to that, and no attack
+    # would reach it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:

@@ -40,6 +40,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.examples < 1:
         raise ConfigError(f"--examples {arguments.examples} is below 1")
+    if arguments.tensorboard and not arguments.curve_examples:
+        raise ConfigError("--tensorboard draws the resilience curve, and --curve_examples 0 leaves it out")
     configs = {path: _config_of(Path(path)) for path in arguments.run}
     # Imported late: --help and a wrong path must not wait for torch.
     from resilient_t5.restoration.resilience import Curve, table_lines
@@ -65,11 +67,25 @@ def _evaluate(argv: Sequence[str]) -> int:
 
         draw_resilience(drawn, Path(arguments.png))
         _say(f"picture: {arguments.png}")
+    if arguments.tensorboard:
+        _draw_boards(drawn)
     line = json.dumps({"models": documents}, ensure_ascii=False)
     if arguments.json:
         Path(arguments.json).write_text(line + "\n", encoding="utf-8")
     print(json.dumps({"models": documents}))
     return ExitCode.OK
+
+
+def _draw_boards(drawn: Sequence[tuple[str, Any]]) -> None:
+    """The curves of each run in its own TensorBoard."""
+    from resilient_t5.training.board import draw_resilience_board
+    from resilient_t5.training.resilience_picture import draw_resilience
+
+    for path, curves in drawn:
+        picture = Path(path) / "resilience.png"
+        draw_resilience([(path, curves)], picture)
+        draw_resilience_board(Path(path) / "tensorboard" / "resilience", curves, picture)
+        _say(f"TensorBoard: {Path(path) / 'tensorboard'}, run resilience")
 
 
 def _config_of(run: Path) -> Config:
@@ -123,4 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=3, help="restored examples to show (3)")
     parser.add_argument("--json", default="", help="file for the figures; they are the last line of the output too")
     parser.add_argument("--png", default="resilience.png", help="where the picture of the curves goes; empty draws none")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="draw each model's curve into the TensorBoard folder of its run, too"
+    )
     return parser

@@ -8,7 +8,7 @@ curves are put together by the layout of the custom scalars tab. Losses also sta
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from resilient_t5.restoration.resilience import Curve
 
 GROUPS = {
     "train": ("train", "performance"),
@@ -101,6 +103,25 @@ class Board:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+def draw_resilience_board(directory: Path, curves: Sequence[Curve], picture: Path) -> None:
+    """The resilience curves as curves over the damage in percent, their areas, and their picture.
+
+    Args:
+        directory: a run of its own in TensorBoard, since the x axis is no update here.
+        curves: of one model.
+        picture: the PNG that was drawn of them.
+    """
+    _wait_for_a_later_second(directory)
+    with SummaryWriter(str(directory), purge_step=0) as writer:
+        for curve in curves:
+            for point in curve.points:
+                if point.rate.n:
+                    writer.add_scalar(f"resilience/term_rate_{curve.damage}", point.rate.rate, round(100 * point.level))
+            writer.add_scalar(f"resilience/area_{curve.damage}", curve.area, 0)
+        with Image.open(picture) as image:
+            writer.add_image("resilience/curve", np.asarray(image.convert("RGB")), 0, dataformats="HWC")
 
 
 def _wait_for_a_later_second(directory: Path) -> None:

@@ -1,8 +1,10 @@
 """bin/evaluate as a user meets it. Run: python -m pytest tests/commands/test_evaluate.py"""
 
 import json
+import shutil
 
 import pytest
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 from resilient_t5.commands.evaluate import main
 from tests.conftest import read_summary
@@ -36,6 +38,25 @@ def test_several_models_stand_in_one_table(finished, capsys):
     assert len(models) == 2
     assert models[0]["term_rate"] == models[1]["term_rate"] == read_summary(finished)["last"]["term_restoration"]
     assert sum(line.startswith(str(finished)) for line in lines) >= 2
+
+
+def test_the_resilience_curve_stands_in_the_tensorboard_of_the_run(finished, tmp_path, capsys):
+    """As a run beside the training, drawn twice and shown once; the curves are those of the printed figures."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    command = [str(run), "--examples", "4", "--curve_examples", "3", "--png", "", "--tensorboard"]
+    assert main(command) == main(command) == 0
+    (model,), _ = figures(capsys)
+    board = EventMultiplexer().AddRunsFromDirectory(str(run / "tensorboard")).Reload()
+    assert set(board.Runs()) == {".", "resilience"}
+    for curve in model["resilience"]:
+        drawn = [
+            (event.step, event.tensor_proto.float_val[0])
+            for event in board.Tensors("resilience", f"resilience/term_rate_{curve['damage']}")
+        ]
+        told = [(round(100 * point["level"]), point["term_rate"]) for point in curve["points"] if point["n"]]
+        assert drawn == [(level, pytest.approx(rate)) for level, rate in told]
+    assert len(board.Tensors("resilience", "resilience/curve")) == 1
 
 
 def test_other_text_is_examined_whole_and_what_was_never_trained_is_counted(finished, tmp_path, capsys):

@@ -57,11 +57,16 @@ class PartWriter:
         counts["with_term"] += len(np.unique(examples.terms[:, 0]))
 
     def end_batch(self) -> None:
-        """Note how far all streams have come."""
-        self._totals.append([self.counts[split][name] for split in SPLITS for name in COUNTED])
+        """Note how far all streams have come; what was added since the last time is one batch."""
+        self._totals.append(self._so_far())
+
+    def _so_far(self) -> list[int]:
+        return [self.counts[split][name] for split in SPLITS for name in COUNTED]
 
     def close(self, extra: dict[str, Any]) -> "Part":
-        """End the streams and write the counts, with `extra` beside them."""
+        """End the streams and write the counts, with `extra` beside them; a batch that was not ended ends here."""
+        if any(self._so_far()) and self._totals[-1:] != [self._so_far()]:
+            self.end_batch()
         self.release()
         np.save(self._directory / FREQUENCIES, self._frequencies)
         totals = np.array(self._totals, dtype=np.int64).reshape(-1, len(SPLITS) * len(COUNTED))

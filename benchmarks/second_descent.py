@@ -10,7 +10,7 @@ For each seed three things happen: `configs/second-descent.yaml` trains as it st
 that rule is replayed over the first run, which must stop at the same update with the same best. Both models are then
 examined by `bin/evaluate` on the same held-out notes.
 
-    python benchmarks/second_descent.py [--seeds 42 43 44] [--dir runs/second-descent] [--json FILE]
+    python benchmarks/second_descent.py [--seeds 42 43 44] [--dir runs/second-descent-benchmark] [--json FILE]
     python benchmarks/second_descent.py --notes_only         writes the notes that the configuration names, and stops
 
 The last line is JSON: {"seeds": {seed: {"seed_code": {...}, "ours": {...}, "replay_agrees": true}}}.
@@ -116,7 +116,7 @@ def main() -> int:
     """Run all seeds; print a line for each, and JSON last."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--dir", type=Path, default=Path("runs/second-descent"), help="where the runs go")
+    parser.add_argument("--dir", type=Path, default=Path("runs/second-descent-benchmark"), help="where the runs go")
     parser.add_argument("--json", type=Path, help="also write the last line there")
     parser.add_argument("--notes_only", action="store_true", help="only write the notes that the configuration names")
     arguments = parser.parse_args()

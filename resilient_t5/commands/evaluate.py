@@ -67,11 +67,11 @@ def _evaluate(argv: Sequence[str]) -> int:
 
         draw_resilience(drawn, Path(arguments.png))
         _say(f"picture: {arguments.png}")
-    if arguments.tensorboard:
-        _draw_boards(drawn)
     line = json.dumps({"models": documents}, ensure_ascii=False)
     if arguments.json:
         Path(arguments.json).write_text(line + "\n", encoding="utf-8")
+    if arguments.tensorboard:
+        _draw_boards(drawn)
     print(json.dumps({"models": documents}))
     return ExitCode.OK
 

@@ -130,7 +130,7 @@ class Batches:
         return self._cut(window, window.groups[update % self.window_updates])
 
     def longest(self) -> list[MicroBatch]:
-        """The micro-batches of an update that no run has: its examples are the longest of all, so no other takes more."""
+        """The micro-batches of an update that no run has: its examples are the longest of all, so hardly any takes more."""
         count = min(self.examples_per_update, len(self.split))
         lengths = np.diff(self.split.offsets)
         example_ids = np.argpartition(lengths, len(lengths) - count)[-count:]
@@ -140,7 +140,8 @@ class Batches:
 
     def _cut(self, window: _Window, groups: list[np.ndarray]) -> list[MicroBatch]:
         """Groups of rows as micro-batches, the largest first."""
-        cut_group = cut if self.window_updates > 1 else cheapest_cut
+        whole = self.window_updates > 1 or self.config.optim.name == "adafactor_in_backward"  # which cannot accumulate
+        cut_group = cut if whole else cheapest_cut
         parts = [
             rows
             for group in groups

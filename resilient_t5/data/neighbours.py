@@ -50,7 +50,7 @@ class Neighbours:
 def count_neighbours(split: TokenSplit, rows: int, most_ids: int) -> Neighbours:
     """Positive PMI of the most frequent ids of `split`.
 
-    Reads 8 million tokens at most, the first ones of the split: some 4 s on one core, 210 MB.
+    Reads 8 million tokens at most, the first ones of the split: some 4 to 8 s on one core, 210 MB.
 
     Args:
         rows: every id is below.

@@ -1,7 +1,7 @@
 """The first vectors of a vocabulary: what its pieces stand beside, factored, instead of noise.
 
 A model from scratch learns from the masked tokens alone, a few hundred an update; which pieces resemble one another can
-be counted beforehand from every token of the corpus. The matrix of positive pointwise mutual information is factored by a
+be counted beforehand from millions of tokens. The matrix of positive pointwise mutual information is factored by a
 randomised eigendecomposition (Halko, Martinsson & Tropp 2011); the product of two vectors then says how much more often
 their pieces stand together than chance has it (Levy & Goldberg 2014).
 """
@@ -20,6 +20,8 @@ RANK = 256
 """Components that are kept at most; a wider model holds them in its first directions, turned at random."""
 OVERSAMPLED = 1.5
 ROUNDS = 4
+# A factored row shorter than this share of the longest is rounding noise about an id without telling neighbours.
+NOISE_SHARE = 1e-3
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def put_first_vectors(model: T5Model, ids: np.ndarray, vectors_nR: torch.Tensor,
     Args:
         model: from scratch, with first weights; other rows stay as they are.
         ids: int (n,), rows of the model.
-        vectors_nR: float32, R at most the model's width; a row of zeros leaves its id as it is.
+        vectors_nR: float32, R at most the model's width; a row that is as good as zero leaves its id as it is.
         seed: of the turn into the model's width.
     """
     table_VD = model.shared.weight
@@ -37,7 +39,7 @@ def put_first_vectors(model: T5Model, ids: np.ndarray, vectors_nR: torch.Tensor,
     generator = torch.Generator().manual_seed(seed)
     turn_RD = torch.nn.init.orthogonal_(torch.empty(rank, width), generator=generator)
     length_n1 = vectors_nR.norm(dim=1, keepdim=True)
-    told = (length_n1[:, 0] > 0).nonzero()[:, 0]
+    told = (length_n1[:, 0] > NOISE_SHARE * length_n1.max()).nonzero()[:, 0] if len(ids) else torch.zeros(0, dtype=torch.int64)
     placed_nD = (vectors_nR[told] / length_n1[told] * STREAM_SCALE * width**0.5) @ turn_RD
     rows = torch.from_numpy(np.asarray(ids, np.int64))[told].to(table_VD.device)
     for table in [table_VD] if is_tied(model) else [table_VD, model.lm_head.weight]:

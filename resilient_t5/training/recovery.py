@@ -65,7 +65,7 @@ def save_if_due(run: Run, stop: StopSignal) -> None:
         if run.ranks.is_writer and (cause := run.saver.due(run.state, stop)) is not None:
             run.saver.save(run.state, cause, stop)
     except NonFiniteState as error:
-        refused = f"{error.what} ({error.where})"
+        refused = f"{error.what} ({error.where})"[:300]
     if (refused := run.ranks.word("save", refused)) is not None:
         verdict = run.guard.not_finite(max(0, run.state.attempted - 1), refused)
         run.telemetry.row("guard", run.state.update, action=str(verdict.action), why=verdict.why)

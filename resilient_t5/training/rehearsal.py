@@ -1,6 +1,6 @@
 """`bin/train --dry_run`: what would happen, said without doing it; or the hardest moments of the run, done for real.
 
-A rehearsal builds the run in a directory of its own beside the run directory, on the disk that the run will use, and
+A rehearsal builds the run in a directory of its own in or beside the run directory, on the disk that the run will use, and
 takes that directory away again: two updates of the longest examples, two of the run's own first updates, one batch of
 evaluation, one of generation, one save and its load, compared bit for bit. So what would fail after hours fails now.
 """
@@ -21,7 +21,7 @@ from resilient_t5.data.batches import EvaluationBatch, MicroBatch
 from resilient_t5.data.identity import identify
 from resilient_t5.data.prepare import prepare, standing_store, store_directory
 from resilient_t5.data.store import Store
-from resilient_t5.errors import ExitCode, StorageError
+from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
 from resilient_t5.training.banner import GIB, banner_lines, free_bytes
 from resilient_t5.training.directory import inspect
 from resilient_t5.training.evaluate import evaluate, restore_terms
@@ -49,7 +49,7 @@ def show_plan(config: Config, given: Given, tell: Callable[[str], None]) -> bool
     store = standing_store(config, store_directory(config))
     if store is None:
         identify(config, None)  # finds what is missing: text, terms, tokenizer
-        tell(f"run    {config.run.dir}, new")
+        tell(f"run    {config.run.dir}, {f'resumed from {resumed_from}' if resumed_from else 'new'}")
         tell(f"data   no prepared corpus at {store_directory(config)} yet: bin/prepare, or --dry_run update, counts it")
         return False
     for line in banner_lines(outlook_over(config, store), given, resumed_from):
@@ -84,10 +84,19 @@ def newest_checkpoint(config: Config) -> str | None:
 
     Raises:
         RunDirectoryError, ResumeMismatch: the run directory may not be used by this run.
+        NoValidCheckpoint: the one that run.resume names is not there, or none is whole.
     """
     directory = inspect(config)
     vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=lambda event, fields: None)
-    return next((stored.name for stored in vault.committed()), None)
+    names = [stored.name for stored in vault.committed()]
+    wanted = None if config.run.resume in ("auto", "none") else Path(config.run.resume).name
+    if wanted is not None and wanted not in names:
+        raise NoValidCheckpoint(
+            f"run.resume: {wanted} is no checkpoint of this run", where=str(vault.directory), mend="Use auto"
+        )
+    if not names and any(vault.directory.glob("u*-*")):
+        raise NoValidCheckpoint("there are checkpoints and none of them is whole", where=str(vault.directory))
+    return wanted or next(iter(names), None)
 
 
 def _rehearse_in(workshop: Path, config: Config, start: tuple[Given, str | None], stop: StopSignal, display: Display) -> None:
@@ -100,8 +109,9 @@ def _rehearse_in(workshop: Path, config: Config, start: tuple[Given, str | None]
             display.line(line)
         _update(run, stop)
         run.timing.add("evaluation", _evaluate(run, stop) + _generate(run, stop))
+        peak_mib = memory_mib(run.device)  # the comparison of a save takes more than the run itself
         save_bytes = _save_and_load(run, stop)
-        for line in _projection(run, config, save_bytes):
+        for line in _projection(run, config, peak_mib, save_bytes):
             display.line(line)
     finally:
         close(run)
@@ -149,12 +159,13 @@ def _evaluate(run: Run, stop: StopSignal) -> float:
 def _generate(run: Run, stop: StopSignal) -> float:
     """The longest batch of generation; returns the seconds that restoring adds to an evaluation on average."""
     batches, settings = run.evaluator.restore_batches, run.config.evaluation
-    if not batches or not settings.restore_every:
+    if not batches:
         return 0.0
     begun_s = time.monotonic()
     if restore_terms(replace(run.evaluator, restore_batches=batches[:1]), lambda: stop.requested) is None:
         raise Stopped
-    return _told(run, "restoring", batches, time.monotonic() - begun_s) / settings.restore_every
+    all_s = _told(run, "restoring", batches, time.monotonic() - begun_s)
+    return all_s / settings.restore_every if settings.restore_every else 0.0
 
 
 def _told(run: Run, what: str, batches: Sequence[EvaluationBatch], took_s: float) -> float:
@@ -185,12 +196,12 @@ def _save_and_load(run: Run, stop: StopSignal) -> int:
     return sum(file.stat().st_size for file in (run.directory / "checkpoints").rglob("*") if file.is_file())
 
 
-def _projection(run: Run, config: Config, save_bytes: int) -> Iterator[str]:
+def _projection(run: Run, config: Config, peak_mib: float, save_bytes: int) -> Iterator[str]:
     """Time, memory and disk of the whole run."""
     run.state = RunState()
-    memory, fit = memory_mib(run.device), run.fit
+    fit = run.fit
     planned_mib = fit.choice.needed / MIB
-    yield f"peak   {memory:.0f} MiB in this process, of which {planned_mib:.0f} MiB were planned for model and updates"
+    yield f"peak   {peak_mib:.0f} MiB in this process, of which {planned_mib:.0f} MiB were planned for model and updates"
     yield f"time   about {run.left().text()} for {run.plan.total_updates} updates"
     full = 4 * fit.sizes.with_rows(max(fit.sizes.rows, run.store.tokenizer.size)).parameters
     needed = most_kept(config.checkpoint.keep_last) * save_bytes + 2 * full

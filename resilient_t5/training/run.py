@@ -218,7 +218,7 @@ def restored(saver: Saver, loaded: Loaded | None, config: Config, corpus: Corpus
 
 
 def place_vocabulary(model: T5Model, corpus: Corpus, seed: int) -> None:
-    """Give every piece of a model from scratch the vector that its neighbours in the training text suggest."""
+    """Give the frequent pieces of a model from scratch the vectors that their neighbours in the training text suggest."""
     rows, width = model.shared.weight.shape
     found = count_neighbours(corpus.train, rows, MOST_IDS)
     vectors_nR = factored(found.row_ends, found.columns, found.values, min(RANK, width), seed)

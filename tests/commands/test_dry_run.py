@@ -4,6 +4,7 @@ Run: python -m pytest tests/commands/test_dry_run.py
 """
 
 import os
+import shutil
 import signal
 import time
 
@@ -72,6 +73,19 @@ def test_a_plan_finds_what_would_keep_the_run_from_starting(dry_run, finished, t
     status, console = dry_run("everything", "--run.dir", tmp_path / "new")
     assert (status, "plan or update" in console) == (2, True), console
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_takes_the_checkpoint_that_the_run_would_take(dry_run, finished, tmp_path):
+    """The one that is named; none where none is whole, or none of that name: 66, as the run itself."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    older = sorted(path.name for path in (run / "checkpoints").glob("u*"))[0]
+    status, console = dry_run("plan", "--run.dir", run, "--run.resume", older)
+    assert (status, f"resumed from {older}" in console) == (0, True), console
+    assert dry_run("plan", "--run.dir", run, "--run.resume", "u00000001-0099")[0] == 66
+    for manifest in run.glob("checkpoints/*/MANIFEST.json"):
+        manifest.write_text("{}")
+    assert dry_run("plan", "--run.dir", run)[0] == 66
 
 
 def test_a_rehearsal_does_every_hard_moment_and_leaves_nothing(dry_run, finished):

@@ -1,5 +1,6 @@
 """Micro-batches, readers, evaluation batches. Run: python -m pytest tests/data/test_batches.py"""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig
+from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig, OptimConfig
 from resilient_t5.data import dealing
 from resilient_t5.data.batches import Batches, MicroBatch, Reader, evaluation_batches
 from resilient_t5.data.corruption import corrupt
@@ -465,3 +466,11 @@ def test_no_update_of_an_epoch_has_more_tokens_than_that_of_the_longest_examples
     most = max(sum(micro_batch.useful_tokens for micro_batch in batches.at(update)) for update in range(12))
     assert sum(micro_batch.useful_tokens for micro_batch in longest) >= most
     assert all(micro_batch.padded_tokens <= 400 or len(micro_batch.example_ids) == 1 for micro_batch in longest)
+
+
+def test_an_optimizer_that_cannot_accumulate_gets_an_update_whole():
+    """Also with windows of one update, where others are cut for the least padding."""
+    config = dataclasses.replace(config_of(window_updates=1), optim=OptimConfig(name="adafactor_in_backward", clip_norm=0.0))
+    for update in range(6):
+        assert len(batches_of(small_split(), config, micro_tokens=10**6).at(update)) == 1
+    assert max(len(batches_of(small_split(), config_of(window_updates=1), micro_tokens=10**6).at(u)) for u in range(6)) > 1

@@ -57,3 +57,14 @@ def test_vectors_keep_their_angles_and_the_length_of_first_weights_and_other_row
         assert torch.isclose(torch.cosine_similarity(*placed_2D, dim=0), expected, atol=1e-5)
     untouched = [row for row in range(50) if row not in (7, 30)]
     assert torch.equal(model.shared.weight[untouched], before_VD[untouched])
+
+
+def test_rounding_noise_about_an_id_is_no_vector():
+    """An id without telling neighbours comes out of the factoring a little beside zero, and keeps its drawn row."""
+    model = build_model(ModelConfig(preset="tiny"), vocabulary_rows=50, special=SpecialIds(0, 1, 0), seed=1)
+    before_D = model.shared.weight[9].detach().clone()
+    vectors_2R = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
+    vectors_2R[1] *= 1e-5
+    put_first_vectors(model, np.array([7, 9]), vectors_2R, seed=0)
+    put_first_vectors(model, np.zeros(0, np.int64), torch.zeros(0, 16), seed=0)
+    assert torch.equal(model.shared.weight[9], before_D)

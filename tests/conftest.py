@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,16 @@ telemetry: {log_every: 1, progress: plain, samples: 1}
 hardware: {threads: 1}
 run: {seed: 7}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def foreground():
+    """Signals as in the foreground: a shell ignores SIGINT for what it starts in the background, and nohup SIGHUP.
+
+    A run keeps to what was ignored when it began, and so would every test that sends one.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

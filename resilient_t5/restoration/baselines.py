@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from resilient_t5.data.keyed import GOLDEN, mix
+from resilient_t5.data.neighbours import TokenSplit
 from resilient_t5.restoration.metrics import Answers, Glossary, TermOutcome, gold_text, term_outcome
 
 # Tokens looked at (left, right of the gap), from the most telling context to none. Of the orders that were tried this
@@ -25,16 +26,8 @@ OUTSIDE = -1
 _NO_TERM = -1
 
 
-class TermSplit(Protocol):
+class TermSplit(TokenSplit, Protocol):
     """The part of a split that a baseline reads: ids of all examples, their offsets, term occurrences."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Int: ids of all examples, one after another."""
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Int (examples + 1,): where each example begins in `tokens`."""
 
     @property
     def terms(self) -> np.ndarray:

@@ -13,8 +13,8 @@ from resilient_t5.model.numerics import Precision
 from resilient_t5.training.convergence import Rules
 from resilient_t5.training.device import build_device
 from resilient_t5.training.fitting import Fit, fit_run
-from resilient_t5.training.run import Corpus, Run, batch_sizes
-from resilient_t5.training.schedule import Plan, make_plan
+from resilient_t5.training.run import Corpus, Run, batch_sizes, planned
+from resilient_t5.training.schedule import Plan
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def outlook_over(config: Config, store: Store) -> Outlook:
     fit = fit_run(config, store, device, precision.name)
     sizes = batch_sizes(config, device, fit.choice.micro_tokens)
     batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
-    plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
-    rules = Rules.from_config(config.convergence, plan.to_updates, config.evaluation)
-    return Outlook(config, device, precision, fit, store, plan, rules)
+    return Outlook(config, device, precision, fit, store, *planned(config, batches))
 
 
 def nearest_existing(path: Path) -> Path:

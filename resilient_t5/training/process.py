@@ -101,7 +101,7 @@ def _train_locked(config: Config, config_yaml: str, given: Given, display: Displ
     if ranks.is_writer:
         vault.sweep()
     store = _prepared(config, ranks, progress_teller(stop, display.line))
-    loaded = load_together(vault, ranks, lambda: _resumed(config, directory, vault))
+    loaded = load_together(vault, ranks, lambda: _resumed(config, vault))
 
     def claim_directory() -> None:
         if ranks.is_writer:
@@ -165,17 +165,25 @@ def close(run: Run) -> None:
         run.telemetry.close()
 
 
-def _resumed(config: Config, directory: RunDirectory, vault: Vault) -> Loaded | None:
+def _resumed(config: Config, vault: Vault) -> Loaded | None:
     """The checkpoint to go on from: the newest valid one, or the one that `run.resume` names; None for a new run.
 
     Raises:
         NoValidCheckpoint: there are checkpoints and none of them is whole.
     """
+    name = named_checkpoint(config, vault)
+    return vault.load_newest() if name is None else vault.load(name)
+
+
+def named_checkpoint(config: Config, vault: Vault) -> str | None:
+    """The checkpoint of this run that `run.resume` names; None where it leaves the choice.
+
+    Raises:
+        NoValidCheckpoint: there is none of that name.
+    """
     if config.run.resume in ("auto", "none"):
-        return vault.load_newest()
+        return None
     name = Path(config.run.resume).name
     if name not in {committed.name for committed in vault.committed()}:
-        raise NoValidCheckpoint(
-            f"run.resume: {name} is no checkpoint of this run", where=str(directory.path / "checkpoints"), mend="Use auto"
-        )
-    return vault.load(name)
+        raise NoValidCheckpoint(f"run.resume: {name} is no checkpoint of this run", where=str(vault.directory), mend="Use auto")
+    return name

@@ -28,7 +28,7 @@ from resilient_t5.training.evaluate import evaluate, restore_terms
 from resilient_t5.training.host import MIB, memory_mib
 from resilient_t5.training.outlook import nearest_existing, outlook_of, outlook_over
 from resilient_t5.training.preparing import progress_teller
-from resilient_t5.training.process import Given, close
+from resilient_t5.training.process import Given, close, named_checkpoint
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run
 from resilient_t5.training.saving import AuditTrail
@@ -88,12 +88,7 @@ def newest_checkpoint(config: Config) -> str | None:
     """
     directory = inspect(config)
     vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=lambda event, fields: None)
-    names = [stored.name for stored in vault.committed()]
-    wanted = None if config.run.resume in ("auto", "none") else Path(config.run.resume).name
-    if wanted is not None and wanted not in names:
-        raise NoValidCheckpoint(
-            f"run.resume: {wanted} is no checkpoint of this run", where=str(vault.directory), mend="Use auto"
-        )
+    names, wanted = [stored.name for stored in vault.committed()], named_checkpoint(config, vault)
     if not names and any(vault.directory.glob("u*-*")):
         raise NoValidCheckpoint("there are checkpoints and none of them is whole", where=str(vault.directory))
     return wanted or next(iter(names), None)

@@ -1,6 +1,5 @@
 """Run: all the parts of one training run; `build_run` is the only place that constructs them."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ from resilient_t5.training.guard import Guard
 from resilient_t5.training.host import give_large_blocks_back, numeric_conditions
 from resilient_t5.training.progress import Display
 from resilient_t5.training.ranks import ALONE, Ranks
-from resilient_t5.training.saving import AuditTrail, Saver
+from resilient_t5.training.saving import AuditTrail, Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
 from resilient_t5.training.state import RunState
 from resilient_t5.training.suspend import slept_s
@@ -162,19 +161,14 @@ def build_run(
     corpus = Corpus.over(store, config)
     device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus, ranks)
     updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed, ranks)
-    plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
-    convergence = ConvergenceMachine(Rules.from_config(config.convergence, plan.to_updates, config.evaluation))
-    guard = Guard(plan.warmup_updates)
+    plan, rules = planned(config, batches)
+    convergence, guard, ids = ConvergenceMachine(rules), Guard(plan.warmup_updates), trained_ids(corpus, model)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
-    ids = trained_ids(corpus, model)
-    fingerprints = {"data": data_sha256(config, store), "vocabulary": vocabulary_sha256(store, ids)}
     conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": ranks.count}
     conditions |= {**sizes, **numeric_conditions(device)}
-    saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, timing)
+    saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, timing)
     evaluator = replace(build_evaluator(config, corpus, accelerator, model, sizes), ranks=ranks)
-    state = restored(saver, loaded, config, corpus)
-    same = {**fingerprints, "settings": mathematics_sha256(config), "precision": precision.name}
-    ranks.begin_equal(model, same, is_new=loaded is None)
+    state = begun_together(saver, loaded, config, corpus, ranks)
     claim()
     telemetry = telemetry_from(state, config, ranks)
     audit.attach(telemetry, display)
@@ -203,6 +197,20 @@ def build_run(
         ranks=ranks,
         slept_s=slept_s(),
     )
+
+
+def planned(config: Config, batches: Batches) -> tuple[Plan, Rules]:
+    """The plan and the rules of stopping, in updates of these batches."""
+    plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
+    return plan, Rules.from_config(config.convergence, plan.to_updates, config.evaluation)
+
+
+def begun_together(saver: Saver, loaded: Loaded | None, config: Config, corpus: Corpus, ranks: Ranks) -> RunState:
+    """The state that the run begins with, the same in every process."""
+    state = restored(saver, loaded, config, corpus)
+    same = {**saver.fingerprints, "settings": mathematics_sha256(config), "precision": saver.conditions["precision"]}
+    ranks.begin_equal(saver.updater.model, same, is_new=loaded is None)
+    return state
 
 
 def restored(saver: Saver, loaded: Loaded | None, config: Config, corpus: Corpus) -> RunState:
@@ -289,18 +297,6 @@ def trained_ids(corpus: Corpus, model: T5Model) -> np.ndarray:
     """Full ids of the model's rows; a whole checkpoint may have more rows than its tokenizer has ids."""
     rows = model.shared.weight.shape[0]
     return corpus.active_to_full if rows == len(corpus.active_to_full) else np.arange(rows)
-
-
-def data_sha256(config: Config, store: Store) -> str:
-    """Hash of what examples are made from: the store, and the user's look-alikes by content."""
-    confusions = config.corruption.confusions
-    content = b"" if confusions is None else Path(confusions).read_bytes()
-    return hashlib.sha256(store.fingerprint.encode() + content).hexdigest()
-
-
-def vocabulary_sha256(store: Store, ids: np.ndarray) -> str:
-    """Hash of what each vocabulary row of the model means."""
-    return hashlib.sha256(store.tokenizer.fingerprint().encode() + ids.astype("<i8").tobytes()).hexdigest()
 
 
 def build_full_model(config: Config, store: Store) -> T5Model:

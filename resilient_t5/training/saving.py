@@ -4,16 +4,20 @@
 convergence machine, the guard and the loss scaler. The checkpoint package stores named parts and knows none of them.
 """
 
+import hashlib
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.vault import Committed, Loaded, Parts
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config import Config, mathematics, mathematics_sha256
+from resilient_t5.data.store import Store
 from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.optim import load_named_state, named_state
 from resilient_t5.model.tables import T5Model
@@ -37,7 +41,7 @@ class Saver:
     writer: Writer
     config: Config
     fingerprints: dict[str, str]
-    """What the state belongs to: `data` (the store) and `vocabulary` (tokenizer and trained rows)."""
+    """What the state belongs to; see `fingerprints_of`."""
     conditions: dict[str, Any]
     """What bits depend on beside the mathematics: machine, versions, threads, the cut into micro-batches."""
     updater: Updater
@@ -180,6 +184,20 @@ class Saver:
     def _note(self, committed: list[Committed]) -> None:
         for checkpoint in committed:
             self.committed, self.write_s = (checkpoint.update, checkpoint.is_best), checkpoint.seconds
+
+
+def fingerprints_of(config: Config, store: Store, ids: np.ndarray) -> dict[str, str]:
+    """Hashes of what a run's state belongs to.
+
+    `data`: what examples are made from, that is the store, and the user's look-alikes by content. `vocabulary`: what each
+    vocabulary row of the model means, by its full id in `ids`.
+    """
+    confusions = config.corruption.confusions
+    content = b"" if confusions is None else Path(confusions).read_bytes()
+    return {
+        "data": hashlib.sha256(store.fingerprint.encode() + content).hexdigest(),
+        "vocabulary": hashlib.sha256(store.tokenizer.fingerprint().encode() + ids.astype("<i8").tobytes()).hexdigest(),
+    }
 
 
 def is_best(state: RunState) -> bool:

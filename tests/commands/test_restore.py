@@ -20,15 +20,6 @@ from tests.conftest import read_summary
 TEXT = "诊断：抑郁症。处方：[?]；剂量：每次50毫克。\r\nDiagnosis: [?]. Course: [?][?]\n"
 
 
-@pytest.fixture(scope="module")
-def finished(fork_server, tiny_config, tmp_path_factory):
-    """A run that went to its planned end."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    output = run.with_name("console.txt")
-    assert fork_server.run(["--config", tiny_config, "--run.dir", run], output) == 0, output.read_text()
-    return run
-
-
 @pytest.fixture
 def call(monkeypatch, capfdbinary):
     """Runs a command with bytes on standard input; gives its code, standard output and standard error."""

@@ -94,6 +94,8 @@ class CorruptionConfig:
     """`restore`: the target is what is missing; `correct`: the target is the whole clean text."""
     mask_ratio: float = 0.20
     """Share of a chunk's tokens that is masked."""
+    mask_ratio_spread: float = 0.0
+    """Each training chunk draws its own ratio, up to this far below or above `mask_ratio`; evaluation stays at `mask_ratio`."""
     term_probability: float = 0.5
     """Probability that a term occurrence is masked, before random spans fill up to `mask_ratio`."""
     max_span_tokens: int = 3
@@ -112,6 +114,10 @@ class CorruptionConfig:
     def __post_init__(self) -> None:
         check(
             (0.0 < self.mask_ratio <= 0.9, f"corruption.mask_ratio: {self.mask_ratio} is not in (0, 0.9]"),
+            (
+                0.0 <= self.mask_ratio_spread <= min(self.mask_ratio, 0.9 - self.mask_ratio),
+                f"corruption.mask_ratio_spread: {self.mask_ratio_spread} takes mask_ratio {self.mask_ratio} out of 0 to 0.9",
+            ),
             share("corruption.term_probability", self.term_probability),
             (self.max_span_tokens >= 1, f"corruption.max_span_tokens: {self.max_span_tokens} is below 1"),
             (1 <= self.max_sentinels <= 100, f"corruption.max_sentinels: {self.max_sentinels} is not between 1 and 100"),

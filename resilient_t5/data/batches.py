@@ -18,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -281,7 +281,8 @@ def evaluation_batches(
     count = min(examples, len(split))
     example_ids = order(seed, EVALUATION_EPOCH, np.arange(count), len(split))
     epochs = np.full(count, EVALUATION_EPOCH)
-    corrupted = corrupt(split, example_ids, epochs, seed=seed, settings=config.corruption, data=config.data, table=table)
+    settings = replace(config.corruption, mask_ratio_spread=0.0)
+    corrupted = corrupt(split, example_ids, epochs, seed=seed, settings=settings, data=config.data, table=table)
     lengths, of_terms = _lengths(corrupted), term_targets(corrupted)
     parts = cut(np.lexsort(lengths[::-1]), lengths, micro_tokens, pad_multiple)
     return [

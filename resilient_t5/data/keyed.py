@@ -35,6 +35,7 @@ class Stream(IntEnum):
     NOISE_BURST = 9
     NOISE_KIND = 10
     NOISE_REPLACEMENT = 11
+    MASK_RATIO = 12
 
 
 def mix(words: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Rules, per chunk of n tokens:
 
-* The budget is `mask_ratio` * n tokens, rounded, at least 1.
+* The budget is a share of the n tokens, rounded, at least 1. The share is `mask_ratio`, or drawn for each chunk, uniform from
+  `mask_ratio` - `mask_ratio_spread` to `mask_ratio` + `mask_ratio_spread`.
 * Term occurrences that share a token are one unit. Each unit is drawn with `term_probability`; the drawn ones are taken
   whole, in random order, while budget, sentinels and target length last. The first one may pass the budget, up to half
   the chunk. A unit that holds a special token is never drawn.
@@ -83,7 +84,7 @@ def choose_masks(
     """Choose what is masked in every row; a pure function of each row's own key, tokens and terms."""
     special = table.special[rows.ids]
     units = _join_overlapping(rows, occurrences, special, max_target_tokens)
-    budget = np.maximum(np.floor(settings.mask_ratio * rows.tokens + 0.5).astype(np.int64), 1)
+    budget = np.maximum(np.floor(_ratios(row_keys, settings) * rows.tokens + 0.5).astype(np.int64), 1)
     taken = _choose_terms(rows, units, row_keys, settings, np.stack((budget, np.full_like(budget, max_target_tokens))))
     masked = _covered(len(rows.ids), units.start[taken], units.end[taken])
     in_term = _covered(len(rows.ids), units.start, units.end)
@@ -120,6 +121,12 @@ class _Room:
     spans: np.ndarray
     target: np.ndarray
     """Target tokens, sentinels counted."""
+
+
+def _ratios(row_keys: RowKeys, settings: CorruptionConfig) -> np.ndarray:
+    """float64 (B,): the share of every row that is to be masked."""
+    draw = uniform(keys(row_keys.seed, Stream.MASK_RATIO, row_keys.epochs, row_keys.example_ids), 0)
+    return settings.mask_ratio + settings.mask_ratio_spread * (2.0 * draw - 1.0)
 
 
 def _covered(slots: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ SETTINGS_SHOWN = (
     "optim.name",
     "batch.examples_per_update",
     "corruption.mask_ratio",
+    "corruption.mask_ratio_spread",
     "corruption.term_probability",
     "corruption.noise_ratio",
     "convergence.preset",

@@ -114,7 +114,8 @@ def _longest(config: Config, split: Split) -> tuple[int, int]:
     whole = int(lengths[~paired].max(initial=0))
     # Doubled characters make a source longer than its text; masking never does.
     source = max(math.ceil(whole * (1 + config.corruption.noise_ratio)), int(pairs.max(initial=0))) + 1
-    masked = math.ceil(whole * config.corruption.mask_ratio) + config.corruption.max_sentinels + 1
+    most_masked = config.corruption.mask_ratio + config.corruption.mask_ratio_spread
+    masked = math.ceil(whole * most_masked) + config.corruption.max_sentinels + 1
     target = whole if config.corruption.task == "correct" else masked
     target = max(target, int((lengths - pairs)[paired].max(initial=0))) + 1
     return min(source, most_source), min(target, most_target)

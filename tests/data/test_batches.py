@@ -379,6 +379,19 @@ def test_evaluation_is_fixed_keyed_and_apart_from_training():
     assert len(damaged & set(examples_of([b.micro_batch for b in first]))) <= 2
 
 
+def test_evaluation_keeps_to_the_mask_ratio_where_training_spreads_it():
+    """A spread changes training batches and no bit of the evaluation."""
+    split, config = small_split(60), config_of()
+    corruption = dataclasses.replace(config.corruption, mask_ratio_spread=0.2)
+    spread = dataclasses.replace(config, corruption=corruption)
+    chosen = {"examples": 40, "seed": 1, "micro_tokens": 500, "pad_multiple": 8}
+    plain, same_ones = (
+        [b.micro_batch for b in evaluation_batches(split, TABLE, config_, **chosen)] for config_ in (config, spread)
+    )
+    assert same(plain, same_ones)
+    assert not same(batches_of(split, config).at(0), batches_of(split, spread).at(0))
+
+
 def test_evaluation_batches_know_what_was_masked():
     """Spans and masked terms of each micro-batch are numbered by its own rows; its labels hold them where it says."""
     split = small_split(60)

@@ -69,6 +69,9 @@ def same(one: Corrupted, other: Corrupted) -> bool:
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
 
 
+RATIOS = [(0.01, 0.0), (0.15, 0.0), (0.2, 0.0), (0.2, 0.2), (0.5, 0.0), (0.5, 0.4), (0.9, 0.0)]
+
+
 @st.composite
 def cases(draw):
     """A random split and settings of every kind."""
@@ -82,7 +85,7 @@ def cases(draw):
     )
     max_target_tokens = draw(st.sampled_from([8, 20, 64, 256]))
     chosen = {
-        "mask_ratio": draw(st.sampled_from([0.01, 0.15, 0.2, 0.5, 0.9])),
+        **draw(st.sampled_from([{"mask_ratio": ratio, "mask_ratio_spread": spread} for ratio, spread in RATIOS])),
         "term_probability": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "max_span_tokens": draw(st.integers(1, 6)),
         "max_sentinels": draw(st.integers(1, min(100, max_target_tokens // 2 - 1))),
@@ -186,6 +189,18 @@ def test_the_mask_ratio_holds_over_a_thousand_chunks(mask_ratio):
         split = random_split(lengths, 5, term_gap=term_gap)
         share = masked_share(damage(split, mask_ratio=mask_ratio, max_sentinels=40), split)
         assert abs(share.mean() - mask_ratio) < 0.02
+
+
+def test_with_a_spread_every_chunk_and_epoch_has_a_ratio_of_its_own():
+    """The masked shares of 4,000 chunks are uniform from 0.05 to 0.35, their mean is mask_ratio, and epochs do not agree."""
+    split = random_split(np.full(4000, 200), 5)
+    spread = {"mask_ratio": 0.2, "mask_ratio_spread": 0.15, "max_sentinels": 100}
+    share = masked_share(damage(split, **spread), split)
+    assert abs(share.mean() - 0.2) < 0.005
+    deciles = np.quantile(share, np.arange(0.1, 1.0, 0.1))
+    assert np.abs(deciles - np.arange(0.08, 0.35, 0.03)).max() < 0.01
+    later = masked_share(damage(split, epoch=1, **spread), split)
+    assert abs(np.corrcoef(share, later)[0, 1]) < 0.05
 
 
 def test_scarce_sentinels_make_spans_longer_before_they_make_them_fewer():

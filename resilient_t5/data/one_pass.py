@@ -145,7 +145,7 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
     """
     started = time.perf_counter()
     counts, tally = CorpusCounts(), Tally(np.zeros(len(job.terms.terms), dtype=np.int64))
-    total = _bytes_to_read(job.identity)
+    total = bytes_to_read(job.identity)
     matcher = TermMatcher(job.terms.terms) if job.terms.terms else None
     smallest_key = 2**64
     with _part_writer(directory, job.tokenizer.size) as writer:
@@ -223,7 +223,7 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
     )
 
 
-def _bytes_to_read(identity: Identity) -> int:
+def bytes_to_read(identity: Identity) -> int:
     """Unpacked bytes of the inputs; of packed files an estimate."""
     entries = [entry for entry in identity.inputs if entry["key"] in ("data.train", "data.validation")]
     return sum(entry["bytes"] * (USUAL_PACKING if entry["path"].endswith(PACKED_SUFFIXES) else 1) for entry in entries)

@@ -1,6 +1,7 @@
 """Corpus + tokenizer + terms -> store and report: reused while nothing changed, refused by name when something did."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from resilient_t5.config import Config
@@ -8,7 +9,7 @@ from resilient_t5.data.building import making, only_maker, storage_errors
 from resilient_t5.data.finish import finish_store, open_shard, write_shard_identity
 from resilient_t5.data.formats import CorpusCounts
 from resilient_t5.data.identity import differences, identify, is_builtin, terms_path
-from resilient_t5.data.one_pass import Job, Progress, documents_of, write_part
+from resilient_t5.data.one_pass import Job, Progress, bytes_to_read, documents_of, write_part
 from resilient_t5.data.parts import Part
 from resilient_t5.data.sample import clinical_terms
 from resilient_t5.data.store import TOKENIZER, Store, not_a_store, read_meta, store_state
@@ -23,8 +24,8 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
     Args:
         config: sections data, tokenizer, model (tokenizer, active vocabulary), batch and run.seed are read.
         directory: the store; absent or empty, or a store made from the same text, tokenizer, terms and settings.
-        on_progress: called with (bytes read, bytes to read) now and then, also while waiting for another process that
-            makes the same store; what it raises stops the work and leaves nothing behind.
+        on_progress: called with (bytes read, bytes to read) now and then, with 0 read while the tokenizer is trained and
+            (0, 0) while another process makes the same store; what it raises stops the work and leaves nothing behind.
 
     Raises:
         DataError: inputs that cannot be used; or a directory that holds another store (says what differs), or anything else.
@@ -137,15 +138,16 @@ def _job(config: Config, on_progress: Progress) -> tuple[Job, float]:
     identity = identify(config, None)
     terms = listed_terms(config)
     started = time.perf_counter()
-    tokenizer = identity.tokenizer or _train(config)
+    total = max(1, bytes_to_read(identity))
+    tokenizer = identity.tokenizer or _train(config, lambda: on_progress(0, total))
     return Job(config, identity, tokenizer, terms, on_progress), time.perf_counter() - started
 
 
-def _train(config: Config) -> TextTokenizer:
+def _train(config: Config, poll: Callable[[], None]) -> TextTokenizer:
     settings = config.tokenizer
     assert settings.train_vocab_size is not None, "identify loads a tokenizer unless one is to be trained"
     texts = (document.text for document, validation in documents_of(config, CorpusCounts()) if not validation)
-    return train_tokenizer(texts, settings.train_vocab_size, settings.character_coverage)
+    return train_tokenizer(texts, settings.train_vocab_size, settings.character_coverage, poll)
 
 
 def _with_validation(job: Job, part: Part) -> Part:

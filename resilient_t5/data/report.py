@@ -130,11 +130,19 @@ def _dropped(corpus: dict[str, Any]) -> str:
 
 
 def peak_memory_mib() -> float:
-    """Highest resident memory of this process so far, in MiB."""
+    """Highest resident memory so far of this process, or of one that it started and that has ended, in MiB."""
+    return max(_own_peak_mib(), _maxrss_mib(resource.RUSAGE_CHILDREN))
+
+
+def _own_peak_mib() -> float:
     status = Path("/proc/self/status")
     if status.is_file():  # of this program alone; getrusage also counts what the parent had before it started us
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _maxrss_mib(resource.RUSAGE_SELF)
+
+
+def _maxrss_mib(who: int) -> float:
+    peak = resource.getrusage(who).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024

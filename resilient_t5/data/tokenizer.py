@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from resilient_t5.data.character_lengths import CharacterLengths
-from resilient_t5.data.sentencepiece_model import SENTINELS, SPACE, document_from_sentencepiece, train_sentencepiece
+from resilient_t5.data.sentencepiece_model import SENTINELS, SPACE, document_from_sentencepiece
+from resilient_t5.data.sentencepiece_training import train_sentencepiece
 from resilient_t5.errors import DataError, StorageError
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -243,13 +244,17 @@ def load_tokenizer(name_or_path: str) -> TextTokenizer:
     return TextTokenizer(document, beside.read_bytes() if beside.is_file() else None, str(path))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, character_coverage: float) -> TextTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, character_coverage: float, poll: Callable[[], None] = lambda: None
+) -> TextTokenizer:
     """A SentencePiece unigram tokenizer trained on `texts`, with T5's sentinels on top; the same text, the same tokenizer.
+
+    `poll` is called several times a second; what it raises ends the work.
 
     Raises:
         DataError: too little text.
     """
-    model = train_sentencepiece(texts, vocab_size, character_coverage)
+    model = train_sentencepiece(texts, vocab_size, character_coverage, poll)
     return TextTokenizer(document_from_sentencepiece(model, "trained tokenizer"), model, "trained tokenizer")
 
 

@@ -52,8 +52,9 @@ class Examination:
 
     def batches(self, examples: int, mask_ratio: float, noise_ratio: float) -> list[EvaluationBatch]:
         """The fixed examples under this damage."""
-        damage = {"mask_ratio": mask_ratio, "mask_ratio_spread": 0.0, "noise_ratio": noise_ratio}
-        corruption = dataclasses.replace(self.config.corruption, **damage)
+        corruption = dataclasses.replace(
+            self.config.corruption, mask_ratio=mask_ratio, mask_ratio_spread=0.0, noise_ratio=noise_ratio
+        )
         config = dataclasses.replace(self.config, corruption=corruption)
         table, seed = self.restorer.table, config.run.seed
         return evaluation_batches(self.split, table, config, examples=examples, seed=seed, **self.sizes)

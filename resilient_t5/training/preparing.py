@@ -22,8 +22,11 @@ def progress_teller(stop: StopSignal, tell: Callable[[str], None]) -> Callable[[
             raise Stopped
         if time.monotonic() - told_s >= PROGRESS_EVERY_S:
             told_s = time.monotonic()
-            waiting = "prepare waits for another process that makes the same store"
-            done = f"prepare {100 * done_bytes / max(1, total_bytes):5.1f}% of {total_bytes / 1e6:.1f} MB"
-            tell(done if total_bytes else waiting)
+            if total_bytes == 0:
+                tell("prepare waits for another process that makes the same store")
+            elif done_bytes == 0:
+                tell(f"prepare trains the tokenizer on a sample of {total_bytes / 1e6:.1f} MB")
+            else:
+                tell(f"prepare {100 * done_bytes / total_bytes:5.1f}% of {total_bytes / 1e6:.1f} MB")
 
     return on_progress

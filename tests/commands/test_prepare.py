@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from resilient_t5.commands.prepare import main
@@ -155,3 +156,31 @@ def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143 and "nothing half made" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["terms.txt", "text.txt"]
+
+
+def test_ctrl_c_while_the_tokenizer_is_trained_ends_it_at_once_with_130(tmp_path):
+    """SIGINT to the whole group, as a terminal sends it: no half store, no process left, and no wait for the training."""
+    random = np.random.default_rng(1)
+    lines = (random.bytes(450).hex() for _ in range(3400))  # no words in it, so a training takes many seconds
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    flags = [f"--data.train={tmp_path / 'text.txt'}", f"--data.store={tmp_path / 'store'}", "--tokenizer.train_vocab_size=8000"]
+    code = "import sys; from resilient_t5.commands.prepare import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (trainers := children.read_text(encoding="ascii").split()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert all(Path("/proc", trainer).exists() for trainer in trainers), "the text is too small: it is trained on already"
+    asked_s = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "nothing half made" in error and time.monotonic() - asked_s < 3
+    assert not any(Path("/proc", trainer).exists() for trainer in trainers)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

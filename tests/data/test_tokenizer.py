@@ -13,6 +13,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from resilient_t5.data import sentencepiece_training
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.tokenizer import SENTINELS, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
@@ -272,3 +273,12 @@ def test_too_few_pieces_for_the_characters_names_how_many_are_needed():
         train_tokenizer([text] * 50, 400, 1.0)
     needed = int(re.search(r"alone need (\d+)", str(refused.value))[1])
     assert train_tokenizer([text] * 50, needed + 5, 1.0).size >= needed
+
+
+def test_a_training_whose_process_dies_is_a_clear_error(monkeypatch, tmp_path):
+    """As when the system kills it for want of memory: the error names the code, and nothing waits for the dead."""
+    program = tmp_path / "dies.py"
+    program.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", encoding="utf-8")
+    monkeypatch.setattr(sentencepiece_training, "PROGRAM", program)
+    with pytest.raises(DataError, match="ended with code -9"):
+        train_tokenizer(NOTES, 700, 0.999)

@@ -124,8 +124,8 @@ class Config:
                 "run.fork and run.resume exclude each other: a fork is a new run",
             ),
             (
-                self.optim.name.startswith("adamw") or self.optim.weight_decay == 0.0,
-                "optim.weight_decay: only adamw decays weights; set it to 0",
+                not self.optim.name.startswith("adafactor") or self.optim.weight_decay == 0.0,
+                "optim.weight_decay: adafactor does not decay weights; set it to 0",
             ),
             (
                 not self.hardware.compile or self.model.gradient_checkpointing is not True,

@@ -14,8 +14,9 @@ from resilient_t5.config_values import DURATION, Point, check, point_or_number, 
 class OptimConfig:
     """The optimizer and the loss it sees."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor", "adafactor_in_backward"] = "adamw"
-    """`adamw` (fused), `adamw8bit` (extra lowmem), `adafactor` (T5's recipe), `adafactor_in_backward` (least memory)."""
+    name: Literal["adamw", "adamw8bit", "adafactor", "adafactor_in_backward", "muon"] = "adamw"
+    """`adamw` (fused), `adamw8bit` (extra lowmem), `adafactor` (T5's recipe), `adafactor_in_backward` (least memory), `muon`
+    (models from scratch: fewer updates)."""
     lr: float = 5e-5
     """Peak learning rate, absolute for every optimizer."""
     weight_decay: float = 0.0

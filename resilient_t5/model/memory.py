@@ -114,6 +114,8 @@ def optimizer_bytes(sizes: Sizes, name: str) -> float:
     """Bytes of the optimizer's state."""
     if name == "adamw":
         return 2 * WIDE * sizes.parameters
+    if name == "muon":  # one moment of what is inside the layers, two of the rest
+        return WIDE * (sizes.parameters + (1 if sizes.tied else 2) * sizes.table)
     if name == "adamw8bit":  # two bytes a value, and two float32 scales for every 256 of them
         return (2 + 2 * WIDE / 256) * sizes.parameters
     vectors = 2 * sizes.table / min(sizes.rows, sizes.d_model) + 2 * sizes.parameters / min(sizes.d_model, sizes.inner)

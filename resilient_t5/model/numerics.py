@@ -41,6 +41,11 @@ class Precision:
             return nullcontext()
         return torch.autocast(device.type, dtype=DTYPES[self.name])
 
+    @property
+    def optimizer_dtype(self) -> torch.dtype:
+        """Format of the products that an optimizer makes; float16 would overflow there."""
+        return torch.bfloat16 if self.name == "bf16" else torch.float32
+
     def scaler(self, device: torch.device) -> torch.amp.GradScaler | None:
         """The loss scaler of float16; None where no scaling is needed."""
         return torch.amp.GradScaler(device.type, init_scale=FIRST_LOSS_SCALE) if self.name == "fp16" else None

@@ -1,7 +1,8 @@
 """The optimizers, their parameter groups, and their state as named tensors.
 
 AdamW is torch's fused one, on the CPU too; with 8-bit moments it is bitsandbytes' (`model/lowmem.py`). Adafactor is our own
-(`model/adafactor.py`), with an absolute learning rate, stepped after the backward pass or inside it.
+(`model/adafactor.py`), with an absolute learning rate, stepped after the backward pass or inside it. Muon is AdamW but for the
+matrices inside the layers (`model/muon.py`).
 The learning rate of every group is set from outside at each update.
 """
 
@@ -13,12 +14,15 @@ from resilient_t5.config_training import OptimConfig
 from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, AdafactorInBackward
 from resilient_t5.model.lowmem import BLOCK_VALUES, as_tensors, build_adamw8bit, from_tensors, is_adamw8bit
+from resilient_t5.model.muon import Muon
 from resilient_t5.model.tables import T5Model
 
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def build_optimizer(model: T5Model, settings: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: T5Model, settings: OptimConfig, device: torch.device, product_dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters, in the model's own order; a tied table stands in it once.
 
     Two groups: matrices, which `weight_decay` shrinks, and norms and position biases, which it never does. With a decay
@@ -28,6 +32,7 @@ def build_optimizer(model: T5Model, settings: OptimConfig, device: torch.device)
         model: after `cut_vocabulary`, on its device.
         settings: name, peak learning rate, decay, betas, eps.
         device: where the parameters lie; decides whether the fused kernel exists.
+        product_dtype: number format of Muon's own matrix products.
 
     Raises:
         ConfigError: adamw8bit without bitsandbytes.
@@ -43,12 +48,24 @@ def build_optimizer(model: T5Model, settings: OptimConfig, device: torch.device)
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adamw8bit":
         return build_adamw8bit(groups, settings.lr, betas, settings.eps)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=device.type in FUSED_DEVICES)
+    matrices: list[torch.Tensor] = []
+    if settings.name == "muon":
+        matrices = [p for name, p in trained if is_inside_a_layer(name, p)]
+        groups[0]["params"] = [p for name, p in trained if is_decayed(name, p) and not is_inside_a_layer(name, p)]
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=device.type in FUSED_DEVICES)
+    if settings.name != "muon":
+        return adamw
+    return Muon({"params": matrices, "weight_decay": settings.weight_decay}, adamw, product_dtype)
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay may shrink the parameter: a matrix that is no relative position bias."""
     return parameter.ndim >= 2 and "relative_attention_bias" not in name
+
+
+def is_inside_a_layer(name: str, parameter: torch.Tensor) -> bool:
+    """Whether the parameter is a matrix of an attention or a feed-forward: neither a vocabulary table nor a bias."""
+    return is_decayed(name, parameter) and ".block." in name
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: T5Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from resilient_t5.checkpoint.retention import most_kept
+from resilient_t5.model.activations import WIDE
+from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.training.convergence import unreachable
 from resilient_t5.training.host import describe
 from resilient_t5.training.outlook import Outlook, nearest_existing
@@ -107,5 +109,5 @@ def free_bytes(outlook: Outlook) -> int:
 
 def checkpoint_bytes(outlook: Outlook) -> int:
     """Size of a checkpoint once the optimizer has all its state: float32 weights, and moments."""
-    hundredths = {"adamw": 300, "adamw8bit": 151}.get(outlook.config.optim.name, 101)
-    return outlook.fit.sizes.parameters * 4 * hundredths // 100
+    sizes = outlook.fit.sizes
+    return int(WIDE * sizes.parameters + optimizer_bytes(sizes, outlook.config.optim.name))

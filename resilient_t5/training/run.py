@@ -160,7 +160,8 @@ def build_run(
     """
     corpus = Corpus.over(store, config)
     device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus, ranks)
-    updater = Updater(accelerator, model, build_optimizer(model, config.optim, device), config.optim, config.run.seed, ranks)
+    optimizer = build_optimizer(model, config.optim, device, precision.optimizer_dtype)
+    updater = Updater(accelerator, model, optimizer, config.optim, config.run.seed, ranks)
     plan, rules = planned(config, batches)
     convergence, guard, ids = ConvergenceMachine(rules), Guard(plan.warmup_updates), trained_ids(corpus, model)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()

@@ -11,10 +11,11 @@ from resilient_t5.config_training import OptimConfig
 from resilient_t5.errors import ConfigError, ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, adafactor_update
 from resilient_t5.model.loss import forward_loss
+from resilient_t5.model.muon import orthogonal
 from resilient_t5.model.optim import build_optimizer, load_named_state, named_state
 
 CPU = torch.device("cpu")
-NAMES = ["adamw", "adafactor"]
+NAMES = ["adamw", "adafactor", "muon"]
 
 
 def train(model, optimizer, batch, updates):
@@ -227,3 +228,51 @@ def test_adamw8bit_goes_on_bit_for_bit_after_a_resume(make_model, make_examples,
     tensors, _ = named_state(optimizer, model)
     assert tensors["shared.weight/state1"].dtype == torch.uint8
     assert not any("qmap" in name for name in tensors)
+
+
+def test_muon_moves_what_is_inside_the_layers_and_adamw_the_rest(make_model, make_examples, collate):
+    """No table, norm or bias has a momentum, every other matrix has nothing else; decay stays with the matrices."""
+    model = make_model("mt5")
+    optimizer = build_optimizer(model, OptimConfig(name="muon", weight_decay=0.1), CPU)
+    train(model, optimizer, collate(make_examples(4)), 1)
+    keys = {}
+    for name, _, key in (name.rpartition("/") for name in named_state(optimizer, model)[0]):
+        keys.setdefault(name, set()).add(key)
+    inside = {name for name, found in keys.items() if found == {"momentum"}}
+    assert inside == {name for name, p in model.named_parameters() if ".layer." in name and p.ndim == 2 and "bias" not in name}
+    assert {"exp_avg", "exp_avg_sq", "step"} == set.union(*(found for name, found in keys.items() if name not in inside))
+    assert {"shared.weight", "lm_head.weight", "encoder.final_layer_norm.weight"} <= keys.keys() - inside
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+
+
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_that_of_torch_with_the_rate_of_adamw(product_dtype, make_model, monkeypatch):
+    """Three updates of every matrix, in blocks of two and more, within what bf16 rounds in torch's."""
+    monkeypatch.setattr("resilient_t5.model.muon.BLOCK_VALUES", 3000)
+    model, generator = make_model("mt5"), torch.Generator().manual_seed(1)
+    optimizer = build_optimizer(model, OptimConfig(name="muon", weight_decay=0.1), CPU, product_dtype)
+    matrices = optimizer.param_groups[-1]["params"]
+    copies = [matrix.detach().clone().requires_grad_() for matrix in matrices]
+    theirs = torch.optim.Muon(copies, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [matrix.detach().clone() for matrix in matrices]
+    for number in range(3):
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = 0.01 / (number + 1)
+        for matrix, copy in zip(matrices, copies, strict=True):
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+            copy.grad = matrix.grad.clone()
+        optimizer.step()
+        theirs.step()
+    for first, ours, their in zip(before, matrices, copies, strict=True):
+        assert torch.linalg.norm(ours - their) < 0.03 * torch.linalg.norm(their - first)
+
+
+def test_an_orthogonal_move_has_equal_singular_values_and_nothing_gives_nothing():
+    """Values down to a hundredth of the largest come between 0.6 and 1.3; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(1)
+    left, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(40, 24, generator=generator))
+    matrix = left @ torch.diag(torch.logspace(0, -2, 24)) @ right.T
+    values = torch.linalg.svdvals(orthogonal(matrix[None], torch.float32)[0])
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(2, 3, 5), torch.float32), torch.zeros(2, 3, 5))

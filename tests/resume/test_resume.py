@@ -167,9 +167,10 @@ def test_a_fork_starts_a_new_run_from_the_weights_of_a_checkpoint(fork_server, t
     "optimizer",
     [
         ("--optim.name", "adafactor"),
+        ("--optim.name", "muon"),
         ("--optim.name", "adafactor_in_backward", "--optim.clip_norm", "0", "--batch.groups_per_update", "1"),
     ],
-    ids=["adafactor", "adafactor_in_backward"],
+    ids=["adafactor", "muon", "adafactor_in_backward"],
 )
 def test_every_optimizer_resumes_in_the_middle_bit_for_bit(fork_server, tiny_config, tmp_path, optimizer):
     """Stopped after update 5 and started again: weights, optimizer state and rows of the undisturbed run."""

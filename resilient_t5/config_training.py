@@ -203,7 +203,7 @@ class HardwareConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the matrix products; weights are always fp32. auto: bf16 where the device does it natively."""
+    """Number format of the matrix products; weights are always fp32. auto: bf16 where a GPU does it natively, fp32 on a CPU."""
     memory_gib: float | Literal["auto"] = "auto"
     """Device memory to plan for, in GiB."""
     threads: int | Literal["auto"] = "auto"

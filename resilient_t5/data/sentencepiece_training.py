@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,17 @@ def train_sentencepiece(
 
 def _run(options: dict[str, Any], lines: list[str], poll: Callable[[], None]) -> tuple[int, bytes, str]:
     """Exit code, output and last words of the program; it is killed when `poll` raises."""
-    handed: bytes | None = "\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass")
-    program = subprocess.Popen(
-        [sys.executable, "-P", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    with tempfile.TemporaryFile() as handed:  # a pipe that fills while nobody reads would have to be fed and polled at once
+        handed.write("\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass"))
+        handed.seek(0)
+        program = subprocess.Popen(
+            [sys.executable, "-P", PROGRAM], stdin=handed, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
     try:
         while True:
             try:
-                model, said = program.communicate(handed, timeout=POLL_S)
+                model, said = program.communicate(timeout=POLL_S)
             except subprocess.TimeoutExpired:
-                handed = None  # what was handed over once is not handed over again
                 poll()
                 continue
             poll()  # a signal to the whole group ends the program too, and is what counts

@@ -282,3 +282,14 @@ def test_a_training_whose_process_dies_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sentencepiece_training, "PROGRAM", program)
     with pytest.raises(DataError, match="ended with code -9"):
         train_tokenizer(NOTES, 700, 0.999)
+
+
+def test_a_training_that_starts_late_still_gets_its_text(monkeypatch, tmp_path):
+    """As on a busy machine: more text than a pipe holds, read only after the program was asked for several times."""
+    texts = [f"{number} {note}" for number in range(5) for note in NOTES]
+    assert sum(map(len, texts)) > 200_000
+    at_once = train_tokenizer(texts, 700, 0.999)
+    late = f"import runpy, time; time.sleep(0.5); runpy.run_path({str(sentencepiece_training.PROGRAM)!r}, run_name='__main__')"
+    (tmp_path / "late.py").write_text(late, encoding="utf-8")
+    monkeypatch.setattr(sentencepiece_training, "PROGRAM", tmp_path / "late.py")
+    assert train_tokenizer(texts, 700, 0.999).fingerprint() == at_once.fingerprint()

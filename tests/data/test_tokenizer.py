@@ -6,6 +6,7 @@ Run: python -m pytest tests/data/test_tokenizer.py
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -292,4 +293,9 @@ def test_a_training_that_starts_late_still_gets_its_text(monkeypatch, tmp_path):
     late = f"import runpy, time; time.sleep(0.5); runpy.run_path({str(sentencepiece_training.PROGRAM)!r}, run_name='__main__')"
     (tmp_path / "late.py").write_text(late, encoding="utf-8")
     monkeypatch.setattr(sentencepiece_training, "PROGRAM", tmp_path / "late.py")
-    assert train_tokenizer(texts, 700, 0.999).fingerprint() == at_once.fingerprint()
+    give_up_s = time.monotonic() + 60
+
+    def poll() -> None:
+        assert time.monotonic() < give_up_s, "the program never got its text"
+
+    assert train_tokenizer(texts, 700, 0.999, poll).fingerprint() == at_once.fingerprint()

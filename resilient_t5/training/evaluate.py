@@ -20,7 +20,8 @@ from resilient_t5.model.loss import ExampleNll, token_nll
 from resilient_t5.model.tables import T5Model
 from resilient_t5.restoration.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.report import RestorationReport
-from resilient_t5.training.ranks import ALONE, Ranks, weights_mark
+from resilient_t5.training.equal import weights_mark
+from resilient_t5.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)

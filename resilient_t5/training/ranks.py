@@ -9,7 +9,6 @@ A process that ends, however it ends, is noticed by the others in the exchange t
 connections close. One that fails tells why in its last exchange.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import nn
 
 from resilient_t5.errors import ConfigError, ExitCode, ProcessFailed, ProcessLost, ResilientError
 from resilient_t5.training.signals import Stopped, StopSignal
@@ -104,25 +102,6 @@ class Ranks:
         said = value if self.is_writer else None
         return self.exchange(place, {"word": said}, patient=patient)[0]["word"]
 
-    def begin_equal(self, model: nn.Module, values: Mapping[str, str], *, is_new: bool) -> None:
-        """Give a new run the first weights of process 0 everywhere, and make sure that all hold the same weights and values.
-
-        Raises:
-            ConfigError: they do not; every name and both values are told.
-        """
-        if self.count == 1:
-            return
-        if is_new:
-            self._follow(list(model.parameters()))
-        notes = self.exchange("ready", {**values, "weights": weights_mark(model)})
-        for index, told in enumerate(notes):
-            odd = [f"{name} {notes[0][name]} and {told[name]}" for name in (*values, "weights") if notes[0][name] != told[name]]
-            if odd:
-                raise ConfigError(
-                    f"processes 0 and {index} differ: {'; '.join(odd)}. All of them need the same text, model files, settings"
-                    " and kind of card"
-                )
-
     def least(self, place: str, value: float) -> float:
         """The smallest of the values that all processes hold."""
         return float(min(told["value"] for told in self.exchange(place, {"value": value})))
@@ -161,14 +140,6 @@ class Ranks:
                 for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
         self._adding = False
-
-    @torch.no_grad()
-    def _follow(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every process the tensors of process 0; afterwards their bits are the same in each of them."""
-        if not self.is_writer:
-            for tensor in tensors:
-                tensor.zero_()
-        self.add_up(tensors)
 
     def _add_up(self, flat: torch.Tensor) -> None:
         if flat.device.type == "cpu":
@@ -303,12 +274,6 @@ def join(on_gpu: bool) -> Ranks:
     hosts = [told["host"] for told in ranks.exchange("start", {"host": _host()})]
     ranks.local_count = hosts.count(hosts[ranks.index])
     return ranks
-
-
-def weights_mark(model: nn.Module) -> str:
-    """A hash of the bits of all parameters, summed where they lie: 16 hexadecimal digits."""
-    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
-    return hashlib.sha256(repr(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

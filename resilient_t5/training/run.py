@@ -34,6 +34,7 @@ from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.device import build_accelerator, build_device, settle_precision
+from resilient_t5.training.equal import begin_equal
 from resilient_t5.training.evaluate import Evaluator
 from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
@@ -210,7 +211,7 @@ def begun_together(saver: Saver, loaded: Loaded | None, config: Config, corpus: 
     """The state that the run begins with, the same in every process."""
     state = restored(saver, loaded, config, corpus)
     same = {**saver.fingerprints, "settings": mathematics_sha256(config), "precision": saver.conditions["precision"]}
-    ranks.begin_equal(saver.updater.model, same, is_new=loaded is None)
+    begin_equal(ranks, saver.updater.model, same, is_new=loaded is None)
     return state
 
 

@@ -72,6 +72,7 @@ FREE_KEYS = (
     "hardware.deterministic",
     "hardware.device",
     "hardware.memory_gib",
+    "hardware.shard_layers",
     "hardware.threads",
     "model.gradient_checkpointing",
     "model.name_or_path",
@@ -132,6 +133,7 @@ class Config:
                 "hardware.compile and model.gradient_checkpointing exclude each other: recomputing breaks the compiled graphs",
             ),
             *self._in_backward(),
+            *self._sharded(),
             (
                 self.corruption.task == "correct" or self.corruption.max_sentinels < self.data.max_target_tokens // 2,
                 f"corruption.max_sentinels: {self.corruption.max_sentinels} spans do not fit into "
@@ -163,6 +165,20 @@ class Config:
                 "batch.groups_per_update: adafactor_in_backward takes an update in one micro-batch; set it to 1",
             ),
             (self.hardware.precision != "fp16", "hardware.precision: adafactor_in_backward has no loss scaler for fp16"),
+        )
+
+    def _sharded(self) -> tuple[Check, ...]:
+        """What layers that are cut over several processes exclude."""
+        if not self.hardware.shard_layers:
+            return ()
+        name = self.optim.name
+        return (
+            (
+                name == "adamw",
+                f"hardware.shard_layers needs optim.name adamw: {name} looks at whole matrices or blocks of them",
+            ),
+            (not self.hardware.compile, "hardware.shard_layers and hardware.compile exclude each other"),
+            (self.hardware.precision != "fp16", "hardware.shard_layers: fp16 needs a loss scaler, which knows no cut layers"),
         )
 
 

@@ -210,6 +210,8 @@ class HardwareConfig:
     """CPU threads of the matrix products."""
     compile: bool = False
     """Compile the layers; worth its minute of start-up on a GPU."""
+    shard_layers: bool = False
+    """Cut the layers, their gradients and optimizer state over the processes of a launcher, for a model too large for one."""
     deterministic: bool = False
     """Only deterministic GPU kernels: bit-exact resume there, at a price. A CPU run always is."""
 

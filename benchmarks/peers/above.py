@@ -19,6 +19,7 @@ from resilient_t5.model.tables import T5Model
 from resilient_t5.training.device import build_device
 from resilient_t5.training.host import MIB, choose_device
 from resilient_t5.training.run import made_trainable
+from resilient_t5.training.sharding import Layers
 from resilient_t5.training.update import Updater
 
 EXAMPLES = 2
@@ -63,7 +64,7 @@ def ours_above(model_name: str, quick: bool, device: str, micro_batches: int, sc
     )
     where, precision, accelerator = build_device(config)
     model = made_trainable(_model(settings, rows), where, precision, checkpointing=True)
-    updater = Updater(accelerator, model, build_optimizer(model, config.optim, where), config.optim, config.run.seed)
+    updater = Updater(accelerator, Layers(model), build_optimizer(model, config.optim, where), config.optim, config.run.seed)
     batches = [_micro_batch(number, rows, sizes) for number in range(micro_batches)]
     tokens, above = sum(batch.target_tokens for batch in batches), Above(model, where, sizes)
     above.begin()

@@ -22,6 +22,7 @@ class Parts:
         health: what a rollback looks at; any False makes the checkpoint unhealthy.
         fingerprints: hashes of configuration, data and tokenizer, to be compared on resume.
         metric: what `best` judged by, for the pointers.
+        are_copies: nobody changes the tensors any more, so they need not be copied before the caller goes on.
     """
 
     update: int
@@ -31,6 +32,7 @@ class Parts:
     health: dict[str, Any]
     fingerprints: dict[str, str]
     metric: float | None = None
+    are_copies: bool = False
 
 
 @dataclass(frozen=True)

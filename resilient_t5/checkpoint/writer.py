@@ -78,7 +78,7 @@ class Writer:
         newest = self._vault.newest
         self._last_q = newest.q if newest else 0
         at_once = parts.reason in ENDING or not self._has_room_for(parts)
-        if not at_once:
+        if not at_once and not parts.are_copies:
             parts = replace(parts, tensors=take_snapshot(parts.tensors))
         self._in_flight = self._executor.submit(self._save, parts, best, should_stop)
         if at_once:  # the thread reads the caller's own tensors, so the caller stays here until it is done
@@ -119,8 +119,8 @@ class Writer:
         return self._to_drop >= 0
 
     def _has_room_for(self, parts: Parts) -> bool:
-        if not self._background:
-            return False
+        if not self._background or parts.are_copies:
+            return self._background
         available = self._available_bytes()
         need = MEMORY_FACTOR * snapshot_bytes(parts.tensors) + MEMORY_SPARE_BYTES
         return available is not None and available >= need

@@ -6,22 +6,30 @@ matrices inside the layers (`model/muon.py`).
 The learning rate of every group is set from outside at each update.
 """
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from resilient_t5.config_training import OptimConfig
 from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, AdafactorInBackward
 from resilient_t5.model.lowmem import BLOCK_VALUES, as_tensors, build_adamw8bit, from_tensors, is_adamw8bit
 from resilient_t5.model.muon import Muon
-from resilient_t5.model.tables import T5Model
 
 FUSED_DEVICES = ("cpu", "cuda")
 
 
+class Named(Protocol):
+    """A model, or the part of one that this process moves."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters with their names, each once and always in the same order."""
+
+
 def build_optimizer(
-    model: T5Model, settings: OptimConfig, device: torch.device, product_dtype: torch.dtype = torch.float32
+    model: Named, settings: OptimConfig, device: torch.device, product_dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters, in the model's own order; a tied table stands in it once.
 
@@ -68,7 +76,7 @@ def is_inside_a_layer(name: str, parameter: torch.Tensor) -> bool:
     return is_decayed(name, parameter) and ".block." in name
 
 
-def named_state(optimizer: torch.optim.Optimizer, model: T5Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def named_state(optimizer: torch.optim.Optimizer, model: Named) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state as {"<parameter>/<key>": tensor}, and what it belongs to as plain JSON values.
 
     The tensors are those of the optimizer, not copies. A parameter without an update yet has none.
@@ -84,7 +92,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: T5Model) -> tuple[dict[
 
 
 def load_named_state(
-    optimizer: torch.optim.Optimizer, model: T5Model, tensors: dict[str, torch.Tensor], description: dict[str, Any]
+    optimizer: torch.optim.Optimizer, model: Named, tensors: Mapping[str, torch.Tensor], description: dict[str, Any]
 ) -> None:
     """Put a state from `named_state` into an optimizer that was built the same way; every dtype stays as it was saved.
 
@@ -119,7 +127,7 @@ def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.param_groups[0].get("fused"))
 
 
-def _description(optimizer: torch.optim.Optimizer, model: T5Model) -> dict[str, Any]:
+def _description(optimizer: torch.optim.Optimizer, model: Named) -> dict[str, Any]:
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         "optimizer": type(optimizer).__name__.lower(),

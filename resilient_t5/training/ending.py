@@ -35,18 +35,30 @@ SUMMARY = "summary.json"
 def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     """Save, export unless the run was interrupted, write summary.json; returns the exit code.
 
-    Process 0 does all of this by itself.
+    Process 0 does all of this by itself; with cut layers the others `attend`.
     """
     if reason is StopReason.INTERRUPTED:
         return _interrupt(run, stop)
     run.saver.finish(run.state, "final", stop)
-    export_best_and_last(run, stop)
+    with run.updater.layers.gathered(patient=True):
+        export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)
     show_outcome(run)
     for line in closing_lines(run, reason):
         run.display.line(line)
     return code
+
+
+def attend(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
+    """What the processes that do not write have to do in the ending: with cut layers, hand in their rows."""
+    if run.updater.layers.are_cut:
+        interrupted = reason is StopReason.INTERRUPTED
+        run.saver.finish(run.state, "signal" if interrupted else "final", stop)
+        if not interrupted:
+            with run.updater.layers.gathered(patient=True):
+                pass
+    return ExitCode.OK
 
 
 def _interrupt(run: Run, stop: StopSignal) -> ExitCode:
@@ -69,7 +81,12 @@ def save_what_stands(run: Run, stop: StopSignal) -> None:
     if not run.ranks.is_writer:
         return
     try:
-        run.saver.finish(run.state, "signal", stop)
+        if not run.updater.layers.are_cut:
+            run.saver.finish(run.state, "signal", stop)
+            return
+        run.saver.settle()
+        saved = run.saver.committed[0]
+        run.display.line(f"stop   the lost process took its rows of the layers with it; the newest on disk is update {saved}")
     except ResilientError as error:  # the last commit must do
         run.display.line(str(error))
 

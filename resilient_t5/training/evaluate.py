@@ -22,6 +22,7 @@ from resilient_t5.restoration.measure import Restorer, longest_answer, score_gen
 from resilient_t5.restoration.report import RestorationReport
 from resilient_t5.training.equal import weights_mark
 from resilient_t5.training.ranks import ALONE, Ranks
+from resilient_t5.training.sharding import Layers
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ class Evaluator:
     """The fixed examples and what is needed to score them; built once."""
 
     accelerator: Accelerator
-    model: T5Model
+    layers: Layers
     loss_batches: Sequence[EvaluationBatch]
     restore_batches: Sequence[EvaluationBatch]
     restorer: Restorer
     ranks: Ranks = ALONE
+
+    @property
+    def model(self) -> T5Model:
+        """The model that is scored."""
+        return self.layers.model
 
 
 def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluation | None:
@@ -168,11 +174,11 @@ def summarise(all_tokens: ExampleSums, of_terms: ExampleSums) -> Evaluation:
 
 @contextmanager
 def _reading(evaluator: Evaluator) -> Iterator[None]:
-    """Evaluation mode, no gradients, the training precision; the mode comes back at the end."""
+    """Whole layers, evaluation mode, no gradients, the training precision; the mode comes back at the end."""
     was_training = evaluator.model.training
     evaluator.model.eval()
     try:
-        with torch.no_grad(), evaluator.accelerator.autocast():
+        with evaluator.layers.gathered(), torch.no_grad(), evaluator.accelerator.autocast():
             yield
     finally:
         evaluator.model.train(was_training)

@@ -31,7 +31,8 @@ def update_within_memory(run: Run, stop: StopSignal, micro_batches: list[MicroBa
     if failure is None:
         return result
     in_backward = isinstance(run.updater.optimizer, AdafactorInBackward)  # some weights have moved
-    if run.memory_halved or in_backward or all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches):
+    in_pass = run.updater.layers.are_cut  # the others wait in it for what this process cannot give
+    if run.memory_halved or in_backward or in_pass or all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches):
         raise _refusal(run, failure)
     _halve(run, micro_batches, failure)
     result, failure = _attempt(run, stop, run.batches.at(run.state.attempted))
@@ -50,7 +51,7 @@ def _attempt(run: Run, stop: StopSignal, micro_batches: list[MicroBatch]) -> tup
             raise
         failure = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     # A part of a micro-batch's gradient is worthless: the tables' gradients are added in place.
-    run.updater.model.zero_grad(set_to_none=True)
+    run.updater.layers.drop_gradients()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     return None, failure

@@ -22,7 +22,7 @@ from resilient_t5.data.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
 from resilient_t5.training.banner import banner_lines, process_lines
 from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
-from resilient_t5.training.ending import conclude, conclude_failure, is_concluded, save_what_stands
+from resilient_t5.training.ending import attend, conclude, conclude_failure, is_concluded, save_what_stands
 from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train
@@ -133,11 +133,11 @@ def _prepared(config: Config, ranks: Ranks, progress: Progress) -> Store:
 
 
 def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
-    """Train, and end the run; the others leave the ending to process 0, whose exit code becomes theirs."""
+    """Train, and end the run; the others attend the ending of process 0, whose exit code becomes theirs."""
     run.display.begin(run.state.update, run.plan.total_updates)
     try:
         reason = train(run, stop)
-        return conclude(run, reason, stop) if run.ranks.is_writer else ExitCode.OK
+        return conclude(run, reason, stop) if run.ranks.is_writer else attend(run, reason, stop)
     except torch.AcceleratorError as error:
         lost = DeviceLost(
             f"the device failed: {str(error).splitlines()[0]}",

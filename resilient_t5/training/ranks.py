@@ -36,6 +36,8 @@ PATIENCE_S = 1800.0
 """For a process that is alive and says nothing: longer than any micro-batch, evaluation or save."""
 FOREVER = timedelta(days=365)
 BUCKET_BYTES = 32 << 20
+GLOO = "gloo"
+"""In what gloo says of a connection that closed; its errors have no type of their own."""
 MICRO_BATCH_TOKENS = 64
 """What a micro-batch costs beside its padded tokens, as in `data.dealing`."""
 
@@ -107,18 +109,22 @@ class Ranks:
         return float(min(told["value"] for told in self.exchange(place, {"value": value})))
 
     def share(self, padded_tokens: Sequence[int]) -> list[int]:
-        """Which of these pieces this process computes, ascending: a function of their sizes and the number of processes.
+        """Which of these pieces this process computes, ascending."""
+        return self.shares(padded_tokens)[self.index]
+
+    def shares(self, padded_tokens: Sequence[int]) -> list[list[int]]:
+        """Which of these pieces each process computes, ascending: a function of their sizes and the number of processes.
 
         The largest piece goes first, each to the process that has least so far, so their work is as even as pieces allow.
         A process may get none.
         """
-        loads, own = [0] * self.count, []
+        loads: list[int] = [0] * self.count
+        shares: list[list[int]] = [[] for _ in loads]
         for piece in sorted(range(len(padded_tokens)), key=lambda number: -padded_tokens[number]):
             least = loads.index(min(loads))
             loads[least] += padded_tokens[piece] + MICRO_BATCH_TOKENS
-            if least == self.index:
-                own.append(piece)
-        return sorted(own)
+            shares[least].append(piece)
+        return [sorted(share) for share in shares]
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes; afterwards its bits are the same in each of them.
@@ -140,6 +146,38 @@ class Ranks:
                 for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
         self._adding = False
+
+    def joined(self, own: torch.Tensor, rows: int) -> torch.Tensor:
+        """The rows of all processes under one another, `rows` in all, cut as torch.chunk cuts; inside `adding`.
+
+        Raises:
+            ProcessLost: a process is gone.
+        """
+        size = -(-rows // self.count)
+        padded = own.new_zeros((size, *own.shape[1:]))
+        padded[: len(own)] = own
+        whole = own.new_empty((size * self.count, *own.shape[1:]))
+        if own.device.type == "cpu":
+            self._wait(lambda: dist.all_gather_into_tensor(whole, padded, group=self._group, async_op=True), PATIENCE_S)
+        else:
+            dist.all_gather_into_tensor(whole, padded)
+        return whole[:rows]
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Around what torch waits for by itself: a process that fails in here ends without a word, since nobody listens.
+
+        Raises:
+            ProcessLost: a process is gone.
+        """
+        before, self._adding = self._adding, True
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or GLOO in str(error):
+                raise _lost(error) from error
+            raise
+        self._adding = before
 
     def _add_up(self, flat: torch.Tensor) -> None:
         if flat.device.type == "cpu":

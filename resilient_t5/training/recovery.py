@@ -54,15 +54,19 @@ def guard_update(run: Run, stop: StopSignal, micro_batches: Sequence[MicroBatch]
 def save_if_due(run: Run, stop: StopSignal) -> None:
     """Save if it is time to; a state that holds NaN or infinity is never saved, and the run goes back instead.
 
-    Process 0 saves, and tells the others whether its state was refused.
+    Process 0 saves, and tells the others whether its state was refused; with cut layers all take part.
 
     Raises:
         Diverged: the guard gave up.
         DiskFull, StorageError: a save failed for a reason that waiting does not mend.
     """
-    refused = None
+    cause, refused = None, None
     try:
-        if run.ranks.is_writer and (cause := run.saver.due(run.state, stop)) is not None:
+        cause = run.saver.due(run.state, stop) if run.ranks.is_writer else None
+    except NonFiniteState as error:
+        refused = f"{error.what} ({error.where})"[:300]
+    try:
+        if (cause := run.updater.layers.agreed("due", cause)) is not None:
             run.saver.save(run.state, cause, stop)
     except NonFiniteState as error:
         refused = f"{error.what} ({error.where})"[:300]
@@ -155,7 +159,7 @@ def roll_back(run: Run, stop: StopSignal, verdict: Verdict) -> None:
     passed_over = run.guard.memory.passed_over
     run.telemetry.row("guard", run.state.update, action="rolled back", to=loaded.name, passed_over=passed_over, why=verdict.why)
     run.display.line(f"guard  back from update {left_behind} to {loaded.name}; passes over attempted updates {passed_over}")
-    if run.ranks.is_writer:
+    if run.ranks.is_writer or run.updater.layers.are_cut:
         run.saver.save(run.state, "rollback", stop)
 
 

@@ -43,6 +43,7 @@ from resilient_t5.training.progress import Display
 from resilient_t5.training.ranks import ALONE, Ranks
 from resilient_t5.training.saving import AuditTrail, Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, lr_at, make_plan
+from resilient_t5.training.sharding import Layers, cut_layers
 from resilient_t5.training.state import RunState
 from resilient_t5.training.suspend import slept_s
 from resilient_t5.training.telemetry import Telemetry
@@ -161,15 +162,16 @@ def build_run(
     """
     corpus = Corpus.over(store, config)
     device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus, ranks)
-    optimizer = build_optimizer(model, config.optim, device, precision.optimizer_dtype)
-    updater = Updater(accelerator, model, optimizer, config.optim, config.run.seed, ranks)
+    layers = cut_layers(model, config, ranks, precision.name, is_new=loaded is None)
+    optimizer = build_optimizer(layers, config.optim, device, precision.optimizer_dtype)
+    updater = Updater(accelerator, layers, optimizer, config.optim, config.run.seed)
     plan, rules = planned(config, batches)
     convergence, guard, ids = ConvergenceMachine(rules), Guard(plan.warmup_updates), trained_ids(corpus, model)
     writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
     conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": ranks.count}
-    conditions |= {**sizes, **numeric_conditions(device)}
+    conditions |= {"shard_layers": layers.are_cut, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, timing)
-    evaluator = replace(build_evaluator(config, corpus, accelerator, model, sizes), ranks=ranks)
+    evaluator = replace(build_evaluator(config, corpus, accelerator, layers, sizes), ranks=ranks)
     state = begun_together(saver, loaded, config, corpus, ranks)
     claim()
     telemetry = telemetry_from(state, config, ranks)
@@ -327,7 +329,7 @@ def batch_sizes(config: Config, device: torch.device, planned: int | None = None
 
 
 def build_evaluator(
-    config: Config, corpus: Corpus, accelerator: Accelerator, model: T5Model, sizes: dict[str, int]
+    config: Config, corpus: Corpus, accelerator: Accelerator, layers: Layers, sizes: dict[str, int]
 ) -> Evaluator:
     """The fixed evaluation examples, in the order of their lengths, and what scores them."""
 
@@ -344,4 +346,6 @@ def build_evaluator(
         max_target_tokens=config.data.max_target_tokens,
         samples=config.telemetry.samples,
     )
-    return Evaluator(accelerator, model, fixed(config.evaluation.examples), fixed(config.evaluation.restore_examples), restorer)
+    return Evaluator(
+        accelerator, layers, fixed(config.evaluation.examples), fixed(config.evaluation.restore_examples), restorer
+    )

@@ -25,6 +25,7 @@ from resilient_t5.training.convergence import ConvergenceMachine
 from resilient_t5.training.directory import changed_keys
 from resilient_t5.training.guard import Guard
 from resilient_t5.training.progress import Display
+from resilient_t5.training.sharding import local, own_rows
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.state import RunState
 from resilient_t5.training.telemetry import Telemetry
@@ -74,17 +75,23 @@ class Saver:
             return "asked"
         if update == 0 or (settings.every_updates is not None and update % settings.every_updates == 0):
             return "periodic"
+        if self.writer.busy:  # the next one is near
+            return None
         waited_s = time.monotonic() - self.submitted_at_s
         return "periodic" if settings.every_minutes is not None and waited_s >= 60 * settings.every_minutes else None
 
     def save(self, state: RunState, cause: str, stop: StopSignal) -> None:
         """Save this update; a periodic save is left out while the one before is still being written.
 
+        Process 0 does; with cut layers the others come here too, and hand in their rows.
+
         A save that a user asked for by SIGUSR1 waits for its turn, but like a periodic one it does not end the run when
         the disk is full.
         """
         begun_s = time.monotonic()
         parts, best = self.capture(state, "periodic" if cause == "asked" else cause), is_best(state)
+        if not self.updater.ranks.is_writer:
+            return
         must = cause != "periodic"
         # The save that a signal asks for must not be cut short by that signal; all others may be.
         should_stop = None if cause == "signal" else lambda: stop.requested
@@ -94,30 +101,44 @@ class Saver:
         self.timing.add("save", time.monotonic() - begun_s)
 
     def finish(self, state: RunState, cause: str, stop: StopSignal) -> None:
-        """Make sure that this update is on disk before the process leaves.
+        """Make sure that this update is on disk before the process leaves; with cut layers all processes come here.
 
         Where a deadline is near, a save that is in flight is worth more than one that cannot be finished: it is waited
         for, and the newest state is saved only if the time that is left is enough for it.
         """
-        begun_s = time.monotonic()
+        begun_s, wanted = time.monotonic(), (state.update, is_best(state))
         if cause == "signal":
             self.writer.hurry()
-        self._note(self.writer.drain())
-        wanted = (state.update, is_best(state))
-        if self.committed not in ((state.update, True), wanted) and (cause != "signal" or stop.left_s > self.write_s):
+        missing = False
+        try:
+            self.settle()
+            missing = self.committed not in ((state.update, True), wanted) and (cause != "signal" or stop.left_s > self.write_s)
+        finally:
+            missing = self.updater.layers.agreed("last save", missing)
+        if missing:
             self.save(state, cause, stop)
-            self._note(self.writer.drain())
+            self.settle()
         self.timing.add("save", time.monotonic() - begun_s)
 
+    def settle(self) -> None:
+        """Wait until no save is in flight.
+
+        Raises:
+            ResilientError: what the writer raised since it was last looked after.
+        """
+        self._note(self.writer.drain())
+
     def capture(self, state: RunState, reason: str) -> Parts:
-        """Everything that moves in a run, by name; the tensors are the live ones."""
+        """Everything that moves in a run, by name; the tensors are the live ones, or copies where the layers are cut."""
         updater, scaler = self.updater, self.updater.accelerator.scaler
-        optimizer_tensors, optimizer_values = named_state(updater.optimizer, updater.model)
+        optimizer_tensors, optimizer_values = named_state(updater.optimizer, updater.layers)
         random_tensors, random_values = rng.capture()
         loss = None if state.last is None else state.last["loss"]
+        tensors = {"model": model_tensors(updater.model), "optimizer": optimizer_tensors, "rng": random_tensors}
         return Parts(
             update=state.update,
-            tensors={"model": model_tensors(updater.model), "optimizer": optimizer_tensors, "rng": random_tensors},
+            tensors=updater.layers.collected(tensors),
+            are_copies=updater.layers.are_cut,
             state={
                 "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
                 "convergence": self.convergence.state(),
@@ -153,14 +174,16 @@ class Saver:
         updater, scaler = self.updater, self.updater.accelerator.scaler
         # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
         put_model_tensors(updater.model, loaded.tensors.pop("model"))
-        load_named_state(updater.optimizer, updater.model, loaded.tensors.pop("optimizer"), loaded.state["optimizer"])
+        own = updater.layers.own_state(loaded.tensors.pop("optimizer"))
+        load_named_state(updater.optimizer, updater.layers, own, loaded.state["optimizer"])
         one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
         if scaler is not None and loaded.state["scaler"] is not None:
             scaler.load_state_dict(loaded.state["scaler"])
         self.convergence.restore(loaded.state["convergence"])
         self.guard.restore(loaded.state["guard"])
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
-        self.changed_conditions = changed_keys(loaded.state["conditions"], self.conditions)
+        # Checkpoints from before layers could be cut do not speak of it.
+        self.changed_conditions = changed_keys({"shard_layers": False} | loaded.state["conditions"], self.conditions)
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
         state = RunState.from_json(loaded.state["run"])
         # Only the machine ends a run for good, and a raised patience may have reopened it.
@@ -253,7 +276,7 @@ def model_tensors(model: T5Model) -> dict[str, torch.Tensor]:
 
 
 def put_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy saved parameters into the live model.
+    """Copy saved parameters into the live model; of what is cut, this process' rows.
 
     Raises:
         ResumeMismatch: names or shapes are not exactly the model's own.
@@ -266,4 +289,4 @@ def put_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None:
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} -> {tuple(parameter.shape)}"
             raise ResumeMismatch(f"the shape of {name} differs from the checkpoint's", where=shapes)
-        parameter.copy_(tensors[name])
+        local(parameter).copy_(own_rows(parameter, tensors[name]))

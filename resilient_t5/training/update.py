@@ -10,7 +10,7 @@ Shapes: B examples, S source tokens, T target tokens.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,8 @@ from resilient_t5.model.numerics import seed_dropout
 from resilient_t5.model.tables import T5Model
 from resilient_t5.model.vocabulary_gradients import gradient_of
 from resilient_t5.training.host import is_out_of_memory
-from resilient_t5.training.ranks import ALONE, Ranks
+from resilient_t5.training.ranks import Ranks
+from resilient_t5.training.sharding import Layers
 from resilient_t5.training.state import UpdateResult
 
 
@@ -33,11 +34,20 @@ class Updater:
     """The parts that an update moves or reads, built once."""
 
     accelerator: Accelerator
-    model: T5Model
+    layers: Layers
     optimizer: torch.optim.Optimizer
     settings: OptimConfig
     seed: int
-    ranks: Ranks = ALONE
+
+    @property
+    def model(self) -> T5Model:
+        """The model that is trained."""
+        return self.layers.model
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train it."""
+        return self.layers.ranks
 
     def __post_init__(self) -> None:
         if self.ranks.count > 1 and isinstance(self.optimizer, AdafactorInBackward):
@@ -63,9 +73,10 @@ class Updater:
             nll_sum, norm, fault = self._move_in_backward(micro_batches, tokens, attempted, lr)
             half_moved = bool(fault) and self.optimizer.moved > 0
         elif not fault:
-            nll_sums = self._accumulate_all(micro_batches, tokens, attempted, interrupted)
+            accumulate = self._accumulate_in_rounds if self.layers.are_cut else self._accumulate_all
+            nll_sums = accumulate(micro_batches, tokens, attempted, interrupted)
             if nll_sums is None:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.layers.drop_gradients()
                 return None
             nll_sum, norm = self._norm_and_clip(nll_sums.sum())
             fault = "" if self._move(lr, nll_sum, norm) else "loss or gradient not finite"
@@ -107,7 +118,7 @@ class Updater:
                 done[index] = self.accumulate(micro_batches[index], tokens, attempted, index)
             if self.ranks.count == 1:
                 return None if halted else torch.stack(list(done.values()))
-            gradients = [gradient_of(p) for p in self.model.parameters() if p.requires_grad]
+            gradients = [gradient_of(p) for p in self.layers.whole_parameters()]
         except (RuntimeError, MemoryError) as error:
             if self.ranks.count == 1 or not is_out_of_memory(error):
                 raise
@@ -117,8 +128,34 @@ class Updater:
             raise MemoryError(short[0])
         if any(told["halted"] for told in notes):
             return None
+        return self._added_up(done, len(micro_batches), gradients)
+
+    def _accumulate_in_rounds(
+        self, micro_batches: list[MicroBatch], tokens: int, attempted: int, interrupted: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """The same with layers that are cut: all processes do each pass together, as many as the one that has most of them.
+
+        One that has no micro-batch left passes nothing through the layers, which adds nothing. A pass that has begun ends
+        in all of them or in none, so memory that runs out in it ends the run.
+        """
+        shares = self.ranks.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
+        own, done = shares[self.ranks.index], dict[int, torch.Tensor]()
+        for number in range(max(map(len, shares))):
+            notes = self.ranks.exchange(f"update {attempted}, pass {number}", {"halted": interrupted()})
+            if any(told["halted"] for told in notes):
+                return None
+            with self.ranks.adding():
+                if number < len(own):
+                    done[own[number]] = self.accumulate(micro_batches[own[number]], tokens, attempted, own[number])
+                else:
+                    self.accumulate(nothing_of(micro_batches[0]), tokens, attempted, 0)
+        self.layers.take_gradients()
+        return self._added_up(done, len(micro_batches), [gradient_of(p) for p in self.layers.whole_parameters()])
+
+    def _added_up(self, done: dict[int, torch.Tensor], pieces: int, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The loss sums of all pieces, those of this process and of the others; the gradients become sums where they lie."""
         nothing = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        nll_sums = torch.stack([done.get(index, nothing) for index in range(len(micro_batches))])
+        nll_sums = torch.stack([done.get(index, nothing) for index in range(pieces)])
         self.ranks.add_up([nll_sums, *gradients])
         return nll_sums
 
@@ -167,8 +204,8 @@ class Updater:
         """Unscale, measure, clip. One host synchronisation reads loss and norm together."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = [p for p in self.layers.parameters() if p.grad is not None]
+        norm = self.layers.gradient_norm()
         if self.settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
         values = torch.stack([nll_sum.float(), norm.float().to(nll_sum.device)]).tolist()
@@ -196,6 +233,13 @@ class Updater:
             scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+
+def nothing_of(micro_batch: MicroBatch) -> MicroBatch:
+    """One source token of a micro-batch and no label: a pass over it has the loss 0 and zero gradients."""
+    labels_11 = torch.full((1, 1), IGNORED, dtype=micro_batch.labels_BT.dtype)
+    source_11, mask_11 = micro_batch.source_BS[:1, :1], micro_batch.source_mask_BS[:1, :1]
+    return replace(micro_batch, source_BS=source_11, source_mask_BS=mask_11, labels_BT=labels_11, target_tokens=0)
 
 
 def fault_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:

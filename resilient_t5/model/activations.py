@@ -31,6 +31,8 @@ class Execution:
     """A GPU's attention keeps no scores; a CPU's keeps a byte a score where there is dropout."""
     padded: bool = True
     """Whether some example of the micro-batch is shorter than the longest."""
+    processes: int = 1
+    """Processes that the layers, their gradients and their optimizer state are cut over; the vocabulary tables are whole."""
 
     @property
     def value_bytes(self) -> int:

@@ -110,10 +110,10 @@ class Choice:
         return {**plain, "needed_gib": self.needed / GIB, "evaluation_gib": self.evaluation / GIB, **items}
 
 
-def optimizer_bytes(sizes: Sizes, name: str) -> float:
-    """Bytes of the optimizer's state."""
+def optimizer_bytes(sizes: Sizes, name: str, processes: int = 1) -> float:
+    """Bytes of the optimizer's state, with layers cut over so many processes, which AdamW alone allows."""
     if name == "adamw":
-        return 2 * WIDE * sizes.parameters
+        return 2 * WIDE * sizes.held(processes)
     if name == "muon":  # one moment of what is inside the layers, two of the rest
         return WIDE * (sizes.parameters + (1 if sizes.tied else 2) * sizes.table)
     if name == "adamw8bit":  # two bytes a value, and two float32 scales for every 256 of them
@@ -130,8 +130,8 @@ def training_peak(sizes: Sizes, optimizer: str, run: Execution, shape: MicroBatc
     """
     parts = list(walk(sizes, run, shape))
     kept = kept_bytes(parts)
-    table, all_gradients = WIDE * sizes.table, WIDE * sizes.parameters
-    weights, state = WIDE * sizes.parameters, optimizer_bytes(sizes, optimizer)
+    table, weights = WIDE * sizes.table, WIDE * sizes.held(run.processes)
+    state = optimizer_bytes(sizes, optimizer, run.processes)
     # Adafactor works through a matrix by blocks, two of which stand at once.
     block, own_block = (2 * WIDE * min(BLOCK_VALUES, values) for values in (sizes.table, sizes.largest_matrix))
     if optimizer == "adafactor_in_backward":
@@ -143,7 +143,9 @@ def training_peak(sizes: Sizes, optimizer: str, run: Execution, shape: MicroBatc
         held = min(table, whole)
         return Peak(weights, held, state, min(kept, whole - held), max(0.0, whole - held - kept))
     moving = block if optimizer == "adafactor" else 0.0
-    return Peak(weights, all_gradients, state, kept, max(peak_bytes(parts), moving) - kept)
+    # Of layers that are cut, a block is gathered while the next one is, and its whole gradient stands until it is added up.
+    passing = 4 * WIDE * sizes.largest_block if run.processes > 1 else 0.0
+    return Peak(weights, weights, state, kept, max(peak_bytes(parts) + passing, moving) - kept)
 
 
 def counted_flops(sizes: Sizes, source: int, target: int, checkpointing: bool) -> float:
@@ -207,7 +209,7 @@ def _choice(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer:
     shape = MicroBatchShape.within(micro_tokens, task.source_tokens, task.target_tokens)
     peak = training_peak(sizes, optimizer, run, shape)
     reading = max(evaluation_bytes(sizes, run, shape), generation_bytes(sizes, run, shape))
-    evaluation = peak.weights + peak.optimizer + reading
+    evaluation = WIDE * sizes.parameters + peak.optimizer + reading  # layers that are cut are gathered for it
     lengths = (task.source_tokens, task.target_tokens)
     cost = counted_flops(sizes, *lengths, run.checkpointing) / counted_flops(sizes, *lengths, False)
     fits = max(peak.total, evaluation) <= memory.usable

@@ -62,6 +62,16 @@ class Sizes:
         """All parameters; a tied table counts once."""
         return self.encoder + self.decoder + self.table * (1 if self.tied else 2)
 
+    def held(self, processes: int) -> float:
+        """Parameters that each of the processes holds whose layers are cut over so many."""
+        layers = self.encoder + self.decoder
+        return self.parameters - layers + layers / processes
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of a block of the decoder."""
+        return 8 * self.d_model * self.inner + self._feed_forward + 3 * self.d_model + self.buckets * self.heads
+
     @property
     def largest_matrix(self) -> int:
         """Parameters of the largest matrix that is no vocabulary table."""

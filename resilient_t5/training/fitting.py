@@ -33,6 +33,8 @@ class Fit:
     task: Task
     memory: Memory
     why: str
+    processes: int = 1
+    """Those that the layers are cut over."""
 
     def warnings(self) -> list[str]:
         """What the banner must warn of."""
@@ -53,11 +55,14 @@ def fit_run(config: Config, store: Store, device: torch.device, precision: Preci
     memory = replace(memory, total=ranks.least("plan", memory.total))
     task = task_of(config, store)
     sizes = sizes_of_settings(config.model, trained_rows(config, store))
-    return fit(config, sizes, task, memory, precision)
+    return fit(config, sizes, task, memory, precision, ranks.count)
 
 
-def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: PrecisionName) -> Fit:
+def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: PrecisionName, processes: int = 1) -> Fit:
     """Resolve what the configuration leaves to the plan: without checkpointing where that fits, else with it.
+
+    Args:
+        processes: how many train the run; they share its layers where `hardware.shard_layers` says so.
 
     Raises:
         ConfigError: an optimizer that steps in the backward pass, and a budget that may cut its update.
@@ -65,14 +70,18 @@ def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: Pre
     asked, wanted = config.batch.micro_tokens, config.model.gradient_checkpointing
     if config.hardware.compile:
         wanted = False
-    whole = task.longest * task.examples_per_update
+    whole, cut_over = task.longest * task.examples_per_update, processes if config.hardware.shard_layers else 1
     if config.optim.name == "adafactor_in_backward" and asked != "auto" and int(asked) < whole:
         raise ConfigError(
             f"batch.micro_tokens: {asked} may cut an update of {task.examples_per_update} examples of up to {task.longest}"
             f" tokens, and adafactor_in_backward cannot accumulate; set it to auto or {whole}"
         )
+
+    def run(checkpointing: bool) -> Execution:
+        return Execution(precision, checkpointing, memory.on_gpu, processes=cut_over)
+
     tried = [
-        _at(sizes, task, memory, Execution(precision, checkpointing, memory.on_gpu), config.optim.name, asked)
+        _at(sizes, task, memory, run(checkpointing), config.optim.name, asked)
         for checkpointing in ((False, True) if wanted == "auto" else (bool(wanted),))
     ]
     choice = next((choice for choice in tried if choice.fits), tried[-1])
@@ -83,7 +92,7 @@ def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: Pre
     )
     if wanted == "auto" and choice.checkpointing:
         why += f"; without checkpointing {tried[0].needed / GIB:.2f} GiB"
-    return Fit(choice, sizes, task, memory, why)
+    return Fit(choice, sizes, task, memory, why, cut_over)
 
 
 def _at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, asked: int | str) -> Choice:

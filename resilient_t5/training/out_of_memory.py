@@ -3,6 +3,7 @@
 What stays equal when an update is done again with half the micro-batches: its examples, their corruption, its divisor,
 and so its gradient, up to the order in which it is summed. What does not: dropout, which is drawn for each micro-batch,
 so with dropout the rest of the run is another draw of the same run. The smaller size stays for the rest of the process.
+With layers that are cut over processes nothing is done again: the others are in a pass that this one cannot end.
 """
 
 from collections.abc import Iterator
@@ -97,11 +98,11 @@ def _options(run: Run) -> Iterator[tuple[str, Choice]]:
         yield f"--batch.micro_tokens {smaller}", _planned(run, choice.optimizer, choice.checkpointing, smaller)
     if not choice.checkpointing:
         yield "--model.gradient_checkpointing true", _planned(run, choice.optimizer, True, micro_tokens)
-    if choice.optimizer == "adamw":
+    if choice.optimizer == "adamw" and run.fit.processes == 1:
         # Another optimizer is another run; its weights can be taken over.
         yield "--optim.name adafactor with --run.fork", _planned(run, "adafactor", choice.checkpointing, micro_tokens)
 
 
 def _planned(run: Run, optimizer: str, checkpointing: bool, micro_tokens: int) -> Choice:
-    execution = Execution(run.precision.name, checkpointing, run.fit.memory.on_gpu)
+    execution = Execution(run.precision.name, checkpointing, run.fit.memory.on_gpu, processes=run.fit.processes)
     return choice_at(run.fit.sizes, run.fit.task, run.fit.memory, execution, optimizer, micro_tokens)

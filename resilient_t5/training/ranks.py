@@ -157,10 +157,11 @@ class Ranks:
         padded = own.new_zeros((size, *own.shape[1:]))
         padded[: len(own)] = own
         whole = own.new_empty((size * self.count, *own.shape[1:]))
+        parts = list(whole.split(size))
         if own.device.type == "cpu":
-            self._wait(lambda: dist.all_gather_into_tensor(whole, padded, group=self._group, async_op=True), PATIENCE_S)
+            self._wait(lambda: dist.all_gather(parts, padded, group=self._group, async_op=True), PATIENCE_S)
         else:
-            dist.all_gather_into_tensor(whole, padded)
+            dist.all_gather(parts, padded)
         return whole[:rows]
 
     @contextmanager
@@ -296,8 +297,13 @@ def join(on_gpu: bool) -> Ranks:
     Blocks until all have come. No signal handler of ours should be installed yet: it could not run in here.
 
     Raises:
-        ConfigError: the launcher left out a variable.
+        ConfigError: the launcher left out a variable, or asks for Accelerate's own FSDP.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            "accelerate launch --use_fsdp asks Accelerate to wrap the model, which this loop does not let it; start with"
+            " --multi_gpu or torchrun, and set hardware.shard_layers true"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Ranks()
     missing = [name for name in ENVIRONMENT if name not in os.environ]

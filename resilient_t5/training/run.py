@@ -8,18 +8,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from resilient_t5.checkpoint import rng
-from resilient_t5.checkpoint.reading import load_checkpoint
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
-from resilient_t5.config import Config, mathematics_sha256
+from resilient_t5.config import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
 from resilient_t5.data.full_ids import in_full_ids
-from resilient_t5.data.neighbours import count_neighbours
 from resilient_t5.data.store import Split, Store
 from resilient_t5.data.token_table import TokenTable, build_token_table
 from resilient_t5.model.compiled import compile_layers
-from resilient_t5.model.first_vectors import MOST_IDS, RANK, factored, put_first_vectors
 from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
 from resilient_t5.model.numerics import (
@@ -32,9 +28,9 @@ from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_fro
 from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
+from resilient_t5.training.beginning import begun_together
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.device import build_accelerator, build_device, settle_precision
-from resilient_t5.training.equal import begin_equal
 from resilient_t5.training.evaluate import Evaluator
 from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.guard import Guard
@@ -172,7 +168,7 @@ def build_run(
     conditions |= {"shard_layers": layers.are_cut, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, timing)
     evaluator = replace(build_evaluator(config, corpus, accelerator, layers, sizes), ranks=ranks)
-    state = begun_together(saver, loaded, config, corpus, ranks)
+    state = begun_together(saver, loaded, config, corpus.train, ranks)
     claim()
     telemetry = telemetry_from(state, config, ranks)
     audit.attach(telemetry, display)
@@ -207,34 +203,6 @@ def planned(config: Config, batches: Batches) -> tuple[Plan, Rules]:
     """The plan and the rules of stopping, in updates of these batches."""
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     return plan, Rules.from_config(config.convergence, plan.to_updates, config.evaluation)
-
-
-def begun_together(saver: Saver, loaded: Loaded | None, config: Config, corpus: Corpus, ranks: Ranks) -> RunState:
-    """The state that the run begins with, the same in every process."""
-    state = restored(saver, loaded, config, corpus)
-    same = {**saver.fingerprints, "settings": mathematics_sha256(config), "precision": saver.conditions["precision"]}
-    begin_equal(ranks, saver.updater.model, same, is_new=loaded is None)
-    return state
-
-
-def restored(saver: Saver, loaded: Loaded | None, config: Config, corpus: Corpus) -> RunState:
-    """The state of `loaded` put into the parts; or that of a new run, with the weights it forks from or begins with."""
-    if loaded is not None:
-        return saver.restore(loaded)
-    if config.run.fork is not None:
-        saver.take_weights(load_checkpoint(Path(config.run.fork)))
-    elif config.model.name_or_path is None:
-        place_vocabulary(saver.updater.model, corpus, config.run.seed)
-    rng.start(config.run.seed)
-    return RunState()
-
-
-def place_vocabulary(model: T5Model, corpus: Corpus, seed: int) -> None:
-    """Give the frequent pieces of a model from scratch the vectors that their neighbours in the training text suggest."""
-    rows, width = model.shared.weight.shape
-    found = count_neighbours(corpus.train, rows, MOST_IDS)
-    vectors_nR = factored(found.row_ends, found.columns, found.values, min(RANK, width), seed)
-    put_first_vectors(model, found.ids, vectors_nR, seed)
 
 
 def telemetry_from(state: RunState, config: Config, ranks: Ranks) -> Telemetry:

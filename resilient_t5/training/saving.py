@@ -182,8 +182,9 @@ class Saver:
         self.convergence.restore(loaded.state["convergence"])
         self.guard.restore(loaded.state["guard"])
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
-        # Checkpoints from before layers could be cut do not speak of it.
-        self.changed_conditions = changed_keys({"shard_layers": False} | loaded.state["conditions"], self.conditions)
+        former = loaded.state["conditions"]
+        former.setdefault("shard_layers", False)  # of a checkpoint from before layers could be cut
+        self.changed_conditions = changed_keys(former, self.conditions)
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
         state = RunState.from_json(loaded.state["run"])
         # Only the machine ends a run for good, and a raised patience may have reopened it.

@@ -14,6 +14,7 @@ A law holds for all of this: nothing that FSDP or a gathering waits for begins b
 said that it is there. So a process that failed before is noticed in the exchange, and nobody waits for it.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -186,6 +187,8 @@ def cut_layers(model: T5Model, config: Config, ranks: Ranks, precision: Precisio
         # The loss is divided by the tokens of the whole update already, and gloo knows sums only.
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
+    # A block hands on the position bias of the first one, which passed through FSDP as a view; nothing is added to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     own = {name: nn.Parameter(local(p.detach())) for name, p in model.named_parameters() if isinstance(p, DTensor)}
     return Layers(model, ranks, tuple(blocks), own)
 

@@ -108,7 +108,14 @@ def _export():
     return ending, "write_export"
 
 
+def _rows():
+    from resilient_t5.training.ranks import Ranks
+
+    return Ranks, "joined"
+
+
 PLACES = {
+    "rows": _rows,
     "preparing": _preparing,
     "starting": _starting,
     "micro-batch": _micro_batch,

@@ -67,6 +67,49 @@ def fall_silent(call, patience_s):
     before(Updater, "accumulate", lambda *_: time.sleep(600) if next(counter) == call else None)
 
 
+def weigh(place, update):
+    """Before the move of attempted update `update`, write into the file `place` what memory this process holds, in bytes.
+
+    Every storage counts once and whole, however small the part of it that is in use.
+    """
+    from resilient_t5.training.update import Updater
+    from tests.resume.placing import before
+
+    counter = iter(range(1 << 60))
+
+    def look(updater, *_):
+        if next(counter) != update:
+            return
+        held = {
+            "weights": [parameter for _, parameter in updater.layers.named_parameters()],
+            "gradients": [parameter.grad for _, parameter in updater.layers.named_parameters()],
+            "states": [value for state in updater.optimizer.state.values() for value in state.values() if value.ndim],
+        }
+        Path(place).write_text(json.dumps({name: held_bytes(tensors) for name, tensors in held.items()}))
+
+    before(Updater, "_move", look)
+
+
+def spoil_rows(update):
+    """In attempted update `update` the first value of the gradients that only this process holds is not a number."""
+    from resilient_t5.training.sharding import Layers
+    from tests.resume.placing import before
+
+    counter = iter(range(1 << 60))
+
+    def spoil(layers):
+        if next(counter) == update:
+            next(iter(layers.own.values())).grad.view(-1)[0] = float("nan")
+
+    before(Layers, "gradient_norm", spoil)
+
+
+def held_bytes(tensors):
+    """Bytes of the storages behind these tensors; of a cut one, behind its own rows."""
+    own = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in own}.values())
+
+
 def free_port():
     """A port of this machine that nobody listens on."""
     with socket.socket() as place:

@@ -13,6 +13,7 @@ DESCRIPTION = "Say what fits into a card, and what would: nothing is allocated, 
 FLAGS = (
     ("--format", {"type": str, "default": "text", "help": "text, or json: one object"}),
     ("--table", {"type": str, "default": None, "help": "mt5: every mT5 size at 4 to 24 GiB, as a Markdown table"}),
+    ("--processes", {"type": int, "default": 1, "help": "cards that share the layers with --hardware.shard_layers true"}),
     ("--rows", {"type": int, "default": None, "help": "vocabulary rows; without it those of the store, else 32768 or all"}),
 )
 TABLE_SIZES = ("mt5-small", "mt5-base", "mt5-large", "mt5-xl")
@@ -61,9 +62,10 @@ def _found(arguments: Arguments) -> dict[str, Any]:
     rows = arguments.flags.get("rows") or _rows(config, store, whole.rows)
     sizes = whole.with_rows(rows)
     memory, precision = _memory_and_precision(config)
-    listed = list(choices(sizes, task, memory, precision, OPTIMIZERS))
+    own = fit(config, sizes, task, memory, precision, _processes(arguments))
+    optimizers = OPTIMIZERS if own.processes == 1 else ("adamw",)
+    listed = list(choices(sizes, task, memory, precision, optimizers, own.processes))
     chosen = first_fit(listed)
-    own = fit(config, sizes, task, memory, precision)
     return {
         "parameters": sizes.parameters,
         "parameters_full_vocabulary": whole.parameters,
@@ -72,6 +74,7 @@ def _found(arguments: Arguments) -> dict[str, Any]:
         "source_tokens": task.source_tokens,
         "target_tokens": task.target_tokens,
         "examples_per_update": task.examples_per_update,
+        "processes": own.processes,
         "memory_gib": memory.total / GIB,
         "usable_gib": memory.usable / GIB,
         "on_gpu": memory.on_gpu,
@@ -79,8 +82,20 @@ def _found(arguments: Arguments) -> dict[str, Any]:
         "choices": [choice.to_json() for choice in listed],
         "chosen": None if chosen is None else chosen.to_json(),
         "as_configured": {**own.choice.to_json(), "why": own.why},
-        "smallest_card_gib": {name: smallest_card_gib(sizes, task, precision, (name,)) for name in OPTIMIZERS},
+        "smallest_card_gib": {name: smallest_card_gib(sizes, task, precision, (name,), own.processes) for name in optimizers},
     }
+
+
+def _processes(arguments: Arguments) -> int:
+    """Processes to plan for.
+
+    Raises:
+        ConfigError: several that share nothing, of which each needs what one does.
+    """
+    processes = int(arguments.flags.get("processes", 1))
+    if processes < 1 or (processes > 1 and not arguments.config.hardware.shard_layers):
+        raise ConfigError(f"--processes {processes}: needs 1 or more, and more than 1 need --hardware.shard_layers true")
+    return processes
 
 
 def _store_and_task(arguments: Arguments) -> tuple[Any, Any]:
@@ -144,6 +159,8 @@ def _text(found: dict[str, Any]) -> Iterator[str]:
         f"memory {found['memory_gib']:.2f} GiB on a {kind}, {found['usable_gib']:.2f} of it usable; weights in float32,"
         f" products in {found['precision']}"
     )
+    if found["processes"] > 1:
+        yield f"cards  {found['processes']} share the layers; whole on each: the tables, and in an evaluation all weights"
     yield ""
     yield f"{'optimizer':22} {'recompute':9} {'tokens':>6} {'cost':>5} {'GiB':>7}  weights gradients  states activations  work"
     for choice in found["choices"]:

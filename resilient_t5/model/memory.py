@@ -161,15 +161,19 @@ def counted_flops(sizes: Sizes, source: int, target: int, checkpointing: bool) -
     return (4 if checkpointing else 3) * (encoder + decoder) + head
 
 
-def choices(sizes: Sizes, task: Task, memory: Memory, precision: str, optimizers: tuple[str, ...]) -> Iterator[Choice]:
+def choices(
+    sizes: Sizes, task: Task, memory: Memory, precision: str, optimizers: tuple[str, ...], processes: int = 1
+) -> Iterator[Choice]:
     """Every way that is worth a look, in the order of exactness, with the largest micro-batch that fits.
 
     Args:
         optimizers: the ones to consider, out of `OPTIMIZERS`.
+        processes: those that the layers are cut over.
     """
     for optimizer in optimizers:
         for checkpointing in (False, True):
-            yield choose_micro_tokens(sizes, task, memory, Execution(precision, checkpointing, memory.on_gpu), optimizer)  # type: ignore[arg-type]
+            run = Execution(precision, checkpointing, memory.on_gpu, processes=processes)  # type: ignore[arg-type]
+            yield choose_micro_tokens(sizes, task, memory, run, optimizer)
 
 
 def choose_micro_tokens(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str) -> Choice:
@@ -198,10 +202,10 @@ def first_fit(found: list[Choice]) -> Choice | None:
     return next((choice for choice in found if choice.fits), None)
 
 
-def smallest_card_gib(sizes: Sizes, task: Task, precision: str, optimizers: tuple[str, ...]) -> float:
+def smallest_card_gib(sizes: Sizes, task: Task, precision: str, optimizers: tuple[str, ...], processes: int = 1) -> float:
     """Memory of the smallest GPU that one of these optimizers can train on, one example at a time, in GiB."""
     nothing = Memory(0.0)
-    least = min(choice.needed for choice in choices(sizes, task, nothing, precision, optimizers))
+    least = min(choice.needed for choice in choices(sizes, task, nothing, precision, optimizers, processes))
     return (least / (1 - FREE_SHARE) + CONTEXT_BYTES) / GIB
 
 

@@ -59,12 +59,24 @@ def test_a_prepared_corpus_gives_its_rows_and_its_longest_example(capsys, tmp_pa
     assert found["target_tokens"] <= 48
 
 
+def test_layers_that_are_shared_fit_where_whole_ones_do_not(capsys):
+    """mT5-XL with AdamW: no card of 24 GiB trains it alone, four do; each holds a quarter of the layers' states."""
+    card = ("--model.preset", "mt5-xl", "--hardware.memory_gib", "24", "--optim.name", "adamw")
+    alone = planned(capsys, *card)["as_configured"]
+    shared = planned(capsys, *card, "--hardware.shard_layers", "true", "--processes", "4")
+    assert not alone["fits"] and shared["as_configured"]["fits"]
+    assert {choice["optimizer"] for choice in shared["choices"]} == {"adamw"}
+    tables_gib = 2 * 4 * 2 * 32_768 * 2_048 / 2**30
+    assert shared["as_configured"]["optimizer_gib"] - tables_gib == pytest.approx((alone["optimizer_gib"] - tables_gib) / 4)
+
+
 def test_wrong_use_is_told(capsys):
-    """No model, an unknown format, a GPU that is not here and has no size."""
+    """No model, an unknown format, a hub name that is not here, cards that share nothing."""
     for argv, sign in (
         ([], "no model"),
         (["--model.preset", "mt5-base", "--format", "xml"], "--format"),
         (["--model.name_or_path", "nobody/never-there"], "not on this machine"),
+        (["--model.preset", "mt5-base", "--processes", "2"], "--hardware.shard_layers"),
     ):
         assert main(argv) == 2
         assert sign in capsys.readouterr().err

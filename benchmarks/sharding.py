@@ -1,0 +1,104 @@
+"""What cut layers (`hardware.shard_layers`) save in memory and cost in time: the same run on several processes, whole and cut.
+
+Every process of a run is started by itself, and the system says what it took at most: imports, training, an evaluation at
+the start and at the end, saves, exports. What a process takes whatever it trains is measured with a tiny model and taken
+off. The sides take turns; times are medians over all updates but the first two of each run. On CPUs, by gloo.
+
+    python benchmarks/sharding.py --processes 2 --preset mt5-small [--rounds 2]
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from circumstances import circumstances
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = """
+data: {train: "builtin:clinical", sample_notes: 300, max_source_tokens: 128, max_target_tokens: 64}
+tokenizer: {train_vocab_size: 1000}
+corruption: {max_sentinels: 10}
+batch: {examples_per_update: 16, micro_tokens: 512}
+schedule: {max_updates: 8}
+convergence: {preset: short}
+evaluation: {every: 8, examples: 16, restore_examples: 2}
+checkpoint: {every_minutes: null, every_updates: 4}
+telemetry: {log_every: 1, progress: quiet, tensorboard: false, samples: 1}
+hardware: {threads: 1}
+"""
+UNTIMED_UPDATES = 2
+
+
+def run(folder, name, options, *more):
+    """One run on all its processes: (peak MiB of each, seconds of each timed update)."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    directory = folder / name
+    argv = ["--config", folder / "config.yaml", "--data.store", folder / "store", "--run.dir", directory, *more]
+    started = []
+    for index in range(options.processes):
+        own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {key: str(value) for key, value in own.items()}
+        command = [sys.executable, str(ROOT / "bin" / "train"), *map(str, argv), "--hardware.device", "cpu"]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    peaks_mib = []
+    for process in started:
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{name}: a process ended with status {status}")
+        peaks_mib.append(usage.ru_maxrss / 1024)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return peaks_mib, [row["update_s"] for row in rows if row["kind"] == "train"][UNTIMED_UPDATES:]
+
+
+def measure(options, folder):
+    """Peaks above what a process takes anyhow, and times, of both sides; their ratios."""
+    (folder / "config.yaml").write_text(SETTINGS, encoding="utf-8")
+    base_mib = run(folder, "tiny", options, "--model.preset", "tiny")[0]
+    peaks, times = {"whole": [], "cut": []}, {"whole": [], "cut": []}
+    for number in range(options.rounds):
+        for side, found in peaks.items():
+            cut = str(side == "cut").lower()
+            more = ("--model.preset", options.preset, "--hardware.shard_layers", cut)
+            peaks_mib, update_s = run(folder, f"{side}-{number}", options, *more)
+            found.append([peak - base for peak, base in zip(peaks_mib, base_mib, strict=True)])
+            times[side] += update_s
+    result = {"processes": options.processes, "preset": options.preset, "base_mib": [round(mib) for mib in base_mib]}
+    for side in peaks:
+        writer, others = [max(row[0] for row in peaks[side]), max(max(row[1:]) for row in peaks[side])]
+        result[side] = {"writer_mib": round(writer), "others_mib": round(others), "update_s": statistics.median(times[side])}
+    for figure in ("writer_mib", "others_mib", "update_s"):
+        result[f"{figure.rpartition('_')[0]}_ratio"] = round(result["cut"][figure] / result["whole"][figure], 3)
+    return result
+
+
+def main():
+    """Print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--preset", default="mt5-small")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.processes < 2 or options.rounds < 1:
+        parser.error("--processes is to be 2 or more, --rounds 1 or more")
+    with tempfile.TemporaryDirectory() as folder:
+        result = {**circumstances("sharding", ("torch", "accelerate")), **measure(options, Path(folder))}
+    for side in ("whole", "cut"):
+        sys.stdout.write(f"{side}: " + ", ".join(f"{key} {value:.3g}" for key, value in result[side].items()) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -24,11 +24,11 @@ SETTINGS = """
 data: {train: "builtin:clinical", sample_notes: 300, max_source_tokens: 128, max_target_tokens: 64}
 tokenizer: {train_vocab_size: 1000}
 corruption: {max_sentinels: 10}
-batch: {examples_per_update: 16, micro_tokens: 512}
-schedule: {max_updates: 8}
+batch: {examples_per_update: 8, micro_tokens: 384}
+schedule: {max_updates: 6}
 convergence: {preset: short}
-evaluation: {every: 8, examples: 16, restore_examples: 2}
-checkpoint: {every_minutes: null, every_updates: 4}
+evaluation: {every: 6, examples: 8, restore_examples: 2}
+checkpoint: {every_minutes: null, every_updates: 3}
 telemetry: {log_every: 1, progress: quiet, tensorboard: false, samples: 1}
 hardware: {threads: 1}
 """
@@ -36,7 +36,7 @@ UNTIMED_UPDATES = 2
 
 
 def run(folder, name, options, *more):
-    """One run on all its processes: (peak MiB of each, seconds of each timed update)."""
+    """One run on all its processes: (peak MiB of each, processor seconds of all, seconds of each timed update)."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
@@ -49,33 +49,36 @@ def run(folder, name, options, *more):
         environment |= {key: str(value) for key, value in own.items()}
         command = [sys.executable, str(ROOT / "bin" / "train"), *map(str, argv), "--hardware.device", "cpu"]
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    peaks_mib = []
+    peaks_mib, cpu_s = [], 0.0
     for process in started:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{name}: a process ended with status {status}")
         peaks_mib.append(usage.ru_maxrss / 1024)
+        cpu_s += usage.ru_utime + usage.ru_stime
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return peaks_mib, [row["update_s"] for row in rows if row["kind"] == "train"][UNTIMED_UPDATES:]
+    return peaks_mib, cpu_s, [row["update_s"] for row in rows if row["kind"] == "train"][UNTIMED_UPDATES:]
 
 
 def measure(options, folder):
-    """Peaks above what a process takes anyhow, and times, of both sides; their ratios."""
+    """Peaks and processor times above what a run takes anyhow, and times of an update, of both sides; their ratios."""
     (folder / "config.yaml").write_text(SETTINGS, encoding="utf-8")
-    base_mib = run(folder, "tiny", options, "--model.preset", "tiny")[0]
-    peaks, times = {"whole": [], "cut": []}, {"whole": [], "cut": []}
+    base_mib, base_s, _ = run(folder, "tiny", options, "--model.preset", "tiny")
+    peaks, cpu, times = ({"whole": [], "cut": []} for _ in range(3))
     for number in range(options.rounds):
         for side, found in peaks.items():
             cut = str(side == "cut").lower()
             more = ("--model.preset", options.preset, "--hardware.shard_layers", cut)
-            peaks_mib, update_s = run(folder, f"{side}-{number}", options, *more)
+            peaks_mib, cpu_s, update_s = run(folder, f"{side}-{number}", options, *more)
             found.append([peak - base for peak, base in zip(peaks_mib, base_mib, strict=True)])
+            cpu[side].append(cpu_s - base_s)
             times[side] += update_s
     result = {"processes": options.processes, "preset": options.preset, "base_mib": [round(mib) for mib in base_mib]}
     for side in peaks:
         writer, others = [max(row[0] for row in peaks[side]), max(max(row[1:]) for row in peaks[side])]
-        result[side] = {"writer_mib": round(writer), "others_mib": round(others), "update_s": statistics.median(times[side])}
-    for figure in ("writer_mib", "others_mib", "update_s"):
+        result[side] = {"writer_mib": round(writer), "others_mib": round(others)}
+        result[side] |= {"cpu_s": statistics.median(cpu[side]), "update_s": statistics.median(times[side])}
+    for figure in ("writer_mib", "others_mib", "cpu_s", "update_s"):
         result[f"{figure.rpartition('_')[0]}_ratio"] = round(result["cut"][figure] / result["whole"][figure], 3)
     return result
 

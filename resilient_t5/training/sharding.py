@@ -32,6 +32,7 @@ from resilient_t5.errors import ConfigError
 from resilient_t5.model.numerics import PrecisionName
 from resilient_t5.model.tables import T5Model
 from resilient_t5.training.equal import follow
+from resilient_t5.training.host import give_large_blocks_back
 from resilient_t5.training.ranks import ALONE, Ranks
 
 
@@ -177,6 +178,8 @@ def cut_layers(model: T5Model, config: Config, ranks: Ranks, precision: Precisio
         raise ConfigError(
             "hardware.precision: fp16 was chosen for this card, and its loss scaler knows no cut layers; set fp32"
         )
+    if model.shared.weight.device.type == "cpu":
+        give_large_blocks_back()  # what is gathered and let go is not to be kept by the heap
     tables = {model.shared.weight, model.lm_head.weight}
     if is_new:
         follow(ranks, [parameter for parameter in model.parameters() if parameter not in tables])

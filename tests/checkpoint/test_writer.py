@@ -63,6 +63,17 @@ def test_what_is_saved_is_the_state_at_the_request(slow, scratch):
     assert is_exactly(make_vault(scratch).load_newest(), 7)
 
 
+def test_parts_that_are_copies_already_are_written_behind_without_another(scratch):
+    """Where memory has no room for a copy the caller waits, but not with parts that nobody changes any more."""
+    disk = SlowDisk()
+    writer = Writer(make_vault(scratch, fs=disk), background=True, available_bytes=lambda: 0)
+    assert writer.submit(replace(make_parts(7), are_copies=True), best=False, must=False)
+    assert writer.busy and disk.reached.wait(20)
+    disk.go.set()
+    assert [item.update for item in writer.drain()] == [7]
+    writer.close()
+
+
 def test_shared_tensors_are_copied_once_and_stay_shared(slow, scratch):
     """A tied matrix costs its memory once, in the snapshot and in the file."""
     disk, writer, vault, _ = slow

@@ -104,6 +104,21 @@ def spoil_rows(update):
     before(Layers, "gradient_norm", spoil)
 
 
+def begin_otherwise(shift):
+    """This process builds its layers with other first weights."""
+    import torch
+
+    from resilient_t5.training import run
+    from tests.resume.placing import before
+
+    @torch.no_grad()
+    def move(model, *_, **__):
+        for parameter in model.decoder.block.parameters():
+            parameter.add_(shift)
+
+    before(run, "cut_layers", move)
+
+
 def held_bytes(tensors):
     """Bytes of the storages behind these tensors; of a cut one, behind its own rows."""
     own = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors if tensor is not None]

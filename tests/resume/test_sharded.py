@@ -10,7 +10,7 @@ from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.model.presets import PRESETS
 from resilient_t5.model.shapes import sizes_of_shape
 from resilient_t5.training.ranks import join
-from tests.resume.harness import Arena, committed_update, differences, metric_rows, newest_checkpoint, whole_rows
+from tests.resume.harness import Arena, committed_update, differences, metric_rows, newest_checkpoint, tensor_sha256, whole_rows
 from tests.resume.several import console, damage, run_together, start_together, summary, wait_for_both
 from tests.resume.test_several import UPDATES, assert_close, order
 
@@ -49,6 +49,27 @@ def test_evaluations_of_equal_weights_give_equal_figures(arena, two):
     """Before the first update both runs hold the same weights: every figure of both rows is the same number."""
     for kind in ("evaluation", "restoration"):
         assert metric_rows(two, kind)[0] == metric_rows(arena.folder / "alone", kind)[0]
+
+
+def test_all_begin_with_the_first_weights_of_process_0(arena, two):
+    """Process 1 builds other ones: the first evaluation and the loss of the first update are those of the run all the same."""
+    fault = ("tests.resume.several:begin_otherwise", {"shift": 0.1})
+    assert run_together(arena, "otherwise", 2, *CUT, "--schedule.max_updates", "1", before={1: [fault]}) == [0, 0]
+    for kind in ("evaluation", "train"):
+        assert metric_rows(arena.folder / "otherwise", kind)[0]["loss"] == metric_rows(two, kind)[0]["loss"]
+
+
+def test_a_fork_takes_the_weights_of_a_checkpoint_and_exports_the_best(arena, two):
+    """Its first evaluation is the last one of the run it forks from; trained badly, it exports those weights as the best."""
+    settings = ("--run.fork", newest_checkpoint(two), "--schedule.max_updates", "1", "--optim.lr", "1.0")
+    assert run_together(arena, "fork", 2, *CUT, *settings) == [0, 0], console(arena, "fork")
+    first, last = metric_rows(arena.folder / "fork", "evaluation")
+    assert first["loss"] == metric_rows(two, "evaluation")[-1]["loss"] < last["loss"]
+    exports = [
+        tensor_sha256(run / "export" / name / "model.safetensors")
+        for run, name in ((arena.folder / "fork", "best"), (two, "last"))
+    ]
+    assert exports[0] == exports[1]
 
 
 def test_three_processes_with_unequal_shares_and_rows_give_the_losses_of_one(arena):
@@ -146,7 +167,7 @@ def test_tables_that_drift_apart_end_the_run(arena):
     assert "no longer equal" in console(arena, "drifted")
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit", "muon"])
 def test_an_optimizer_that_looks_at_whole_matrices_is_refused(arena, optimizer):
     """By name, before anything is written."""
     assert run_together(arena, "refused", 1, *CUT, "--optim.name", optimizer) == [2]

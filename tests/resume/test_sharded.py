@@ -5,11 +5,13 @@ import signal
 
 import pytest
 
+from resilient_t5.config import Config, HardwareConfig
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.model.presets import PRESETS
 from resilient_t5.model.shapes import sizes_of_shape
-from resilient_t5.training.ranks import join
+from resilient_t5.training.ranks import Ranks, join
+from resilient_t5.training.sharding import cut_layers
 from tests.resume.harness import Arena, committed_update, differences, metric_rows, newest_checkpoint, tensor_sha256, whole_rows
 from tests.resume.several import console, damage, run_together, start_together, summary, wait_for_both
 from tests.resume.test_several import UPDATES, assert_close, order
@@ -173,6 +175,15 @@ def test_an_optimizer_that_looks_at_whole_matrices_is_refused(arena, optimizer):
     assert run_together(arena, "refused", 1, *CUT, "--optim.name", optimizer) == [2]
     assert "hardware.shard_layers needs optim.name adamw" in console(arena, "refused")
     assert not (arena.folder / "refused").exists()
+
+
+def test_a_number_format_with_a_loss_scaler_is_refused_where_a_card_chose_it():
+    """fp16 by `auto` on an old card, in every process alike; asked for by name it is refused with the settings."""
+    cut = HardwareConfig(shard_layers=True)
+    with pytest.raises(ConfigError, match="fp16"):
+        cut_layers(None, Config(hardware=cut), Ranks(count=2), "fp16", is_new=True)
+    with pytest.raises(ConfigError, match="fp16"):
+        Config(hardware=HardwareConfig(shard_layers=True, precision="fp16"))
 
 
 def test_a_start_by_the_fsdp_of_accelerate_is_refused(monkeypatch):

@@ -158,10 +158,10 @@ def run_together(arena, name, count, *more, before=None, own=None):
     return [arena.server.wait(pid) for pid in start_together(arena, name, count, *more, before=before, own=own)]
 
 
-def attack_lost(server, folder, kills, seed):
+def attack_lost(server, folder, kills, seed, more=()):
     """R22: one of two processes is killed in a save, again and again; the other leaves, and the run goes on unchanged."""
     begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
-    options = ("--schedule.max_updates", str(6 + UPDATES_EACH * kills), "--checkpoint.every_updates", "1")
+    options = ("--schedule.max_updates", str(6 + UPDATES_EACH * kills), "--checkpoint.every_updates", "1", *more)
     assert run_together(arena, "reference", 2, *options) == [0, 0], console(arena, "reference")
     bad, struck, slowest_s = [], 0, 0.0
     while struck < kills:

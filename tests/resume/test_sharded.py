@@ -13,7 +13,7 @@ from resilient_t5.model.shapes import sizes_of_shape
 from resilient_t5.training.ranks import Ranks, join
 from resilient_t5.training.sharding import cut_layers
 from tests.resume.harness import Arena, committed_update, differences, metric_rows, newest_checkpoint, tensor_sha256, whole_rows
-from tests.resume.several import console, damage, run_together, start_together, summary, wait_for_both
+from tests.resume.several import attack_lost, console, damage, run_together, start_together, summary, wait_for_both
 from tests.resume.test_several import UPDATES, assert_close, order
 
 CUT = (*UPDATES, "--hardware.shard_layers", "true")
@@ -131,6 +131,13 @@ def test_a_killed_process_leaves_the_last_commit_and_the_other_goes(arena, two, 
     if place == "micro-batch":
         assert run_together(arena, name, 2, *CUT) == [0, 0], console(arena, name)
         assert differences(arena.folder / name, two) == []
+
+
+@pytest.mark.slow
+def test_ten_processes_killed_in_saves_lose_nothing_of_cut_layers(fork_server, tmp_path):
+    """R22 with cut layers: one of two is killed in a save, ten times; every commit is whole and the run ends as if left alone."""
+    figures, _ = attack_lost(fork_server, tmp_path, 10, seed=3, more=("--hardware.shard_layers", "true"))
+    assert figures["bad"] == [] and figures["different"] == [] and figures["kills"] == 10
 
 
 def test_memory_that_runs_out_in_a_pass_ends_the_run_with_what_would_help(arena):

@@ -57,6 +57,8 @@ class Saver:
     """What differs from the process that saved what this one went on from; empty means bit for bit (on a CPU)."""
     submitted_at_s: float = field(default_factory=time.monotonic)
     write_s: float = 0.0
+    capture_s: float = 0.0
+    """Seconds that the last save took before it was written: next to none, but for layers that are cut."""
 
     def due(self, state: RunState, stop: StopSignal) -> str | None:
         """Why a checkpoint is due at this update, or None: a new best, asked for, the first, by count, by clock.
@@ -90,6 +92,7 @@ class Saver:
         """
         begun_s = time.monotonic()
         parts, best = self.capture(state, "periodic" if cause == "asked" else cause), is_best(state)
+        self.capture_s = time.monotonic() - begun_s
         if not self.updater.ranks.is_writer:
             return
         must = cause != "periodic"
@@ -112,7 +115,8 @@ class Saver:
         missing = False
         try:
             self.settle()
-            missing = self.committed not in ((state.update, True), wanted) and (cause != "signal" or stop.left_s > self.write_s)
+            in_time = cause != "signal" or stop.left_s > self.capture_s + self.write_s
+            missing = in_time and self.committed not in ((state.update, True), wanted)
         finally:
             missing = self.updater.layers.agreed("last save", missing)
         if missing:

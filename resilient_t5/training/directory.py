@@ -50,7 +50,7 @@ def inspect(config: Config) -> RunDirectory:
             f"{path} holds a run, and this one is to be a new one",
             mend=f"Continue it with bin/train --config {path / 'config.yaml'}, or choose another --run.dir",
         )
-    _refuse_other_mathematics(path, stored["mathematics"], mathematics(config))
+    _refuse_other_mathematics(path, stored["mathematics"], config)
     return RunDirectory(path, stored["run_id"], is_new=False)
 
 
@@ -92,6 +92,17 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
+def changed_mathematics(old: dict[str, Any], config: Config) -> list[str]:
+    """`key: old -> new` for every setting of `config` that would change the mathematics of a run saved with `old`.
+
+    A key that a later version brought is missing in `old`, which ran as that version does by default; one that a later
+    version dropped is not looked at.
+    """
+    new = mathematics(config)
+    known = {**mathematics(Config()), **old}
+    return changed_keys({key: value for key, value in known.items() if key in new}, new)
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and command line."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -114,9 +125,8 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _refuse_other_mathematics(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = changed_keys({key: value for key, value in old.items() if key in new}, new)
-    if changed:
+def _refuse_other_mathematics(path: Path, old: dict[str, Any], config: Config) -> None:
+    if changed := changed_mathematics(old, config):
         raise ResumeMismatch(
             f"{path} holds another run; going on with these settings would change its mathematics",
             where="; ".join(changed),

@@ -22,7 +22,7 @@ from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.optim import load_named_state, named_state
 from resilient_t5.model.tables import T5Model
 from resilient_t5.training.convergence import ConvergenceMachine
-from resilient_t5.training.directory import changed_keys
+from resilient_t5.training.directory import changed_keys, changed_mathematics
 from resilient_t5.training.guard import Guard
 from resilient_t5.training.progress import Display
 from resilient_t5.training.sharding import local, own_rows
@@ -165,8 +165,7 @@ class Saver:
         Raises:
             ResumeMismatch: the checkpoint belongs to other settings, other data or another model; every key is named.
         """
-        wanted = mathematics(self.config)
-        changed = changed_keys({key: value for key, value in loaded.state["mathematics"].items() if key in wanted}, wanted)
+        changed = changed_mathematics(loaded.state["mathematics"], self.config)
         if loaded.manifest.fingerprints["data"] != self.fingerprints["data"]:
             changed.append("the prepared corpus: its fingerprint differs")
         if changed:

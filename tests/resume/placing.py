@@ -41,6 +41,15 @@ def signal_at(place, number, call=1, stamp=None, times=1):
     before(owner, name, strike)
 
 
+def forget_setting(key):
+    """This process writes down its settings as a version did that had no setting `key` yet."""
+    from resilient_t5.training import directory, saving
+
+    for module in (directory, saving):
+        settings = module.mathematics
+        module.mathematics = lambda config, settings=settings: {k: v for k, v in settings(config).items() if k != key}
+
+
 def before(owner, name, action):
     """Let `action` see the arguments of every call of `owner.name` first."""
     inner = getattr(owner, name)

@@ -151,6 +151,23 @@ def test_a_changed_mathematics_is_refused_with_78_and_nothing_written(fork_serve
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_run_of_a_version_without_a_setting_goes_on_by_its_default_and_by_no_other(
+    fork_server, tiny_config, tmp_path, reference
+):
+    """A key that neither run directory nor checkpoint knows: its default changes nothing, another value is refused by name."""
+    run, console = tmp_path / "run", tmp_path / "console.txt"
+    argv = ["--config", tiny_config, "--run.dir", run]
+    faults = [
+        ("tests.resume.placing:forget_setting", {"key": "corruption.mask_ratio_spread"}),
+        ("tests.resume.placing:signal_at", {"place": "micro-batch", "number": int(signal.SIGTERM), "call": 20}),
+    ]
+    assert fork_server.run(argv, console, faults) == -signal.SIGTERM, console.read_text()
+    assert fork_server.run([*argv, "--corruption.mask_ratio_spread", "0.1"], console) == 78
+    assert "corruption.mask_ratio_spread: 0.0 -> 0.1" in console.read_text()
+    assert fork_server.run(argv, console) == 0, console.read_text()
+    assert_same_run(run, reference)
+
+
 def test_a_fork_starts_a_new_run_from_the_weights_of_a_checkpoint(fork_server, tiny_config, tmp_path, reference):
     """Its first loss is the reference's last one; its updates, order and optimizer begin anew; the same command resumes it."""
     newest = max((reference / "checkpoints").glob("u*-*"), key=lambda path: int(path.name.rpartition("-")[2]))

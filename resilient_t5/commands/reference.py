@@ -59,7 +59,7 @@ def settings() -> Iterator[Setting]:
         for field, after in zip(body, [*body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-                yield Setting(name, field.target.id, ast.unparse(field.annotation), inspect.cleandoc(str(text)))
+                yield Setting(name, field.target.id, ast.unparse(field.annotation), " ".join(str(text).split()))
 
 
 def commented_yaml(config: Config, file: str) -> str:

@@ -14,10 +14,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_every_setting_has_a_meaning():
-    """The reference holds every key that the command line takes, and says what each is for."""
+    """The reference holds every key that the command line takes, and says what each is for, in one line of its table."""
     found = list(settings())
     assert [f"{setting.section}.{setting.key}" for setting in found] == list(KEYS)
     assert [setting for setting in found if not setting.meaning] == []
+    rows = [line for line in page().splitlines() if line.endswith(" |") and line.startswith("| `")]
+    assert len(rows) == len(found)
 
 
 @pytest.mark.parametrize(

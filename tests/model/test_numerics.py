@@ -117,18 +117,26 @@ def test_a_cpu_runs_in_float32_unless_told_otherwise():
 
 
 @pytest.mark.parametrize(
-    ("flags", "native"), [("fpu avx512f avx512_bf16 avx512_vnni", True), ("fpu amx_bf16", True), ("fpu avx2 avx512f", False)]
+    ("flags", "native"),
+    [
+        ("fpu avx512f avx512_bf16 avx512_vnni", True),
+        ("fpu amx_bf16", True),
+        ("fp asimd bf16", True),
+        ("fpu avx2 avx512f", False),
+    ],
 )
 def test_what_a_cpu_can_do_in_bf16_is_said_and_not_done_unasked(flags, native, tmp_path, monkeypatch):
     """The processor's own words decide the advice; where there are none, none is given."""
     facts = tmp_path / "cpuinfo"
     facts.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="ascii")
     assert cpu_multiplies_bf16(facts) is native
-    assert not cpu_multiplies_bf16(tmp_path / "nowhere")
+    assert cpu_multiplies_bf16(tmp_path / "nowhere") is None
     monkeypatch.setattr("resilient_t5.model.numerics.cpu_multiplies_bf16", lambda: native)
     assert choose_precision("auto", CPU).name == "fp32"
     assert ("hardware.precision" in choose_precision("auto", CPU).why) is native
     assert ("emulates" in choose_precision("bf16", CPU).why) is not native
+    monkeypatch.setattr("resilient_t5.model.numerics.cpu_multiplies_bf16", lambda: None)
+    assert choose_precision("bf16", CPU).why == "as configured"
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])

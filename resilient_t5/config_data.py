@@ -112,10 +112,11 @@ class CorruptionConfig:
     """TSV file of look-alikes (character, tab, its look-alikes) that extends the built-in table."""
 
     def __post_init__(self) -> None:
+        most = round(self.mask_ratio + self.mask_ratio_spread, 6)  # 0.56 + 0.34 is a little more than 0.9
         check(
             (0.0 < self.mask_ratio <= 0.9, f"corruption.mask_ratio: {self.mask_ratio} is not in (0, 0.9]"),
             (
-                0.0 <= self.mask_ratio_spread <= min(self.mask_ratio, 0.9 - self.mask_ratio),
+                self.mask_ratio_spread == 0.0 or (0.0 < self.mask_ratio_spread <= self.mask_ratio and most <= 0.9),
                 f"corruption.mask_ratio_spread: {self.mask_ratio_spread} takes mask_ratio {self.mask_ratio} out of 0 to 0.9",
             ),
             share("corruption.term_probability", self.term_probability),

@@ -1,5 +1,7 @@
 """Corruption of chunks: masks, sources, targets. Run: python -m pytest tests/data/test_corruption.py"""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from resilient_t5.config import CorruptionConfig, DataConfig
 from resilient_t5.data import corruption
 from resilient_t5.data.corruption import Corrupted, corrupt
-from resilient_t5.errors import DataError
+from resilient_t5.errors import ConfigError, DataError
 from tests.data.fake_split import (
     FIRST_BYTE,
     FIRST_MARK,
@@ -201,6 +203,16 @@ def test_with_a_spread_every_chunk_and_epoch_has_a_ratio_of_its_own():
     assert np.abs(deciles - np.arange(0.08, 0.35, 0.03)).max() < 0.01
     later = masked_share(damage(split, epoch=1, **spread), split)
     assert abs(np.corrcoef(share, later)[0, 1]) < 0.05
+
+
+def test_a_spread_may_reach_both_ends_of_what_a_mask_ratio_may_be_and_no_further():
+    """From nothing to 0.9, whatever the sum of two decimal fractions is; a bad mask ratio alone is one complaint."""
+    for ratio, spread in ((0.8, 0.1), (0.56, 0.34), (0.45, 0.45), (0.2, 0.2), (0.9, 0.0)):
+        assert CorruptionConfig(mask_ratio=ratio, mask_ratio_spread=spread).mask_ratio_spread == spread
+    for ratio, spread in ((0.8, 0.11), (0.2, 0.21), (0.2, -0.1), (0.2, math.nan), (0.95, 0.0)):
+        with pytest.raises(ConfigError) as refused:
+            CorruptionConfig(mask_ratio=ratio, mask_ratio_spread=spread)
+        assert len(refused.value.problems) == 1
 
 
 def test_scarce_sentinels_make_spans_longer_before_they_make_them_fewer():

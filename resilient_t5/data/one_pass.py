@@ -157,7 +157,7 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
                     writer.add(split, examples.chosen(chosen), int(chosen.sum()))
             writer.end_batch()
             smallest_key = min(smallest_key, *batch.keys)
-            job.on_progress(min(counts.bytes, total), total)
+            job.on_progress(min(counts.bytes, total or counts.bytes), total)
         extra = {key: value for key, value in dataclasses.asdict(tally).items() if key != "term_counts"}
         extra |= {"term_counts": tally.term_counts.tolist(), "corpus": dataclasses.asdict(counts)}
         return writer.close({**extra, "smallest_key": smallest_key, "seconds": time.perf_counter() - started})

@@ -24,8 +24,9 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
     Args:
         config: sections data, tokenizer, model (tokenizer, active vocabulary), batch and run.seed are read.
         directory: the store; absent or empty, or a store made from the same text, tokenizer, terms and settings.
-        on_progress: called with (bytes read, bytes to read) now and then, with 0 read while the tokenizer is trained and
-            (0, 0) while another process makes the same store; what it raises stops the work and leaves nothing behind.
+        on_progress: called with (bytes read, bytes to read) now and then, with 0 read while the tokenizer is trained, 0 to
+            read for the built-in corpus, and (0, 0) while another process makes the same store; what it raises stops the
+            work and leaves nothing behind.
 
     Raises:
         DataError: inputs that cannot be used; or a directory that holds another store (says what differs), or anything else.

@@ -4,9 +4,11 @@ The training is one call into C++ that no signal can interrupt, for seconds to a
 and gives its memory back.
 """
 
+import errno
 import hashlib
 import heapq
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.errors import DataError
+from resilient_t5.errors import DataError, DiskFull
 
 PROGRAM = Path(__file__).with_name("sentencepiece_program.py")
 POLL_S = 0.1
@@ -43,6 +45,7 @@ def train_sentencepiece(
 
     Raises:
         DataError: the text is too little to train on.
+        DiskFull: the sample does not fit where temporary files go.
     """
     lines = _sample(texts, poll)
     if not lines:
@@ -75,12 +78,20 @@ def train_sentencepiece(
 
 def _run(options: dict[str, Any], lines: list[str], poll: Callable[[], None]) -> tuple[int, bytes, str]:
     """Exit code, output and last words of the program; it is killed when `poll` raises."""
-    with tempfile.TemporaryFile() as handed:  # a pipe that fills while nobody reads would have to be fed and polled at once
-        handed.write("\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass"))
-        handed.seek(0)
-        program = subprocess.Popen(
-            [sys.executable, "-P", PROGRAM], stdin=handed, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    command = [sys.executable, "-P", str(PROGRAM), str(os.getpid())]
+    try:
+        with tempfile.TemporaryFile() as handed:  # a pipe that fills while nobody reads would have to be fed and polled at once
+            handed.write("\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass"))
+            handed.seek(0)
+            program = subprocess.Popen(command, stdin=handed, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            "there is no room for the text that the tokenizer is trained on",
+            where=tempfile.gettempdir(),
+            mend="Make room, or name a folder on another disk with TMPDIR",
+        ) from error
     try:
         while True:
             try:
@@ -98,6 +109,12 @@ def _run(options: dict[str, Any], lines: list[str], poll: Callable[[], None]) ->
 def _refusal(vocab_size: int, code: int, said: str) -> DataError:
     """What SentencePiece said, in the words of our settings where it is the mistake that many make."""
     where = "tokenizer.train_vocab_size"
+    if code < 0:
+        return DataError(
+            f"the training of the tokenizer was ended by signal {-code}",
+            where=where,
+            mend="Start it again; signal 9 is mostly sent where memory runs out",
+        )
     if (needed := TOO_FEW_PIECES.search(said)) is not None:
         return DataError(
             f"no tokenizer of {vocab_size} pieces can be trained on this text: its characters alone need {needed[1]}",

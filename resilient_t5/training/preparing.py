@@ -22,10 +22,12 @@ def progress_teller(stop: StopSignal, tell: Callable[[str], None]) -> Callable[[
             raise Stopped
         if time.monotonic() - told_s >= PROGRESS_EVERY_S:
             told_s = time.monotonic()
-            if total_bytes == 0:
+            if done_bytes == total_bytes == 0:
                 tell("prepare waits for another process that makes the same store")
             elif done_bytes == 0:
-                tell(f"prepare trains the tokenizer on a sample of {total_bytes / 1e6:.1f} MB")
+                tell("prepare trains the tokenizer on a sample of the text")
+            elif total_bytes == 0:
+                tell(f"prepare {done_bytes / 1e6:.1f} MB of the built-in corpus")
             else:
                 tell(f"prepare {100 * done_bytes / total_bytes:5.1f}% of {total_bytes / 1e6:.1f} MB")
 

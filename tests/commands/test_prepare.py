@@ -158,8 +158,9 @@ def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["terms.txt", "text.txt"]
 
 
-def test_ctrl_c_while_the_tokenizer_is_trained_ends_it_at_once_with_130(tmp_path):
-    """SIGINT to the whole group, as a terminal sends it: no half store, no process left, and no wait for the training."""
+@pytest.fixture
+def training(tmp_path):
+    """bin/prepare in the middle of the training of its tokenizer, leader of its own group; and the ids of its children."""
     random = np.random.default_rng(1)
     lines = (random.bytes(450).hex() for _ in range(3400))  # no words in it, so a training takes many seconds
     (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -177,10 +178,36 @@ def test_ctrl_c_while_the_tokenizer_is_trained_ends_it_at_once_with_130(tmp_path
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.5)
-    assert all(Path("/proc", trainer).exists() for trainer in trainers), "the text is too small: it is trained on already"
+    assert not any(map(is_over, trainers)), "the text is too small: it is trained on already"
+    yield process, trainers
+    process.kill()
+    process.communicate()
+
+
+def is_over(pid):
+    """Whether a process has ended, though perhaps nobody has asked for its status yet."""
+    try:
+        return Path("/proc", pid, "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_ctrl_c_while_the_tokenizer_is_trained_ends_it_at_once_with_130(training, tmp_path):
+    """SIGINT to the whole group, as a terminal sends it: no half store, no process left, and no wait for the training."""
+    process, trainers = training
     asked_s = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "nothing half made" in error and time.monotonic() - asked_s < 3
-    assert not any(Path("/proc", trainer).exists() for trainer in trainers)
+    assert all(map(is_over, trainers))
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_killed_prepare_leaves_no_training_behind(training):
+    """SIGKILL lets it end nobody; the training sees by itself that nobody wants the model any more."""
+    process, trainers = training
+    process.kill()
+    until_s = time.monotonic() + 5
+    while not all(map(is_over, trainers)):
+        assert time.monotonic() < until_s, "it trains for nobody"
+        time.sleep(0.05)

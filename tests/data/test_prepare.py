@@ -368,6 +368,15 @@ def test_progress_is_told_and_may_stop_the_work(config, corpus):
     assert sorted(path.name for path in corpus.iterdir()) == ["store", "terms.txt", "text.txt"]
 
 
+def test_the_built_in_corpus_tells_how_much_is_done_and_never_that_it_waits(tmp_path):
+    """Its size is not known before, and (0, 0) is the sign of another process that makes the same store."""
+    told = []
+    data = DataConfig(train="builtin:clinical", sample_notes=100)
+    config = Config(data=data, tokenizer=TokenizerConfig(train_vocab_size=700))
+    prepare(config, tmp_path / "store", lambda done, total: told.append((done, total)))
+    assert told[-1][0] > 10_000 and told[-1][1] == 0 and (0, 0) not in told
+
+
 def test_a_killed_prepare_leaves_nothing_that_passes_for_a_store(config, corpus):
     """SIGKILL in the middle: no store stands there, and the next one sweeps what was left and makes it."""
     code = (

@@ -3,9 +3,11 @@
 Run: python -m pytest tests/data/test_tokenizer.py
 """
 
+import functools
 import io
 import json
 import re
+import tempfile
 import time
 
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from resilient_t5.data import sentencepiece_training
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.tokenizer import SENTINELS, load_tokenizer, train_tokenizer
-from resilient_t5.errors import DataError
+from resilient_t5.errors import DataError, DiskFull
 
 NOTES = [note.text for note in generate_notes(300, 5)]
 T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "pad_piece": "<pad>"}
@@ -277,12 +279,20 @@ def test_too_few_pieces_for_the_characters_names_how_many_are_needed():
 
 
 def test_a_training_whose_process_dies_is_a_clear_error(monkeypatch, tmp_path):
-    """As when the system kills it for want of memory: the error names the code, and nothing waits for the dead."""
+    """As when the system kills it for want of memory: the error names the signal, and nothing waits for the dead."""
     program = tmp_path / "dies.py"
     program.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", encoding="utf-8")
     monkeypatch.setattr(sentencepiece_training, "PROGRAM", program)
-    with pytest.raises(DataError, match="ended with code -9"):
+    with pytest.raises(DataError, match="ended by signal 9"):
         train_tokenizer(NOTES, 700, 0.999)
+
+
+def test_a_text_that_finds_no_room_names_the_folder_of_temporary_files(monkeypatch):
+    """And not the store, which may lie on another disk; `/dev/full` stands for a file on a full one."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
+    with pytest.raises(DiskFull, match="TMPDIR") as full:
+        train_tokenizer(NOTES, 700, 0.999)
+    assert full.value.where == tempfile.gettempdir()
 
 
 def test_a_training_that_starts_late_still_gets_its_text(monkeypatch, tmp_path):

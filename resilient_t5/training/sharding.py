@@ -40,7 +40,7 @@ from resilient_t5.training.ranks import ALONE, Ranks
 class Layers:
     """The model of a run and how its layers lie in the processes; without `blocks` every process holds all of them.
 
-    With whole layers every method here is the identity and costs nothing. `cut_layers` makes the other kind.
+    With whole layers nothing here is told, gathered or copied. `cut_layers` makes the other kind.
     """
 
     model: T5Model

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from resilient_t5.model import muon
 from resilient_t5.model.activations import (
     WIDE,
     Execution,
@@ -142,7 +143,8 @@ def training_peak(sizes: Sizes, optimizer: str, run: Execution, shape: MicroBatc
         whole = max(peak_bytes(parts, steps), head_step)
         held = min(table, whole)
         return Peak(weights, held, state, min(kept, whole - held), max(0.0, whole - held - kept))
-    moving = block if optimizer == "adafactor" else 0.0
+    moved = max(min(muon.BLOCK_VALUES, sizes.encoder + sizes.decoder), sizes.largest_matrix)
+    moving = {"adafactor": block, "muon": muon.MOVE_BYTES * moved}.get(optimizer, 0.0)
     # Of layers that are cut, a block is gathered while the next one is, and its whole gradient stands until it is added up.
     passing = 4 * WIDE * sizes.largest_block if run.processes > 1 else 0.0
     return Peak(weights, weights, state, kept, max(peak_bytes(parts) + passing, moving) - kept)

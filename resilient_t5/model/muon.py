@@ -24,6 +24,8 @@ place later: 0.31 of the terms after 400 updates, for 0.95 with five."""
 ADAM_RMS = 0.2
 BLOCK_VALUES = 2**22
 """Values of gradients that are worked on at once; bounds the memory of a move."""
+MOVE_BYTES = 20
+"""What a move takes for each of them in float32, where matrices are square; less where they are not."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,12 +51,14 @@ class Muon(torch.optim.Optimizer):
         self._rest.step()
         group = self.param_groups[-1]
         for block in _blocks([parameter for parameter in group["params"] if parameter.grad is not None]):
-            wanted = torch.stack([_oriented(self._momentum(parameter)) for parameter in block])
-            moves = orthogonal(wanted, self._product_dtype)
-            rate = group["lr"] * ADAM_RMS * math.sqrt(wanted.shape[-1])
-            for parameter, move in zip(block, moves, strict=True):
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                _oriented(parameter).sub_(move, alpha=rate)
+            self._move(block, group["lr"], group["weight_decay"])
+
+    def _move(self, block: list[torch.Tensor], lr: float, weight_decay: float) -> None:
+        wanted_KRC = torch.stack([_oriented(self._momentum(parameter)) for parameter in block])
+        rate = lr * ADAM_RMS * math.sqrt(wanted_KRC.shape[-1])
+        for parameter, move_RC in zip(block, orthogonal(wanted_KRC, self._product_dtype), strict=True):
+            parameter.mul_(1.0 - lr * weight_decay)
+            _oriented(parameter).sub_(move_RC, alpha=rate)
 
     def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
         """The gradient and the momentum it is added to, ahead by one update (Nesterov)."""

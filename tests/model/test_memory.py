@@ -3,10 +3,12 @@
 `benchmarks/plan.py` compares its peaks with measured ones; here the numbers under them are held to the models themselves.
 """
 
+import itertools
 import time
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.config_training import OptimConfig
@@ -26,6 +28,7 @@ from resilient_t5.model.memory import (
     smallest_card_gib,
     training_peak,
 )
+from resilient_t5.model.muon import BLOCK_VALUES, MOVE_BYTES, Muon
 from resilient_t5.model.optim import build_optimizer, named_state
 from resilient_t5.model.presets import PRESETS, Shape
 from resilient_t5.model.shapes import sizes_of_checkpoint, sizes_of_settings, sizes_of_shape
@@ -68,12 +71,30 @@ def test_parameters_and_states_are_those_of_a_real_model(kind, tmp_path):
     save_model(model, tmp_path / "model")
     read = sizes_of_checkpoint(tmp_path / "model")
     assert (read.parameters, read.tied, read.gated) == (sizes.parameters, kind == "t5", kind == "mt5")
-    optimizer = build_optimizer(model, OptimConfig(), torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    for name in ("adamw", "muon"):
+        optimizer = build_optimizer(model, OptimConfig(name=name), torch.device("cpu"))
+        optimizer.step()
+        held = sum(t.numel() * t.element_size() for t in named_state(optimizer, model)[0].values() if t.ndim)
+        few = 2 * 4 * sizes.buckets * sizes.heads + 4 * 8 * sizes.d_model * 3  # position biases and norms have two moments
+        assert 0 <= held - optimizer_bytes(sizes, name) <= (few if name == "muon" else 0)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (1024, 512)])
+def test_what_a_move_of_muon_takes_is_what_was_counted(shape):
+    """Matrices for two blocks: the peak of an update above its gradients and states is that of one block."""
+    matrices = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(2 * BLOCK_VALUES // (shape[0] * shape[1]))]
+    rest = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = Muon({"params": matrices, "weight_decay": 0.0}, rest)
+    for matrix in matrices:
+        matrix.grad = torch.ones(shape)
     optimizer.step()
-    held = sum(t.numel() * t.element_size() for t in named_state(optimizer, model)[0].values() if t.ndim)
-    assert optimizer_bytes(sizes, "adamw") == held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        optimizer.step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    assert 0.75 * MOVE_BYTES * BLOCK_VALUES < peak <= 1.02 * MOVE_BYTES * BLOCK_VALUES
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])

@@ -15,7 +15,7 @@ said that it is there. So a process that failed before is noticed in the exchang
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,15 +82,19 @@ class Layers:
             rows.grad = None
 
     @torch.no_grad()
-    def gradient_norm(self) -> torch.Tensor:
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         """The global norm of the gradients that the optimizer will see, the same bits in every process.
 
         Rows of others count by the sum of their squares; one of them that is not finite makes the norm so everywhere.
+
+        Args:
+            parameters: of those that it moves here, the ones with a gradient.
         """
-        whole = [parameter.grad for parameter in self.whole_parameters() if parameter.grad is not None]
+        rows = set(self.own.values())
+        own = [parameter.grad for parameter in parameters if parameter in rows and parameter.grad is not None]
+        whole = [parameter.grad for parameter in parameters if parameter not in rows and parameter.grad is not None]
         if not self.are_cut:
             return torch.nn.utils.get_total_norm(whole)
-        own = [rows.grad for rows in self.own.values() if rows.grad is not None]
         squares, of_whole = (torch.nn.utils.get_total_norm(found).double().square() for found in (own, whole))
         self.ranks.add_up([squares])
         return (squares + of_whole).sqrt().float()

@@ -205,7 +205,7 @@ class Updater:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.layers.parameters() if p.grad is not None]
-        norm = self.layers.gradient_norm()
+        norm = self.layers.gradient_norm(parameters)
         if self.settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
         values = torch.stack([nll_sum.float(), norm.float().to(nll_sum.device)]).tolist()

@@ -160,8 +160,9 @@ class Layers:
 
         def rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
             parameter = parameters.get(name.partition("/")[0])
-            fits = parameter is not None and parameter.shape == tensor.shape
-            return own_rows(parameter, tensor).clone() if parameter is not None and fits else tensor
+            if not isinstance(parameter, DTensor) or parameter.shape != tensor.shape:
+                return tensor
+            return own_rows(parameter, tensor).clone()  # a view would keep the whole tensor in memory
 
         return {name: rows(name, tensor) for name, tensor in tensors.items()}
 

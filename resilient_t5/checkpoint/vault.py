@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from resilient_t5.checkpoint import strict_json
+from resilient_t5.checkpoint.ballast import Ballast, with_spare
 from resilient_t5.checkpoint.disposal import QUARANTINE, TEMPORARY, TRASH, delete, quarantine, remove, take_back
 from resilient_t5.checkpoint.fsops import FileSystem, make_directories
 from resilient_t5.checkpoint.manifest import STATE_LIMIT_BYTES, Damaged, Manifest, parse_name, write_checkpoint
@@ -67,8 +68,9 @@ class Vault:
         self.run_directory = Path(run_directory)
         self.directory = self.run_directory / "checkpoints"
         self.settings = settings
-        self._run_id, self._fs, self._reserve_bytes = run_id, fs or FileSystem(), reserve_bytes
+        self._run_id, self._fs, self.reserve_bytes = run_id, fs or FileSystem(), reserve_bytes
         self._audit, self._audit_thread = audit, threading.get_ident()
+        self.ballast = Ballast(self._fs, self.directory, self.tell)
         self._untold: deque[tuple[str, dict[str, Any]]] = deque()
         self._parent: Manifest | None = None
         self.newest: Committed | None = None  # the last one this process committed or went on from
@@ -327,7 +329,7 @@ class Vault:
 
     def _require_room(self, update: int, size: int) -> None:
         """Raise DiskFull unless the checkpoint fits with a reserve; what may go for it goes first, if that is enough."""
-        need = size + size // 20 + self._reserve_bytes
+        need = with_spare(size, self.reserve_bytes)
         if self._fs.free_bytes(self.directory) >= need:
             return
         self.sweep()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
+from resilient_t5.checkpoint.ballast import with_spare
 from resilient_t5.checkpoint.parts import Committed, Parts
 from resilient_t5.checkpoint.snapshot import available_memory_bytes, snapshot_bytes, take_snapshot
 from resilient_t5.checkpoint.vault import Vault
@@ -154,8 +155,12 @@ class Writer:
         policy, told = self._vault.settings.on_disk_full, False
         while True:
             try:
-                return self._vault.save(parts, best=best)
+                committed = self._vault.save(parts, best=best)
+                self._keep_ballast(parts, committed)
+                return committed
             except (DiskFull, StorageError) as error:
+                if isinstance(error, DiskFull) and parts.reason in ENDING and self._vault.ballast.drop():
+                    continue
                 waits = policy == "wait" and isinstance(error, DiskFull) and parts.reason != "signal"
                 if not waits and (policy == "stop" or parts.reason in ENDING):
                     raise
@@ -166,6 +171,13 @@ class Writer:
                     if parts.reason in ENDING:
                         raise
                     return None
+
+    def _keep_ballast(self, parts: Parts, committed: Committed) -> None:
+        if parts.reason == "final":
+            self._vault.ballast.drop()
+        elif self._vault.settings.ballast and parts.reason not in ENDING:
+            grown = committed.bytes + committed.bytes // 20  # a state grows a little from save to save
+            self._vault.ballast.keep(with_spare(grown, self._vault.reserve_bytes))
 
     def _wait_for_room(self, should_stop: Callable[[], bool] | None) -> bool:
         """Wait a little; False when the waiting has to end."""

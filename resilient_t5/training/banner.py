@@ -50,7 +50,7 @@ def banner_lines(
     if changed_conditions:
         changed = "; ".join(changed_conditions)
         yield f"resume warning: the run goes on under other conditions, so not bit for bit: {changed}"
-    if free_bytes(outlook) < most_kept(config.checkpoint.keep_last) * checkpoint_bytes(outlook):
+    if free_bytes(outlook) < most_bytes(outlook):
         yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
     yield from (f"plan warning: {warning}" for warning in outlook.fit.warnings())
     yield from (f"plan warning: {warning}" for warning in unreachable(rules, plan.total_updates, plan.evaluate_every))
@@ -103,8 +103,14 @@ def disk_line(outlook: Outlook) -> str:
     size = checkpoint_bytes(outlook)
     return (
         f"disk   saves {' and '.join(often) or 'the best and the last'}, about {size / GIB:.3f} GiB each,"
-        f" {most_kept(settings.keep_last) * size / GIB:.2f} GiB at most, {free_bytes(outlook) / GIB:.1f} GiB free"
+        f" {most_bytes(outlook) / GIB:.2f} GiB at most, {free_bytes(outlook) / GIB:.1f} GiB free"
     )
+
+
+def most_bytes(outlook: Outlook) -> int:
+    """What the checkpoints of the run and its ballast take at most."""
+    settings = outlook.config.checkpoint
+    return (most_kept(settings.keep_last) + settings.ballast) * checkpoint_bytes(outlook)
 
 
 def free_bytes(outlook: Outlook) -> int:

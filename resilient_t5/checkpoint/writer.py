@@ -104,6 +104,10 @@ class Writer:
         self._wait_for_slot(should_stop, poll_s)
         return self.poll()
 
+    def drop_ballast(self) -> None:
+        """Give back the room that was kept for a last save: there will be none. Call it while nothing is in flight."""
+        self._vault.ballast.drop()
+
     def hurry(self) -> None:
         """A save that waits for room on the disk gives up; one that is being written goes on."""
         self._give_up.set()
@@ -173,9 +177,7 @@ class Writer:
                     return None
 
     def _keep_ballast(self, parts: Parts, committed: Committed) -> None:
-        if parts.reason == "final":
-            self._vault.ballast.drop()
-        elif self._vault.settings.ballast and parts.reason not in ENDING:
+        if self._vault.settings.ballast and parts.reason not in ENDING:
             grown = committed.bytes + committed.bytes // 20  # a state grows a little from save to save
             self._vault.ballast.keep(with_spare(grown, self._vault.reserve_bytes))
 

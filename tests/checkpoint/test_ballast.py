@@ -76,16 +76,6 @@ def test_without_a_ballast_the_save_of_a_signal_fails_on_a_full_disk(tmp_path):
     assert not ballast.exists() and len(live_names(tmp_path)) == 1
 
 
-def test_a_finished_run_leaves_no_ballast_and_a_signal_that_needs_none_keeps_it(tmp_path):
-    """The room is given back with the final save."""
-    _, writer, ballast, _ = run_on(tmp_path, ballast=True)
-    save(writer, 1)
-    save(writer, 2, "signal")
-    assert ballast.exists()
-    save(writer, 3, "final")
-    assert not ballast.exists()
-
-
 def test_a_ballast_never_takes_the_room_of_the_next_checkpoint(tmp_path):
     """Where both do not fit there is none, told once, and saving goes on."""
     disk, writer, ballast, events = run_on(tmp_path, ballast=True)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from circumstances import write_json
 
 from resilient_t5.checkpoint.vault import Parts, Vault
 from resilient_t5.checkpoint.writer import Writer
@@ -265,9 +266,7 @@ def main() -> int:
             result["memory"] = measure_memory(folder, options.resumes)
     for part in ("stall", "speed", "memory"):
         sys.stdout.write(f"{part}: {json.dumps(result.get(part))}\n")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    write_json(result, options.json)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""What every result says of itself: date, kind of machine, versions, and the command with the names of its files."""
+"""What every result says of itself: date, kind of machine, versions, the command with the names of its files; its last line."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -21,3 +22,10 @@ def circumstances(benchmark: str, packages: Sequence[str]) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "command": " ".join(["python", f"benchmarks/{benchmark}.py", *(Path(word).name for word in sys.argv[1:])]),
     }
+
+
+def write_json(result: dict[str, Any], path: Path | None) -> None:
+    """One line on stdout, last; the same in `path` for people to read."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(result) + "\n")

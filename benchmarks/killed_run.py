@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from circumstances import write_json
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -182,9 +183,7 @@ def main() -> int:
         figures = measure(options, Path(folder))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     result = {"benchmark": "killed_run", "date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions, **figures}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    write_json(result, options.json)
     return int(not result["identical"])
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.circumstances import write_json  # noqa: E402
 from benchmarks.peers.processes import in_fresh_process  # noqa: E402
-from benchmarks.peers.results import environment, shown_options, write_json  # noqa: E402
+from benchmarks.peers.results import environment, shown_options  # noqa: E402
 
 PRESETS = ("mt5-small", "mt5-base", "mt5-large")
 SIDES = ("ours", "trainer")

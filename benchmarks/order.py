@@ -15,7 +15,6 @@ One thread; all times by the processor's clock. The last line is JSON.
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -23,7 +22,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-from circumstances import circumstances
+from circumstances import circumstances, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -144,9 +143,7 @@ def main():
     result["peak_mib_of_the_benchmark"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     for name in ("seek", "mixing", "exact"):
         sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result[name].items()) + "\n")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    write_json(result, options.json)
     return int(not result["exact"]["each_exactly_once"])
 
 

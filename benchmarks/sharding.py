@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from circumstances import circumstances
+from circumstances import circumstances, write_json
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """
@@ -97,9 +97,7 @@ def main():
         result = {**circumstances("sharding", ("torch", "accelerate")), **measure(options, Path(folder))}
     for side in ("whole", "cut"):
         sys.stdout.write(f"{side}: " + ", ".join(f"{key} {value:.3g}" for key, value in result[side].items()) + "\n")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
+    write_json(result, options.json)
     return 0
 
 

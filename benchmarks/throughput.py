@@ -31,8 +31,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.circumstances import write_json  # noqa: E402
 from benchmarks.peers.processes import OutOfDeviceMemory, in_fresh_process  # noqa: E402
-from benchmarks.peers.results import add_utilisation, document, environment, shown_options, table, write_json  # noqa: E402
+from benchmarks.peers.results import add_utilisation, document, environment, shown_options, table  # noqa: E402
 
 SIDES = ("script", "script_mended", "tuned_trainer", "ours")
 SEARCHED: dict[str, tuple[str, tuple[Any, ...]]] = {

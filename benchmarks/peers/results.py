@@ -1,10 +1,8 @@
 """Rounds of measurements -> medians, ratios within a round, a table, and one line of JSON."""
 
 import importlib.metadata
-import json
 import platform
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,13 +116,6 @@ def environment(device: str, memory_gib: float | None) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
     }
-
-
-def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """One line on stdout, last; the same in `path` for people to read."""
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result) + "\n")
 
 
 def shown_options(argv: Sequence[str]) -> list[str]:

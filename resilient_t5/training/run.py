@@ -1,7 +1,7 @@
 """Run: all the parts of one training run; `build_run` is the only place that constructs them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,7 @@ def build_run(
     conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": ranks.count}
     conditions |= {"shard_layers": layers.are_cut, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, timing)
-    evaluator = replace(build_evaluator(config, corpus, accelerator, layers, sizes), ranks=ranks)
+    evaluator = build_evaluator(config, corpus, accelerator, layers, sizes)
     state = begun_together(saver, loaded, config, corpus.train, ranks)
     claim()
     telemetry = telemetry_from(state, config, ranks)
@@ -314,6 +314,5 @@ def build_evaluator(
         max_target_tokens=config.data.max_target_tokens,
         samples=config.telemetry.samples,
     )
-    return Evaluator(
-        accelerator, layers, fixed(config.evaluation.examples), fixed(config.evaluation.restore_examples), restorer
-    )
+    asked = config.evaluation
+    return Evaluator(accelerator, layers, fixed(asked.examples), fixed(asked.restore_examples), restorer, layers.ranks)

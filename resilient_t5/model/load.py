@@ -13,21 +13,25 @@ import torch
 from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
+from resilient_t5 import hub
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import DataError
+from resilient_t5.hub import CONFIG_FILE, read_json
 from resilient_t5.model.first_weights import fill_with_first_weights
 from resilient_t5.model.presets import shape_of
 from resilient_t5.model.tables import ALIASES, HEAD, SHARED, SpecialIds, T5Model, is_tied, scales_decoder_output, set_tables
-from resilient_t5.model.weights import (
-    CONFIG_FILE,
-    WeightFiles,
-    find_weights,
-    read_json,
-    resolve_directory,
-    write_directory,
-)
+from resilient_t5.model.weights import WeightFiles, find_weights, write_directory
 
-__all__ = ["SpecialIds", "build_model", "config_of", "generation_of", "load_model", "read_tables", "save_model"]
+__all__ = [
+    "SpecialIds",
+    "build_model",
+    "check_checkpoint",
+    "config_of",
+    "generation_of",
+    "load_model",
+    "read_tables",
+    "save_model",
+]
 
 CLASSES = {"t5": (T5Config, T5ForConditionalGeneration), "mt5": (MT5Config, MT5ForConditionalGeneration)}
 # Old T5 files hold it; no T5 ever used it.
@@ -47,7 +51,7 @@ NEEDED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 LARGEST_SIZE = 2**24
 NUMBERS = ("dropout_rate", "layer_norm_epsilon")
 SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-ACTIVATIONS = re.compile(r"(gated-)?(relu|gelu|gelu_new|silu|swish)")
+FUNCTIONS = r"(relu|gelu|gelu_new|silu|swish)"
 
 
 def build_model(settings: ModelConfig, *, vocabulary_rows: int, special: SpecialIds, seed: int) -> T5Model:
@@ -86,20 +90,14 @@ def load_model(name_or_path: str, settings: ModelConfig) -> T5Model:
     """A T5 or mT5 checkpoint as a float32 model on the CPU, tied or untied as its file is.
 
     Args:
-        name_or_path: a directory with config.json and safetensors (one file or shards), else a hub name.
+        name_or_path: a directory with config.json and model.safetensors or pytorch_model.bin (one file or shards), else
+            a hub name.
         settings: `dropout` replaces the checkpoint's.
 
     Raises:
         DataError: the directory is not a whole, undamaged T5 or mT5 checkpoint; the message says what it lacks.
     """
-    directory = resolve_directory(name_or_path)
-    config, declared_untied = read_config(directory)
-    if settings.dropout is not None:
-        config.dropout_rate = settings.dropout
-    files = find_weights(directory)
-    _check_layers(files, config)
-    model = _skeleton(config)
-    _check_names_and_shapes(files, model, declared_untied)
+    model, files, declared_untied = _opened(name_or_path, settings.dropout)
     for name, _ in list(model.named_parameters()):
         if name not in (SHARED, HEAD):
             _put(model, name, nn.Parameter(files.read(name)))
@@ -108,20 +106,56 @@ def load_model(name_or_path: str, settings: ModelConfig) -> T5Model:
     return model
 
 
+def check_checkpoint(name_or_path: str) -> None:
+    """Fetch a checkpoint where it is not on this machine, and check all of it that needs no weights to be read.
+
+    Raises:
+        DataError: as `load_model`.
+    """
+    _opened(name_or_path, None)
+
+
+def _opened(name_or_path: str, dropout: float | None) -> tuple[T5Model, WeightFiles, bool]:
+    """A checkpoint's skeleton without memory, its files, and whether config.json declares the tables untied; all checked."""
+    directory = hub.resolve(name_or_path, "model", setting="model.name_or_path")
+    hub.refuse_unsupported(directory)
+    config, declared_untied = read_config(directory)
+    if dropout is not None:
+        config.dropout_rate = dropout
+    files = find_weights(directory)
+    _check_layers(files, config)
+    model = _skeleton(config)
+    _check_names_and_shapes(files, model, declared_untied)
+    return model, files, declared_untied
+
+
 def read_tables(files: WeightFiles, declared_untied: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The input embedding (V, D) and the head (V, D) in float32; the head is None where it is the embedding.
 
-    Old tied files hold the same matrix under several names. A file whose embeddings of the two stacks differ is refused:
-    it has no single input embedding.
+    Old tied files hold the same matrix under several names, files of `safetensors.torch.save_model` under any one of them.
+    A file whose embeddings of the two stacks differ is refused: it has no single input embedding.
+
+    Raises:
+        DataError: no input embedding, or two.
     """
-    shared_VD = files.read(SHARED)
+    name = _embedding_name(files, declared_untied)
+    if name is None:
+        mend = "Take config.json and weights from one whole T5 or mT5 checkpoint"
+        raise DataError(f"the weights lack the input embedding {SHARED}", where=str(files.directory), mend=mend)
+    shared_VD = files.read(name)
     for alias in ALIASES:
-        if alias in files.file_of and not torch.equal(files.read(alias), shared_VD):
-            raise DataError(f"{alias} differs from {SHARED}", where=str(files.directory), mend="take an undamaged checkpoint")
-    if HEAD not in files.file_of:
+        if alias != name and alias in files.file_of and not torch.equal(files.read(alias), shared_VD):
+            raise DataError(f"{alias} differs from {name}", where=str(files.directory), mend="Take an undamaged checkpoint")
+    if HEAD not in files.file_of or name == HEAD:
         return shared_VD, None
     head_VD = files.read(HEAD)
     return shared_VD, None if not declared_untied and torch.equal(head_VD, shared_VD) else head_VD
+
+
+def _embedding_name(files: WeightFiles, declared_untied: bool) -> str | None:
+    """The name under which the weights hold the input embedding; that of the head only where the two are one."""
+    names = (SHARED, *ALIASES) if declared_untied else (SHARED, *ALIASES, HEAD)
+    return next((name for name in names if name in files.file_of), None)
 
 
 def config_of(model: T5Model) -> dict[str, Any]:
@@ -166,32 +200,48 @@ def _put(model: T5Model, name: str, parameter: nn.Parameter) -> None:
 
 
 def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
-    """The configuration from the keys that are known and checked, and whether the file declares the tables untied."""
+    """The configuration from the keys that are known and checked, and whether the file declares the tables untied.
+
+    Files of every age are read: without `model_type` or `feed_forward_proj`, with special ids in lists of one.
+
+    Raises:
+        DataError: no configuration of a T5 or mT5.
+    """
     raw, where = read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE)
-    kind = raw.get("model_type")
+    kind = hub.model_kind(raw)
     if kind not in CLASSES:
-        raise DataError(f"model_type is {kind!r}, not t5 or mt5", where=where, mend="name a T5 or mT5 checkpoint")
+        raise DataError(f"model_type is {kind!r}, not t5 or mt5", where=where, mend="Name a T5 or mT5 checkpoint")
     sizes = {key: raw[key] for key in SIZES if raw.get(key) is not None}
     numbers = {key: raw[key] for key in NUMBERS if raw.get(key) is not None}
-    ids = {key: raw[key] for key in SPECIAL_IDS if raw.get(key) is not None}
+    ids = {key: _single(raw[key]) for key in SPECIAL_IDS if raw.get(key) is not None}
     gate = raw.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+    # Written since transformers 4.21 beside `feed_forward_proj`, and believed over it.
+    written = {key: raw[key] for key in ("dense_act_fn", "is_gated_act") if raw.get(key) is not None}
     rows = sizes.get("vocab_size", 0)
     wrong = [key for key, value in sizes.items() if type(value) is not int or not 1 <= value <= LARGEST_SIZE]
     wrong += [key for key, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < 1]
-    wrong += [key for key, value in ids.items() if type(value) is not int or not 0 <= value < rows]
-    wrong += [] if isinstance(gate, str) and ACTIVATIONS.fullmatch(gate) else ["feed_forward_proj"]
+    wrong += [key for key, value in ids.items() if type(value) is not int or type(rows) is not int or not 0 <= value < rows]
+    wrong += [] if isinstance(gate, str) and re.fullmatch(f"(gated-)?{FUNCTIONS}", gate) else ["feed_forward_proj"]
+    wrong += [] if re.fullmatch(FUNCTIONS, str(written.get("dense_act_fn", "relu"))) else ["dense_act_fn"]
+    wrong += [] if type(written.get("is_gated_act", False)) is bool else ["is_gated_act"]
     wrong += [key for key in NEEDED if key not in sizes]
     if wrong:
-        raise DataError(f"not usable in a T5 configuration: {', '.join(wrong)}", where=where, mend="fetch the file again")
+        raise DataError(f"not usable in a T5 configuration: {', '.join(wrong)}", where=where, mend="Fetch the file again")
     ids.setdefault("pad_token_id", 0)
     ids.setdefault("decoder_start_token_id", ids["pad_token_id"])
     untied = raw.get("tie_word_embeddings") is False
     kept = {"tokenizer_class": raw["tokenizer_class"]} if isinstance(raw.get("tokenizer_class"), str) else {}
     config = CLASSES[kind][0](**sizes, **numbers, **ids, **kept, feed_forward_proj=gate)
+    for key, value in written.items():
+        setattr(config, key, value)
     if kind == "t5":
         # A file that transformers 5 wrote says so itself; an older one only by whether it is tied.
         config.scale_decoder_outputs = bool(raw.get("scale_decoder_outputs", not untied))
     return config, untied
+
+
+def _single(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _check_layers(files: WeightFiles, config: T5Config | MT5Config) -> None:
@@ -203,26 +253,31 @@ def _check_layers(files: WeightFiles, config: T5Config | MT5Config) -> None:
             raise DataError(
                 f"the weights do not have the {layers} {stack} layers that {CONFIG_FILE} promises",
                 where=str(files.directory),
-                mend="take config.json and weights from one checkpoint",
+                mend="Take config.json and weights from one checkpoint",
             )
 
 
 def _check_names_and_shapes(files: WeightFiles, model: T5Model, declared_untied: bool) -> None:
-    where, mend = str(files.directory), "take config.json and weights from one whole T5 or mT5 checkpoint"
+    where, mend = str(files.directory), "Take config.json and weights from one whole T5 or mT5 checkpoint"
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    table = expected[SHARED]
+    table = expected.pop(SHARED)
     if declared_untied and HEAD not in files.file_of:
         raise DataError(f"{CONFIG_FILE} says that the head is untied, but the weights lack {HEAD}", where=where, mend=mend)
-    # A missing embedding too is an error here; transformers 5 would take the head for it without a word.
-    absent = sorted(set(expected) - set(files.file_of))
+    # A missing embedding too is an error here; transformers 5 would take an untied head for it without a word.
+    embedding = _embedding_name(files, declared_untied) or SHARED
+    absent = sorted({embedding, *expected} - set(files.file_of))
     if absent:
-        raise DataError(f"the weights lack {len(absent)} tensors of the model, {absent[0]} first", where=where, mend=mend)
-    for alias in (*ALIASES, HEAD):
-        if alias in files.file_of:
-            expected[alias] = table
+        what = f"the weights lack {len(absent)} of the tensors of the model, {absent[0]} first"
+        raise DataError(what, where=where, mend=mend)
+    tables = [name for name in (SHARED, *ALIASES, HEAD) if name in files.file_of]
+    expected |= dict.fromkeys(tables, table)
     unknown = sorted(set(files.file_of) - set(expected) - {UNUSED})
     if unknown:
-        raise DataError(f"the weights hold {len(unknown)} tensors of no T5, {unknown[0]} first", where=where, mend=mend)
+        what = f"the weights hold {len(unknown)} tensors that no T5 has, {unknown[0]} first"
+        raise DataError(what, where=where, mend=mend)
     for name, shape in expected.items():
-        if files.shape_of[name] != shape:
-            raise DataError(f"{name} has shape {files.shape_of[name]}, {CONFIG_FILE} promises {shape}", where=where, mend=mend)
+        found = files.shape_of[name]
+        if found != shape:
+            short = name in tables and found[1:] == shape[1:] and found[0] < shape[0]
+            rows = f": fewer rows than the vocab_size {shape[0]}" if short else ""
+            raise DataError(f"{name} has shape {found}, {CONFIG_FILE} promises {shape}{rows}", where=where, mend=mend)

@@ -5,8 +5,8 @@ for move as far as those that all ask for (Jordan et al. 2024, "Muon: an optimiz
 The move is scaled to the root mean square that AdamW's has, so `optim.lr` keeps its meaning (Liu et al. 2025, "Muon is
 scalable for LLM training"). Vocabulary tables, norms and position biases are no maps between hidden states and stay AdamW's.
 
-On the Chinese run it needs two thirds of AdamW's updates for the same loss (docs/results.md). A pretrained model was trained
-by another optimizer; whether this one fine-tunes it well was not measured.
+On the Chinese run it needs two thirds of AdamW's updates for the same loss (docs/results.md). Fine-tuning with
+it degrades models that were pretrained with Adam (arXiv 2605.10468), so the configuration refuses it for a checkpoint.
 """
 
 import math

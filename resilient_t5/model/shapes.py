@@ -6,12 +6,13 @@ Exact: tests hold the counts to the models themselves.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from resilient_t5 import hub
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import read_config
 from resilient_t5.model.presets import PRESETS, Shape, shape_of
 from resilient_t5.model.tables import HEAD
-from resilient_t5.model.weights import CONFIG_FILE, find_weights
+from resilient_t5.model.weights import find_weights
 
 MT5_ROWS = 250_112
 # Hub names whose sizes are known, so that they can be planned for before they are fetched.
@@ -101,8 +102,9 @@ def sizes_of_checkpoint(directory: Path, dropout: float | None = None) -> Sizes:
     Whether the head is tied is seen in the names of the weights where they are there, else in the configuration.
 
     Raises:
-        DataError: config.json is not that of a T5 or mT5.
+        DataError: no T5 or mT5; the message is that of the loader.
     """
+    hub.refuse_unsupported(directory)
     config, declared_untied = read_config(directory)
     try:
         tied = HEAD not in find_weights(directory).file_of
@@ -135,7 +137,7 @@ def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
     """
     if settings.name_or_path is None:
         return sizes_of_shape(shape_of(settings), rows or MT5_ROWS, settings.dropout)
-    directory = _local_directory(settings.name_or_path)
+    directory = hub.cached(settings.name_or_path, "model")
     if directory is None and settings.name_or_path in KNOWN_NAMES:
         return sizes_of_shape(KNOWN_NAMES[settings.name_or_path], rows or MT5_ROWS, settings.dropout)
     if directory is None:
@@ -145,17 +147,3 @@ def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
         )
     sizes = sizes_of_checkpoint(directory, settings.dropout)
     return sizes if rows is None else sizes.with_rows(rows)
-
-
-def _local_directory(name_or_path: str) -> Path | None:
-    """The directory of a checkpoint, in the hub's local cache if need be; None where it is not on this machine."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name_or_path, allow_patterns=[CONFIG_FILE], local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None

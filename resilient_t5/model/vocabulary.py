@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from resilient_t5 import hub
 from resilient_t5.errors import DataError
+from resilient_t5.hub import CONFIG_FILE, read_json
 from resilient_t5.model.load import SPECIAL_IDS, config_of, generation_of, read_tables
 from resilient_t5.model.tables import HEAD, SHARED, T5Model, is_tied, set_tables
-from resilient_t5.model.weights import CONFIG_FILE, find_weights, read_json, resolve_directory, write_directory
+from resilient_t5.model.weights import find_weights, write_directory
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,10 @@ def tables_from(name_or_path: str) -> FullTables:
     Raises:
         DataError: no whole checkpoint there.
     """
-    directory = resolve_directory(name_or_path)
-    files = find_weights(directory)
-    if SHARED not in files.file_of:
-        raise DataError(f"the weights lack the input embedding {SHARED}", where=str(directory), mend="take a whole checkpoint")
-    return FullTables(*read_tables(files, read_json(directory / CONFIG_FILE).get("tie_word_embeddings") is False))
+    directory = hub.resolve(name_or_path, "model", setting="model.name_or_path")
+    return FullTables(
+        *read_tables(find_weights(directory), read_json(directory / CONFIG_FILE).get("tie_word_embeddings") is False)
+    )
 
 
 def cut_vocabulary(model: T5Model, active_to_full: np.ndarray) -> None:

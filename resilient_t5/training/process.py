@@ -20,6 +20,7 @@ from resilient_t5.data.one_pass import Progress
 from resilient_t5.data.prepare import prepare, store_directory
 from resilient_t5.data.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
+from resilient_t5.model.load import check_checkpoint
 from resilient_t5.training.banner import banner_lines, process_lines
 from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
 from resilient_t5.training.ending import attend, conclude, conclude_failure, is_concluded, save_what_stands
@@ -100,6 +101,8 @@ def _train_locked(config: Config, config_yaml: str, given: Given, display: Displ
     vault = Vault(directory.path, run_id=run_id, settings=config.checkpoint, audit=audit)
     if ranks.is_writer:
         vault.sweep()
+    if ranks.is_writer and config.model.name_or_path is not None:
+        check_checkpoint(config.model.name_or_path)  # before the corpus is read: a wrong name should not cost an hour
     store = _prepared(config, ranks, progress_teller(stop, display.line))
     loaded = load_together(vault, ranks, lambda: _resumed(config, vault))
 

@@ -52,6 +52,7 @@ __all__ = [
     "flat",
     "mathematics",
     "mathematics_sha256",
+    "optimizer_problems",
 ]
 
 # What a resume may change: where things lie, when they are reported or saved, what only costs speed or memory, and how
@@ -83,6 +84,7 @@ FREE_KEYS = (
     "run.resume",
     "run.signal_exit",
     "schedule.max_time",
+    "tokenizer.max_unknown_share",
     "tokenizer.name_or_path",
 )
 LENGTH_KEYS = ("schedule.max_updates", "schedule.epochs")
@@ -193,11 +195,21 @@ def check_preparable(config: Config) -> None:
     )
 
 
+def optimizer_problems(config: Config) -> list[str]:
+    """Why the optimizer must not train the model; no reason to refuse an export of weights that it did train."""
+    if config.optim.name != "muon" or config.model.name_or_path is None:
+        return []
+    return [
+        "optim.name: muon is for models from scratch and harms pretrained ones such as model.name_or_path "
+        f"{config.model.name_or_path} (arXiv 2605.10468: Adam-pretrained models); set adamw"
+    ]
+
+
 def check_trainable(config: Config) -> None:
-    """Raise ConfigError unless there is also a model to train."""
+    """Raise ConfigError unless there is also a model to train, and an optimizer that may train it."""
     has_model = config.model.name_or_path is not None or config.model.preset is not None
     missing = "no model: set model.name_or_path (a checkpoint) or model.preset (from scratch)"
-    problems = [] if has_model else [missing]
+    problems = [*([] if has_model else [missing]), *optimizer_problems(config)]
     try:
         check_preparable(config)
     except ConfigError as error:

@@ -74,6 +74,8 @@ class TokenizerConfig:
     """Pieces of a SentencePiece model to train on the corpus, sentinels not counted."""
     character_coverage: float = 0.9995
     """Share of the corpus' characters that get a piece of their own; the rest is spelled in bytes."""
+    max_unknown_share: float = 0.2
+    """Largest share of the corpus' characters that may have no piece; a corpus above it is refused."""
 
     def __post_init__(self) -> None:
         size = self.train_vocab_size
@@ -83,6 +85,7 @@ class TokenizerConfig:
                 0.9 <= self.character_coverage <= 1.0,
                 f"tokenizer.character_coverage: {self.character_coverage} is not between 0.9 and 1",
             ),
+            share("tokenizer.max_unknown_share", self.max_unknown_share),
         )
 
 

@@ -16,7 +16,7 @@ class OptimConfig:
 
     name: Literal["adamw", "adamw8bit", "adafactor", "adafactor_in_backward", "muon"] = "adamw"
     """`adamw` (fused), `adamw8bit` (extra lowmem), `adafactor` (T5's recipe), `adafactor_in_backward` (least memory), `muon`
-    (models from scratch: fewer updates)."""
+    (fewer updates; for models from scratch only)."""
     lr: float = 5e-5
     """Peak learning rate, absolute for every optimizer."""
     weight_decay: float = 0.0

@@ -7,6 +7,7 @@ from typing import Any
 
 from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
+from resilient_t5.config import optimizer_problems
 from resilient_t5.errors import ConfigError, ExitCode
 
 DESCRIPTION = "Say what fits into a card, and what would: nothing is allocated, nothing is fetched, nothing is written."
@@ -57,6 +58,8 @@ def _found(arguments: Arguments) -> dict[str, Any]:
     config = arguments.config
     if config.model.name_or_path is None and config.model.preset is None:
         raise ConfigError("no model: set model.name_or_path (a checkpoint) or model.preset (a shape)")
+    if problems := optimizer_problems(config):
+        raise ConfigError(*problems)
     store, task = _store_and_task(arguments)
     whole = sizes_of_settings(config.model, _trained_rows(config))
     rows = arguments.flags.get("rows") or _rows(config, store, whole.rows)

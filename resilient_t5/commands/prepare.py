@@ -31,6 +31,7 @@ def _prepare(argv: Sequence[str]) -> int:
     # Imported late: --help and a typo must not wait for the tokenizer libraries.
     from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard, store_directory
     from resilient_t5.data.report import readable
+    from resilient_t5.data.unknown import unknown_warning
 
     config, directory = arguments.config, store_directory(arguments.config)
     with StopSignal() as stop:
@@ -47,6 +48,8 @@ def _prepare(argv: Sequence[str]) -> int:
             sys.stderr.write("stopped before the store was whole; nothing half made was left\n")
             return stop.exit_code
     sys.stdout.write(f"{readable(store.report)}\n{'store':>14}  {store.directory}\n")
+    if (warning := unknown_warning(store.report)) is not None:
+        _tell(f"prepare warning: {warning}")
     return ExitCode.OK
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from resilient_t5.data.terms import TermList
+from resilient_t5.data.unknown import MOST_FREQUENT, SHARE, most_frequent
 
 MIB = 1 << 20
 TOP_TERMS = 20
@@ -27,7 +28,7 @@ def build_report(
 
     Args:
         totals: sums of the pass: corpus (what reading counted), characters, tokens, unknown, truncated, chunked, widened,
-            cut_terms, term_counts, seconds, tokenizer_seconds.
+            cut_terms, term_counts, seconds, tokenizer_seconds; unknown_figures, as `unknown.unknown_figures` gives them.
         counts: examples, documents, tokens, terms and with_term of each split.
         listed: the terms by id, and what was dropped from their list.
         vocabulary: active ids, and all ids.
@@ -44,6 +45,7 @@ def build_report(
         "tokens": totals["tokens"],
         "tokens_per_character": totals["tokens"] / max(totals["characters"], 1),
         "unknown_share": totals["unknown"] / max(totals["tokens"], 1),
+        **totals["unknown_figures"],
         "documents": train["documents"] + validation["documents"],
         "examples": train["examples"],
         "validation_examples": validation["examples"],
@@ -100,6 +102,7 @@ def readable(report: dict[str, Any]) -> str:
         ("dropped", _dropped(corpus)),
         ("tokens", f"{report['tokens']:,}, {report['tokens_per_character']:.3f} a character, "
                    f"unknown {report['unknown_share']:.4%}"),
+        ("unknown", _unknown(report)),
         ("examples", f"{report['examples']:,} to train on, {report['validation_examples']:,} to evaluate on "
                      f"({report['validation_documents']:,} documents); truncated {report['truncated_share']:.2%}; "
                      f"documents cut into chunks {report['chunked_documents_share']:.2%}"),
@@ -115,6 +118,14 @@ def readable(report: dict[str, Any]) -> str:
                  f"{report['tokenizer_seconds']:.1f} s besides; peak memory {report['peak_memory_mib']:,.0f} MiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def _unknown(report: dict[str, Any]) -> str:
+    if SHARE not in report:
+        return "not counted in characters by the version that made this store"
+    if not report[MOST_FREQUENT]:
+        return "none; every character has a piece"
+    return f"{report[SHARE]:.4%} of the characters that are not white space; most frequent: {most_frequent(report)}"
 
 
 def _dropped(corpus: dict[str, Any]) -> str:

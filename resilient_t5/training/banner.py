@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from resilient_t5.checkpoint.retention import most_kept
+from resilient_t5.data.unknown import SHARE, WORTH_SHOWING, percent, unknown_warning
 from resilient_t5.model.activations import WIDE
 from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.training.convergence import unreachable
@@ -34,7 +35,7 @@ def banner_lines(
     yield (
         f"data   {len(store.train)} training and {len(store.validation)} validation examples"
         f" | {report['tokens_per_character']:.2f} tokens a character | {report['terms']['found']} of"
-        f" {report['terms']['listed']} terms found, {report['terms']['occurrences']} occurrences"
+        f" {report['terms']['listed']} terms found, {report['terms']['occurrences']} occurrences{_unknown_share(report)}"
     )
     yield (
         f"plan   {plan.total_updates} updates of {config.batch.examples_per_update} examples,"
@@ -54,9 +55,16 @@ def banner_lines(
         yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
     yield from (f"plan warning: {warning}" for warning in outlook.fit.warnings())
     yield from (f"plan warning: {warning}" for warning in unreachable(rules, plan.total_updates, plan.evaluate_every))
+    if (warning := unknown_warning(report)) is not None:
+        yield f"plan warning: {warning}"
     if config.evaluation.restore_examples and not report["terms"]["occurrences"]:
         listed = "no term of the list occurs in the corpus" if report["terms"]["listed"] else "no list of terms (data.terms)"
         yield f"plan warning: {listed}; the term restoration rate cannot be measured"
+
+
+def _unknown_share(report: Mapping[str, Any]) -> str:
+    share = report.get(SHARE, 0.0)
+    return f" | {percent(share)} of the characters without a piece" if share >= WORTH_SHOWING else ""
 
 
 def process_lines(run: Run) -> Iterator[str]:

@@ -1,11 +1,13 @@
 """README.md of an export: what the model is, what it was trained on, what it restores, how to use it."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from resilient_t5.config import Config, flat
+from resilient_t5.data.unknown import SHARE
 from resilient_t5.restoration.usage import Usage
 
 FIGURES = (
@@ -20,6 +22,41 @@ FIGURES = (
     ("character error rate in the gaps", "cer_masked"),
     ("malformed outputs", "format_error_share"),
 )
+SNIPPET = """\
+import re
+
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+directory = {directory}
+text = {text}
+model = AutoModelForSeq2SeqLM.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+source = tokenizer(text, return_tensors="pt").input_ids
+output = tokenizer.decode(model.generate(source)[0]).split("</s>")[0]
+_, *answered = re.split(r"<extra_id_(\\d+)>", output)
+answers = dict(zip(answered[::2], answered[1::2]))
+filled, *gaps = re.split(r"<extra_id_(\\d+)>", text)
+for number, after in zip(gaps[::2], gaps[1::2]):
+    answer = answers.get(number, "").rstrip()
+    if not filled or filled[-1].isspace():
+        answer = answer.lstrip()
+    filled += (answer or f"<extra_id_{{number}}>") + after
+print(filled)
+"""
+CORRECTING_SNIPPET = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+directory = {directory}
+text = {text}
+model = AutoModelForSeq2SeqLM.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+source = tokenizer(text, return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(source)[0], skip_special_tokens=True))
+"""
+CHINESE_EXAMPLE = "诊断：2型糖尿病。处方：<extra_id_0>；疗程：共3个月。"
+ENGLISH_EXAMPLE = "Diagnosis: type 2 diabetes. Prescription: <extra_id_0>; duration: 3 months."
+WIDE_BYTES = 2.2
+"""Bytes of UTF-8 a character, above which most of a text is Chinese, Japanese or the like."""
 LIMITS = """## Limits
 
 A fill is a guess from its surroundings, and its probability is the model's own. In medical text a person must check every
@@ -53,8 +90,8 @@ def model_card(facts: CardFacts, config: Config, usage: Usage) -> str:
         _front(facts, config),
         f"# T5 that {'corrects' if usage.task == 'correct' else 'restores'} damaged text\n",
         _what(facts, config, usage),
-        _use(usage),
-        _figures(facts),
+        _use(facts.report, usage),
+        _figures(facts, config),
         _data(facts.report),
         "## Training\n\n```\n" + facts.command.replace("```", "'''") + "\n```\n\n" + _settings(config),
         LIMITS,
@@ -63,7 +100,7 @@ def model_card(facts: CardFacts, config: Config, usage: Usage) -> str:
 
 
 def _front(facts: CardFacts, config: Config) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text2text-generation", "tags: [t5, span-restoration]"]
+    lines = ["library_name: transformers", "tags: [t5, span-restoration]"]
     if facts.license is not None:
         lines.insert(0, f"license: {json.dumps(facts.license)}")
     base = config.model.name_or_path
@@ -85,23 +122,43 @@ def _what(facts: CardFacts, config: Config, usage: Usage) -> str:
     )
 
 
-def _use(usage: Usage) -> str:
+def snippet(directory: str, text: str) -> str:
+    """Python code that fills the gaps `<extra_id_k>` of `text` with an export, by transformers alone, and prints the text.
+
+    A gap that the model gives no answer to stays as it is. Of the white space at the border of an answer that is left out
+    which would stand beside white space of the text.
+    """
+    return SNIPPET.format(directory=_literal(directory), text=_literal(text))
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _use(report: Mapping[str, Any], usage: Usage) -> str:
+    is_wide = report.get("bytes", 0) > WIDE_BYTES * report.get("characters", 0)
+    text = CHINESE_EXAMPLE if is_wide else ENGLISH_EXAMPLE
     if usage.task == "correct":
+        damaged = text.replace("<extra_id_0>", "")
+        code = CORRECTING_SNIPPET.format(directory=_literal("."), text=_literal(damaged))
         shell = "bin/restore DIRECTORY text.txt"
-        habit = f"It writes the whole text anew, up to {usage.max_source_tokens} tokens at a time."
+        habit = f"The model writes the whole text anew, up to {usage.max_source_tokens} tokens at a time."
     else:
+        code = snippet(".", text)
         shell = "bin/restore DIRECTORY text.txt --mark '[?]' --json"
         habit = (
-            f"It was trained on inputs of up to {usage.max_source_tokens} tokens with up to {usage.max_sentinels} "
-            "gaps, `<extra_id_0>` first."
+            f"The model was trained on inputs of up to {usage.max_source_tokens} tokens with up to {usage.max_sentinels} gaps, "
+            "numbered from `<extra_id_0>` in the order of the text."
         )
     return (
-        f"## Use\n\n```\n{shell}\n```\n\n{habit} Plain `transformers` loads it with "
-        "`AutoModelForSeq2SeqLM` and `AutoTokenizer`; `restoration.json` holds the lengths and the ids that were trained.\n"
+        "## Use\n\nWith `transformers`, in this directory or with its path as `directory`:\n\n"
+        f"```python\n{code}```\n\n{habit}\n\n"
+        "With `resilient_t5`, which takes texts of any length and gives the probability of each answer:\n\n"
+        f"```\n{shell}\n```\n\n`restoration.json` holds the lengths and the ids that were trained.\n"
     )
 
 
-def _figures(facts: CardFacts) -> str:
+def _figures(facts: CardFacts, config: Config) -> str:
     row, lines = facts.figures, ["## What it restores\n"]
     if facts.record is not None:
         before = f" (before training {facts.before['loss']:.4f})" if facts.before else ""
@@ -118,7 +175,17 @@ def _figures(facts: CardFacts) -> str:
         "| --- | --- |",
         *(f"| {name} | {_percent(row[key])} |" for name, key in FIGURES if row.get(key) is not None),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + _measuring(facts, config)
+
+
+def _measuring(facts: CardFacts, config: Config) -> str:
+    """Where the figures come from, and how to measure them again."""
+    examples = config.evaluation.restore_examples
+    return (
+        f"Measured at update {facts.update:,} by the command under *Training*, on up to {examples:,} held-out examples. "
+        "To measure again, where the run directory is:\n\n"
+        f"```\nbin/evaluate {shlex.quote(config.run.dir)} --which {facts.which} --examples {examples}\n```\n"
+    )
 
 
 def _data(report: Mapping[str, Any]) -> str:
@@ -129,6 +196,7 @@ def _data(report: Mapping[str, Any]) -> str:
         ("tokens", report.get("tokens")),
         ("tokens per character", report.get("tokens_per_character")),
         ("unknown tokens, share", report.get("unknown_share")),
+        ("characters without a piece, share", report.get(SHARE)),
         ("examples", report.get("examples")),
         ("terms listed", terms.get("listed")),
         ("terms found", terms.get("found")),

@@ -106,6 +106,23 @@ def test_contradictions_between_sections_are_told():
     assert len(problems) == 2
 
 
+def test_muon_is_refused_for_a_checkpoint_and_taken_from_scratch():
+    """It harms pretrained models; the message names the source and the cure. An export of such a run is no training."""
+    config = parse("--model.name_or_path", "google/mt5-small", "--optim.name", "muon", "--data.train", "x").config
+    with pytest.raises(ConfigError) as caught:
+        check_trainable(config)
+    (problem,) = caught.value.problems
+    assert "google/mt5-small" in problem and "arXiv 2605.10468" in problem and "adamw" in problem
+    assert parse("--model.preset", "tiny", "--optim.name", "muon").config.optim.name == "muon"
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.1", "nan"])
+def test_the_limit_of_unknown_characters_is_a_share(value):
+    """From 0, which allows none, to 1, which allows all."""
+    assert "tokenizer.max_unknown_share" in problems_of("--tokenizer.max_unknown_share", value)[0]
+    assert parse("--tokenizer.max_unknown_share", "1").config.tokenizer.max_unknown_share == 1.0
+
+
 def test_training_without_text_tokenizer_and_model_names_all_three():
     """Each missing part has a problem of its own."""
     with pytest.raises(ConfigError) as caught:
@@ -149,4 +166,5 @@ def test_cadence_may_change_on_resume_and_mathematics_may_not():
     """Logging, saving and places are free; seed, rate and batch are not."""
     keys = mathematics(Config())
     assert {"run.seed", "optim.lr", "batch.examples_per_update", "corruption.mask_ratio", "evaluation.every"} <= set(keys)
+    assert "tokenizer.max_unknown_share" not in keys
     assert not {"telemetry.log_every", "checkpoint.keep_last", "run.dir", "batch.micro_tokens", "batch.readers"} & set(keys)

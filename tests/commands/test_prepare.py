@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from resilient_t5.commands.prepare import main
 from resilient_t5.data.sample import clinical_terms, generate_notes
@@ -211,3 +212,81 @@ def test_a_killed_prepare_leaves_no_training_behind(training):
     while not all(map(is_over, trainers)):
         assert time.monotonic() < until_s, "it trains for nobody"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Writes notes with so many characters in a hundred that the tokenizer lacks; returns a command line over them."""
+
+    def write(percent):
+        lines = [f"dose {'abcdefghij'[number % 10]}{number // 10 * 'x'} fever gout" for number in range(100)]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=str(tmp_path / "spiece"),
+            vocab_size=40,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            eos_piece="</s>",
+            unk_piece="<unk>",
+            minloglevel=2,
+        )
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "spiece.model").rename(tmp_path / "tokenizer" / "spiece.model")
+        visible = sum(len(line.replace(" ", "")) for line in lines)
+        lines[7] += "热" * round(visible * percent / (100 - percent))
+        (tmp_path / "foreign.txt").write_text("\n".join(lines), encoding="utf-8")
+        settings = {"data.train": "foreign.txt", "tokenizer.name_or_path": "tokenizer", "data.store": "foreign-store"}
+        paths = [part for key, name in settings.items() for part in (f"--{key}", str(tmp_path / name))]
+        return [*paths, "--data.document", "line"]
+
+    return write
+
+
+def training_of(arguments, tmp_path):
+    """The command line of bin/train over the same corpus."""
+    settings = ["--model.preset", "tiny", "--schedule.max_updates", "2", "--evaluation.examples", "4"]
+    return [*arguments, *settings, "--hardware.threads", "1", "--run.dir", tmp_path / "run"]
+
+
+def test_a_tokenizer_for_another_script_is_refused_with_65_by_prepare_and_train(foreign, tmp_path, fork_server, capsys):
+    """One line with the share, the characters and the cures, and no store; a higher limit allows it, and is asked for again."""
+    arguments = foreign(46)
+    assert main(arguments) == 65
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "46 %" in error and "热" in error and "tokenizer.max_unknown_share" in error
+    console = tmp_path / "console.txt"
+    assert fork_server.run(training_of(arguments, tmp_path), console) == 65
+    assert "46 %" in console.read_text(encoding="utf-8") and "Traceback" not in console.read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("*store*")) and not list(tmp_path.glob(".*store*"))
+    assert main([*arguments, "--tokenizer.max_unknown_share", "0.5"]) == 0
+    assert main(arguments) == 65
+    assert "foreign-store" in capsys.readouterr().err
+
+
+def test_some_unknown_characters_are_warned_of_by_prepare_and_train(foreign, tmp_path, fork_server, capsys):
+    """Above 1 %: the report's row on stdout, a warning with the characters on stderr and in the banner, and it goes on."""
+    arguments = foreign(5)
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "unknown  5." in said.out or "unknown  4." in said.out
+    assert "prepare warning: " in said.err and "热" in said.err and "mT5" in said.err
+    console = tmp_path / "console.txt"
+    assert fork_server.run(training_of(arguments, tmp_path), console) == 0
+    banner = console.read_text(encoding="utf-8")
+    assert "of the characters without a piece" in banner and "plan warning: " in banner and "热" in banner
+
+
+def test_a_few_unknown_characters_are_shown_without_a_warning(foreign, tmp_path, fork_server, capsys):
+    """From 0.01 % to 1 %: in the report and in the banner."""
+    arguments = foreign(0.5)
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "most frequent: 热" in said.out and said.err == ""
+    console = tmp_path / "console.txt"
+    assert fork_server.run([*training_of(arguments, tmp_path), "--dry_run", "plan"], console) == 0
+    assert "of the characters without a piece" in console.read_text(encoding="utf-8")
+    assert "have no piece" not in console.read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ from resilient_t5.restoration.asking import Asking  # noqa: E402
 from resilient_t5.restoration.fill import parse_fills  # noqa: E402
 from resilient_t5.restoration.filler import local_directory, open_filler  # noqa: E402
 from resilient_t5.restoration.marks import find_gaps  # noqa: E402
-from resilient_t5.restoration.sheet import Vocabulary, read_sheets, windows_of  # noqa: E402
+from resilient_t5.restoration.sheet import make_draft, read_sheets, windows_of  # noqa: E402
 from resilient_t5.restoration.usage import Usage  # noqa: E402
 
 PLAIN_BATCH = 16
@@ -69,9 +69,10 @@ def texts_with_gaps(count):
 def library_side(model, filler, texts, batches, beams):
     """Fill by `generate` in the given batches; returns how many gaps have no answer."""
     tokenizer = filler.tokenizer
-    sheets = read_sheets([(text, gaps, i) for i, (text, gaps) in enumerate(texts)], tokenizer, None, Vocabulary())
+    drafts = [make_draft(text, [(gap.start, gap.end) for gap in gaps], i) for i, (text, gaps) in enumerate(texts)]
+    sheets = read_sheets(drafts, tokenizer, None, None)
     limits = (filler.usage.max_source_tokens, filler.sentinels)
-    sources = [windows_of(sheet, tokenizer.sentinel_ids, tokenizer.eos_id, *limits)[0].source for sheet in sheets]
+    sources = [windows_of(sheet, tokenizer, *limits)[0].source for sheet in sheets]
     missing = 0
     for batch in batches(sources):
         longest = max(len(sources[i]) for i in batch)

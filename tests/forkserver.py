@@ -65,9 +65,9 @@ class ForkServer:
         """(exit status, when it was seen on the monotonic clock, at most a millisecond late); (None, None) when it hangs."""
         return self._ask({"wait": pid, "seconds": seconds})
 
-    def run(self, argv, output, before=None):
-        """Run to the end and return the exit status."""
-        return self.wait(self.start(argv, output, before))
+    def run(self, argv, output, before=None, seconds=LIMIT_S):
+        """Run to the end, for at most so many seconds, and return the exit status."""
+        return self.wait(self.start(argv, output, before), seconds)
 
 
 def serve():

@@ -20,6 +20,7 @@ import torch
 
 from resilient_t5.commands import evaluate, export, plan, prepare, replay, restore
 from resilient_t5.data.sample import clinical_terms, generate_notes
+from tests.published import LAYOUTS, random_weights, write_layout
 from tests.shown_commands import FIRST_RUN, ROOT, SHOWN_ONLY, first_block, shown_commands
 
 MAIN = {
@@ -33,19 +34,27 @@ MAIN = {
 LESS_WORK = {
     "bin/train": [
         *("--schedule.max_updates", "2", "--schedule.warmup", "1", "--batch.examples_per_update", "8"),
-        *("--data.sample_notes", "120", "--tokenizer.train_vocab_size", "700"),
+        *("--data.sample_notes", "120"),
         *("--evaluation.examples", "8", "--evaluation.restore_examples", "4"),
     ],
     "bin/evaluate": ["--examples", "8", "--curve_examples", "2"],
 }
 ONCE = list({(shown.launcher, shown.arguments, shown.stdin): shown for shown in shown_commands()}.values())
 """A call that several pages show is run once."""
+OF_A_CHECKPOINT = ("configs/mt5-small-4gb.yaml", "configs/seed.yaml")
+"""Configurations whose tokenizer is that of a published model; for others a small one is trained."""
 MADE_BY = ("--png", "--json", "--to")
 """Options that name a file or folder that the call makes."""
 
 
+@pytest.fixture(scope="session")
+def mt5(tmp_path_factory):
+    """An mT5 in the layout of the hub, of random weights: what a page's google/mt5-small stands for here."""
+    return write_layout(LAYOUTS["mt5-hub"], random_weights(untied=True), tmp_path_factory.mktemp("hub") / "mt5-small")
+
+
 @pytest.fixture
-def reader(finished, tiny_config, tmp_path, monkeypatch):
+def reader(finished, mt5, tiny_config, tmp_path, monkeypatch):
     """The folder of a reader, and the current one."""
     notes = [note.text for note in generate_notes(60, 3)]
     for name in ("corpus/ward.txt", "notes/ward.txt", "reports/ward7.txt"):
@@ -56,9 +65,10 @@ def reader(finished, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "my.yaml").write_bytes(tiny_config.read_bytes())
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "google").mkdir()
-    (tmp_path / "google" / "mt5-small").symlink_to(finished / "store" / "tokenizer")
+    (tmp_path / "google" / "mt5-small").symlink_to(mt5)
+    (tmp_path / "mt5-small").symlink_to(mt5)
     (tmp_path / "runs").mkdir()
-    for name in ("a", "mine", "other", "quickstart"):
+    for name in ("a", "mine", "mt5", "other", "quickstart"):
         (tmp_path / "runs" / name).symlink_to(finished)
     losses = [3.0 + 4.0 / (1 + number) for number in range(40)]
     history = [{"step": 1000 * number, "eval_loss": loss} for number, loss in enumerate(losses, 1)]
@@ -82,6 +92,7 @@ def test_a_shown_command_runs(shown, reader, fork_server, monkeypatch, capfd):
     """Exit code 0, no traceback, and what it says it writes is there."""
     arguments = [*(completed(shown) if SHOWN_ONLY in shown.arguments else shown.arguments), *LESS_WORK.get(shown.launcher, ())]
     if shown.launcher == "bin/train":
+        arguments += [] if set(OF_A_CHECKPOINT) & set(arguments) else ["--tokenizer.train_vocab_size", "700"]
         for run in (reader / "runs").iterdir():
             run.unlink()  # the reader's first run of that name
         console = reader / "console.txt"

@@ -114,5 +114,5 @@ def masked_epoch(setup: Setup, seed: int) -> MaskedExamples:
     drawn = corrupt(store.train, ids, np.zeros(len(ids), np.int64), seed=seed, **settings)
     to_full = store.active_to_full
     return MaskedExamples(
-        to_full[drawn.source], drawn.source_offsets, to_full[drawn.target], drawn.target_offsets, np.arange(len(ids))
+        to_full[drawn.encoder_ids], drawn.encoder_offsets, to_full[drawn.target], drawn.target_offsets, np.arange(len(ids))
     )

@@ -240,7 +240,7 @@ class Reader:
 
 def collate(corrupted: Corrupted, rows: np.ndarray, example_ids: np.ndarray, *, pad_id: int, pad_multiple: int) -> MicroBatch:
     """Pad these rows to the longest of them, rounded up to a multiple of `pad_multiple`."""
-    source, source_mask = _padded(corrupted.source, corrupted.source_offsets, rows, (pad_id, pad_multiple))
+    source, source_mask = _padded(corrupted.encoder_ids, corrupted.encoder_offsets, rows, (pad_id, pad_multiple))
     labels, label_mask = _padded(corrupted.target, corrupted.target_offsets, rows, (IGNORED, pad_multiple))
     target_tokens = int(label_mask.sum())
     return MicroBatch(
@@ -298,7 +298,7 @@ def evaluation_batches(
 
 def _lengths(corrupted: Corrupted) -> tuple[np.ndarray, np.ndarray]:
     """Source and target tokens of every row."""
-    return np.diff(corrupted.source_offsets), np.diff(corrupted.target_offsets)
+    return np.diff(corrupted.encoder_offsets), np.diff(corrupted.target_offsets)
 
 
 def _padded(

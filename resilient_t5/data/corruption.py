@@ -11,7 +11,7 @@ Pairs that were masked elsewhere are neither masked nor noised.
 example id), its tokens and the settings, never on the batch around it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -54,7 +54,7 @@ class Corrupted:
     """n corrupted examples, ragged: row r has [offsets[r], offsets[r + 1])."""
 
     source: np.ndarray
-    """int32: the damaged text, each row with its end mark."""
+    """int32: the damaged text token by token, each row with its end mark."""
     source_offsets: np.ndarray
     """int64 (n + 1,)"""
     target: np.ndarray
@@ -65,6 +65,10 @@ class Corrupted:
     """int32 (m, 4): row, sentinel k, first token, token after the last one (of the clean chunk); sorted by row and k."""
     masked_terms: np.ndarray
     """int32 (t, 5): row, term id, sentinel k, first token, token after the last one; sorted by row and token."""
+    encoder_ids: np.ndarray
+    """int32: the source as the tokenizer writes it (`gap_encoding.py`): what the encoder reads."""
+    encoder_offsets: np.ndarray
+    """int64 (n + 1,)"""
 
     def __len__(self) -> int:
         return len(self.source_offsets) - 1
@@ -74,9 +78,11 @@ class Corrupted:
         new_number = np.full(len(self), -1)
         new_number[rows] = np.arange(len(rows))
         source, source_offsets = _take_ragged(self.source, self.source_offsets, rows)
+        encoder_ids, encoder_offsets = _take_ragged(self.encoder_ids, self.encoder_offsets, rows)
         target, target_offsets = _take_ragged(self.target, self.target_offsets, rows)
-        spans = _renumbered(self.spans, new_number)
-        return Corrupted(source, source_offsets, target, target_offsets, spans, _renumbered(self.masked_terms, new_number))
+        spans, masked_terms = _renumbered(self.spans, new_number), _renumbered(self.masked_terms, new_number)
+        ragged = (source, source_offsets, target, target_offsets)
+        return Corrupted(*ragged, spans, masked_terms, encoder_ids, encoder_offsets)
 
 
 def term_targets(corrupted: Corrupted) -> np.ndarray:
@@ -128,7 +134,11 @@ def corrupt(
         )
         for part in np.split(np.arange(len(example_ids)), cuts)
     ]
-    return slabs[0] if len(slabs) == 1 else _joined(slabs)
+    corrupted = slabs[0] if len(slabs) == 1 else _joined(slabs)
+    if table.gap_encoding is None:
+        return corrupted
+    ids, offsets = table.gap_encoding.encode(corrupted.source, corrupted.source_offsets, data.max_source_tokens)
+    return replace(corrupted, encoder_ids=ids, encoder_offsets=offsets)
 
 
 def _corrupt_slab(
@@ -273,9 +283,13 @@ def _assemble(
         ),
         axis=1,
     )
+    source = np.repeat(source_ids, copies)
+    source_offsets = np.concatenate(([0], np.cumsum(copies, dtype=np.int64)[closing]))
     return Corrupted(
-        source=np.repeat(source_ids, copies),
-        source_offsets=np.concatenate(([0], np.cumsum(copies, dtype=np.int64)[closing])),
+        source=source,
+        source_offsets=source_offsets,
+        encoder_ids=source,
+        encoder_offsets=source_offsets,
         target=target,
         target_offsets=np.concatenate(([0], target_ends[closing])),
         spans=spans.astype(np.int32),
@@ -295,9 +309,13 @@ def _joined(slabs: list[Corrupted]) -> Corrupted:
         joined[:, 0] += np.repeat(first_row[:-1], [len(part) for part in parts]).astype(np.int32)
         return joined
 
+    source = np.concatenate([slab.source for slab in slabs])
+    source_offsets = offsets([slab.source_offsets for slab in slabs])
     return Corrupted(
-        source=np.concatenate([slab.source for slab in slabs]),
-        source_offsets=offsets([slab.source_offsets for slab in slabs]),
+        source=source,
+        source_offsets=source_offsets,
+        encoder_ids=source,
+        encoder_offsets=source_offsets,
         target=np.concatenate([slab.target for slab in slabs]),
         target_offsets=offsets([slab.target_offsets for slab in slabs]),
         spans=renumbered([slab.spans for slab in slabs]),

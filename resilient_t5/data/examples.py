@@ -11,7 +11,7 @@ import numpy as np
 
 from resilient_t5.data.chunks import cut_chunks
 from resilient_t5.data.terms import TermMatcher, token_spans
-from resilient_t5.data.tokenizer import Encoded, EncodedBatch
+from resilient_t5.data.tokenizer import Encoded, EncodedBatch, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,21 @@ def find_terms(matcher: TermMatcher | None, texts: Sequence[str], batch: Encoded
 
 
 def cut_examples(
-    texts: Sequence[str], batch: EncodedBatch, terms: np.ndarray, *, max_tokens: int, overlap_tokens: int
+    texts: Sequence[str],
+    batch: EncodedBatch,
+    terms: np.ndarray,
+    *,
+    tokenizer: TextTokenizer,
+    max_tokens: int,
+    overlap_tokens: int,
 ) -> tuple[Examples, int]:
-    """Cut every text of a batch into examples.
+    """Cut every text of a batch into examples. An example that continues a text has the ids of a text that begins there.
 
     Args:
         texts: the documents, numbered from 0.
         batch: their tokens.
         terms: int32 (m, 3): first token, token behind the last (in the whole batch), term id; sorted.
+        tokenizer: the one of the batch.
         max_tokens: longest example, without end mark.
         overlap_tokens: tokens that a chunk repeats of the one before it.
 
@@ -80,12 +87,13 @@ def cut_examples(
         the examples, and how many term occurrences no chunk holds whole because a cut goes through them.
     """
     counts = np.diff(batch.offsets)
+    room = max(max_tokens - 1, overlap_tokens + 1)  # the mark of a word's beginning may come in front
     short = np.flatnonzero((counts > 0) & (counts <= max_tokens))
     ranges = [np.stack([batch.offsets[short], batch.offsets[short + 1], short], axis=1)]
     for number in np.flatnonzero(counts > max_tokens).tolist():
         first, last = batch.offsets[number : number + 2].tolist()
         tokens = Encoded(*(array[first:last] for array in (batch.tokens.ids, batch.tokens.starts, batch.tokens.ends)))
-        chunks = np.array(cut_chunks(tokens, texts[number], max_tokens, overlap_tokens), dtype=np.int64)
+        chunks = np.array(cut_chunks(tokens, texts[number], room, overlap_tokens), dtype=np.int64)
         ranges.append(np.column_stack([chunks + first, np.full(len(chunks), number)]))
     chunks = np.concatenate(ranges)
     chunks = chunks[np.argsort(chunks[:, 0], kind="stable")]
@@ -100,7 +108,49 @@ def cut_examples(
         pairs=np.full(len(chunks), -1, dtype=np.int32),
         terms=found,
     )
-    return examples, lost
+    continued = np.flatnonzero((chunks[:, 0] > batch.offsets[chunks[:, 2]]) & (lengths > 0))
+    return _begun_as_texts(examples, continued, tokenizer, max_tokens), lost
+
+
+def _begun_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTokenizer, max_tokens: int) -> Examples:
+    """The examples, those that continue a text inside a word (in Chinese nearly all) encoded as texts that begin there."""
+    ends = np.cumsum(examples.lengths, dtype=np.int64)
+    lengths, terms = examples.lengths.copy(), examples.terms.copy()
+    first_term = np.searchsorted(terms[:, 0], np.arange(len(lengths) + 1))
+    parts, done = [], 0
+    for number in continued.tolist():
+        first, last = int(ends[number] - lengths[number]), int(ends[number])
+        ids = examples.tokens[first:last]
+        if not tokenizer.continues_word[ids[0]]:
+            continue
+        outside = np.flatnonzero(~tokenizer.inside_word[ids])
+        old = ids[: outside[0] if len(outside) else len(ids)]
+        new = np.array(tokenizer.text_start(tuple(old.tolist())), dtype=np.int32)
+        more = len(new) - len(old)
+        if len(ids) + more > max_tokens:
+            continue
+        parts += [examples.tokens[done:first], new]
+        done = first + len(old)
+        lengths[number] += more
+        _move_terms(terms[first_term[number] : first_term[number + 1], 1:3], _changed_head(old, new), more)
+    if not parts:
+        return examples
+    tokens = np.concatenate([*parts, examples.tokens[done:]])
+    return Examples(tokens, lengths, examples.documents, examples.pairs, terms)
+
+
+def _changed_head(old: np.ndarray, new: np.ndarray) -> int:
+    """Tokens of `old` before the end that it has in common with `new`."""
+    shared = min(len(old), len(new))
+    differs = np.flatnonzero(old[len(old) - shared :][::-1] != new[len(new) - shared :][::-1])
+    return len(old) - (int(differs[0]) if len(differs) else shared)
+
+
+def _move_terms(bounds: np.ndarray, head: int, more: int) -> None:
+    """Move term bounds (start, end) by `more` tokens, in place; a term that begins in the changed head begins the example."""
+    starts, ends = bounds[:, 0], bounds[:, 1]
+    starts[:] = np.where(starts < head, 0, starts + more)
+    ends[:] = np.maximum(ends, head) + more
 
 
 def _terms_of_chunks(terms: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, int]:

@@ -3,17 +3,19 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from resilient_t5.data.identity import Identity, differences
+from resilient_t5.data.identity import TOKENIZER_RECORD, Identity, differences
 from resilient_t5.data.one_pass import Job
 from resilient_t5.data.parts import PART, Part, choose_active, hashed_files, join_parts
 from resilient_t5.data.report import build_report
 from resilient_t5.data.store import FORMAT, META, REPORT, TERMS, TOKENIZER, VOCABULARY
+from resilient_t5.data.unknown import check_unknown, unknown_figures
 from resilient_t5.errors import DataError
 
 SUMS = (
@@ -35,9 +37,11 @@ def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
     """Write the store's files into `directory` and remove the parts that lie in it.
 
     Raises:
-        DataError: a side of the split is empty, or no listed term occurs.
+        DataError: too many unknown characters, a side of the split is empty, or no listed term occurs.
     """
     started = time.perf_counter()
+    totals = _totals(parts)
+    check_unknown(totals["unknown_figures"], job.config.tokenizer.max_unknown_share, "data.train")
     frequencies = np.sum([part.frequencies() for part in parts], axis=0)
     size = job.tokenizer.size
     if job.config.tokenizer.train_vocab_size is not None:  # trained on this text: every piece is of use
@@ -45,7 +49,6 @@ def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
     else:
         active_to_full = choose_active(frequencies, job.tokenizer, job.terms.terms)
     written = join_parts(parts, directory, active_to_full, size)
-    totals = _totals(parts)
     _check_content(written["counts"], totals, job)
     np.savez(directory / VOCABULARY, active_to_full=active_to_full)
     (directory / TERMS).write_text("".join(f"{term}\n" for term in job.terms.terms), encoding="utf-8")
@@ -59,7 +62,8 @@ def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
     _write(directory / REPORT, report)
     written["counts"]["train"]["pairs"] = totals["pairs"]
     meta = {"format": FORMAT, "fingerprint": job.identity.fingerprint(), "identity": job.identity.values}
-    meta |= {"inputs": job.identity.inputs, **written, "files": hashed_files(directory)}
+    tokenizer_files = [Path(entry["path"]).name for entry in job.identity.inputs if entry["key"] == "tokenizer"]
+    meta |= {"inputs": job.identity.inputs, TOKENIZER_RECORD: tokenizer_files, **written, "files": hashed_files(directory)}
     _write(directory / META, meta)
 
 
@@ -99,7 +103,18 @@ def _totals(parts: Sequence[Part]) -> dict[str, Any]:
     totals: dict[str, Any] = {key: sum(part.extra[key] for part in parts) for key in SUMS}
     totals["term_counts"] = np.sum([part.extra["term_counts"] for part in parts], axis=0)
     totals["corpus"] = parts[0].extra["corpus"]
+    totals["unknown_figures"] = _unknown_figures(parts)
     return totals
+
+
+def _unknown_figures(parts: Sequence[Part]) -> dict[str, Any]:
+    """The unknown characters of all parts; empty when an older version, which did not count them, made one of the parts."""
+    if any("unknown_characters" not in part.extra for part in parts):
+        return {}
+    unknown: Counter[str] = Counter()
+    for part in parts:
+        unknown.update(part.extra["unknown_characters"])
+    return unknown_figures(unknown, sum(part.extra["visible"] for part in parts))
 
 
 def _check_content(counts: dict[str, dict[str, int]], totals: dict[str, Any], job: Job) -> None:

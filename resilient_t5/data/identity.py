@@ -15,11 +15,12 @@ from resilient_t5.config import Config
 from resilient_t5.data.corpus import find_inputs
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.store import FORMAT, sha256_of
-from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_file
+from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_files
 from resilient_t5.errors import DataError
 
 BUILTIN = "builtin:clinical"
 CONTENT_KEYS = ("data.train", "data.validation", "data.terms")
+TOKENIZER_RECORD = "tokenizer_files"
 
 
 @dataclass
@@ -133,12 +134,17 @@ def _identify_tokenizer(
     name = settings.name_or_path or config.model.name_or_path
     if name is None:
         raise DataError("no tokenizer is named", mend="Set tokenizer.name_or_path, or tokenizer.train_vocab_size to train one.")
-    entry = _note_file(identity, "tokenizer", tokenizer_file(name), known)
-    before = (recorded or {}).get("identity", {}).get("tokenizer")
-    if before is not None and known.get(entry["path"]) == entry:
+    setting = "model.name_or_path" if settings.name_or_path is None else "tokenizer.name_or_path"
+    entries = [_note_file(identity, "tokenizer", path, known) for path in tokenizer_files(name, setting=setting)]
+    recorded = recorded or {}
+    before = recorded.get("identity", {}).get("tokenizer")
+    if TOKENIZER_RECORD not in recorded:  # a store of version 0.1, which read and recorded one file only
+        entries = [entry for entry in entries if entry["path"] in known] or entries
+    same_files = len(entries) == len(recorded.get(TOKENIZER_RECORD, entries))
+    if before is not None and same_files and all(known.get(entry["path"]) == entry for entry in entries):
         identity.values["tokenizer"] = before
         return
-    identity.tokenizer = load_tokenizer(name)
+    identity.tokenizer = load_tokenizer(name, setting=setting)
     identity.values["tokenizer"] = identity.tokenizer.fingerprint()
 
 

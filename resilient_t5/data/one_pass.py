@@ -7,7 +7,7 @@ Memory is a few batches of `BATCH_CHARACTERS`, whatever the corpus.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +24,13 @@ from resilient_t5.data.parts import Part, PartWriter
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.terms import TermList, TermMatcher
 from resilient_t5.data.tokenizer import EncodedBatch, TextTokenizer
+from resilient_t5.data.unknown import segments_between_marks, unknown_characters, visible_characters
 
 # Small enough to stay in the cache, large enough that the cost of a call does not count.
 BATCH_CHARACTERS = 60_000
 BATCHES_AHEAD = 3
 PACKED_SUFFIXES = (".gz", ".xz")
+GAP_ROOM_SHARE = 16  # 32 of 512 tokens: one for each of 27 gaps, and some
 USUAL_PACKING = 4  # how much larger packed text becomes; for the progress figure only
 
 Progress = Callable[[int, int], None]
@@ -72,6 +74,17 @@ class Tally:
     chunked: int = 0
     widened: int = 0
     cut_terms: int = 0
+    visible: int = 0
+    """Characters that are not white space."""
+    unknown_characters: dict[str, int] = field(default_factory=dict)
+    """Characters without a piece, with how often each occurs."""
+
+    def count_characters(self, texts: Sequence[str], encoded: EncodedBatch | None, unk_id: int) -> None:
+        """Count the visible characters of `texts`, and the unknown ones; `encoded` is None where there are none of those."""
+        self.visible += visible_characters(texts)
+        found = {} if encoded is None else unknown_characters(texts, encoded, unk_id)
+        for character, count in found.items():
+            self.unknown_characters[character] = self.unknown_characters.get(character, 0) + count
 
 
 def documents_of(config: Config, counts: CorpusCounts) -> Iterator[tuple[Document, bool]]:
@@ -177,19 +190,30 @@ def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: E
     data, texts = job.config.data, batch.texts()
     found = find_terms(matcher, texts, encoded)
     examples, lost = cut_examples(
-        texts, encoded, found.spans, max_tokens=data.max_source_tokens - 1, overlap_tokens=data.overlap_tokens
+        texts,
+        encoded,
+        found.spans,
+        tokenizer=job.tokenizer,
+        max_tokens=(longest := longest_example(job.tokenizer, data.max_source_tokens)),
+        overlap_tokens=data.overlap_tokens,
     )
     tally.widened += found.widened
     tally.cut_terms += lost
-    tally.chunked += int((np.diff(encoded.offsets) > data.max_source_tokens - 1).sum())
+    tally.chunked += int((np.diff(encoded.offsets) > longest).sum())
     tally.characters += sum(map(len, texts))
     tally.tokens += len(encoded.tokens.ids)
     tally.unknown += int((encoded.tokens.ids == job.tokenizer.unk_id).sum())
+    tally.count_characters(texts, encoded, job.tokenizer.unk_id)
     if len(examples.terms):
         tally.term_counts += np.bincount(examples.terms[:, 3], minlength=len(tally.term_counts))
     if any(document.target is not None for document in batch.documents):
         examples = _with_pairs(job, batch, examples, tally)
     return examples
+
+
+def longest_example(tokenizer: TextTokenizer, max_source_tokens: int) -> int:
+    """Tokens of the longest example without end mark; room is left for the tokens that gaps add, where they start words."""
+    return max_source_tokens - 1 - (max_source_tokens // GAP_ROOM_SHARE if tokenizer.gap_starts_word else 0)
 
 
 def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Examples:
@@ -213,7 +237,11 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
         tally.truncated += sum(map(len, whole)) > lengths[-1]
         tally.characters += len(document.text) + len(document.target)
         tally.tokens += sum(map(len, whole))
-        tally.unknown += sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
+        unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
+        tally.unknown += unknown
+        segments = [part for text in (document.text, document.target) for part in segments_between_marks(text)]
+        encoded = tokenizer.encode_together(segments) if unknown else None  # a second time, for the positions
+        tally.count_characters(segments, encoded, tokenizer.unk_id)
     return Examples(
         np.concatenate(tokens),
         np.concatenate([examples.lengths, np.array(lengths, dtype=np.int32)]),

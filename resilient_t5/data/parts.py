@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from resilient_t5.data.examples import Examples
+from resilient_t5.data.gap_encoding import reachable_behind_gaps
 from resilient_t5.data.store import SPLITS, sha256_of
 from resilient_t5.data.tokenizer import TextTokenizer
 
@@ -139,8 +140,8 @@ def pieces(parts: Sequence[Part], split: str, name: str) -> Iterator[Piece]:
 def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequence[str]) -> np.ndarray:
     """The ids that a corpus can use: int32 (active,), ascending.
 
-    Every id that occurs in it or in its terms, all special ids, sentinels and byte pieces; then the lowest other ids up to
-    a multiple of 64. In a SentencePiece model the lowest ids are its most frequent pieces.
+    Every id that occurs in it or in its terms or behind a gap in it, all special ids, sentinels and byte pieces; then the
+    lowest other ids up to a multiple of 64. In a SentencePiece model the lowest ids are its most frequent pieces.
     """
     active = frequencies > 0
     active[tokenizer.special_ids] = True
@@ -148,6 +149,7 @@ def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequ
     active[tokenizer.byte_ids] = True
     if terms:
         active[tokenizer.encode_together(list(terms)).tokens.ids] = True
+    active = reachable_behind_gaps(tokenizer, active)
     missing = -int(active.sum()) % ROUND_TO
     active[np.flatnonzero(~active)[:missing]] = True
     return np.flatnonzero(active).astype(np.int32)

@@ -14,7 +14,9 @@ from resilient_t5.data.parts import Part
 from resilient_t5.data.sample import clinical_terms
 from resilient_t5.data.store import TOKENIZER, Store, not_a_store, read_meta, store_state
 from resilient_t5.data.terms import TermList, clean_terms, read_terms
+from resilient_t5.data.token_table import check_sentinels
 from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from resilient_t5.data.unknown import check_unknown
 from resilient_t5.errors import DataError
 
 
@@ -29,7 +31,8 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
             work and leaves nothing behind.
 
     Raises:
-        DataError: inputs that cannot be used; or a directory that holds another store (says what differs), or anything else.
+        DataError: inputs that cannot be used, or for which the tokenizer lacks too many characters; or a directory that
+            holds another store (says what differs), or anything else.
         DiskFull, StorageError: the file system.
     """
     directory = Path(directory)
@@ -104,7 +107,7 @@ def standing_store(config: Config, directory: Path) -> Store | None:
     """The store that stands at `directory`; None when there is nothing yet. Writes nothing.
 
     Raises:
-        DataError: it was made from something else, or is no store.
+        DataError: it was made from something else, has too many unknown characters, or is no store.
     """
     state = store_state(directory)
     if state == "absent":
@@ -114,17 +117,24 @@ def standing_store(config: Config, directory: Path) -> Store | None:
     meta = read_meta(directory)
     identity = identify(config, meta)
     if meta["fingerprint"] == identity.fingerprint():
-        return Store.open(directory)
+        return _opened(directory, config)
     old, new = meta["identity"], identity.values
     if not meta["counts"]["train"]["pairs"]:  # the only examples that the longest target cuts when they are prepared
         old, new = {**old, "data.max_target_tokens": 0}, {**new, "data.max_target_tokens": 0}
     if not (changes := differences(old, new)):
-        return Store.open(directory)
+        return _opened(directory, config)
     raise DataError(
         f"this store was prepared from something else; what differs: {'; '.join(changes)}",
         where=str(directory),
         mend="Name another directory with data.store, or remove this one.",
     )
+
+
+def _opened(directory: Path, config: Config) -> Store:
+    """The store, unless this configuration allows fewer unknown characters than it has."""
+    store = Store.open(directory)
+    check_unknown(store.report, config.tokenizer.max_unknown_share, str(directory))
+    return store
 
 
 def listed_terms(config: Config) -> TermList:
@@ -137,6 +147,8 @@ def listed_terms(config: Config) -> TermList:
 def _job(config: Config, on_progress: Progress) -> tuple[Job, float]:
     """Everything a pass needs, and the seconds that the training of the tokenizer took."""
     identity = identify(config, None)
+    if identity.tokenizer is not None:
+        check_sentinels(identity.tokenizer, config.corruption)
     terms = listed_terms(config)
     started = time.perf_counter()
     total = max(1, bytes_to_read(identity))

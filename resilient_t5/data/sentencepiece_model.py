@@ -1,13 +1,19 @@
-"""SentencePiece unigram models: a bare `spiece.model` -> the `tokenizers` document that encodes like it.
+"""SentencePiece unigram models: the model -> the `tokenizers` document (`tokenizer.json`) that encodes like it.
 
-The document is what `tokenizer.json` holds. It follows SentencePiece's own order: the model's character map, then white
-space, then one dummy space in front, then the Viterbi search, with unknown characters spelled in bytes where the model
-has byte pieces. Ids are the model's own; T5's sentinels are appended behind them, `<extra_id_0>` last, unless the model
-brings its own as mT5's does (`<extra_id_99>` at 250,000 up to `<extra_id_0>` at 250,099, each spelled with U+2581).
+Used for the models that we train and for a model file that stands alone. A published directory is read by
+`published_tokenizer`, because its reference is AutoTokenizer.
+
+Order of work, as in SentencePiece: the model's character map, white space, one dummy space before the text, the Viterbi
+search, bytes for unknown characters where the model has byte pieces. Ids are the model's own. T5's 100 sentinels follow,
+`<extra_id_0>` last, unless the model has sentinel pieces.
+
+Text with gaps: the dummy space stands before the text only, never after a sentinel, so that the tokens after a gap are
+those of the undamaged text. Spaces at the end of a text, or directly before a sentinel, are dropped.
 """
 
 import json
-from typing import Any
+import re
+from typing import Any, Literal
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -16,6 +22,8 @@ from resilient_t5.errors import DataError
 
 SPACE = "\u2581"
 SENTINELS = 100
+SENTINEL_PIECE = re.compile(rf"\A{SPACE}?<extra_id_(0|[1-9]\d*)>\Z")
+TRAILING_SPACES = r" +\z"  # in the syntax of the backend (Oniguruma), where $ also matches at line ends
 UNIGRAM = 1
 # Piece types of the SentencePiece format.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
@@ -31,24 +39,23 @@ def document_from_sentencepiece(model: bytes, where: str) -> dict[str, Any]:
     Raises:
         DataError: not a SentencePiece unigram model, or one without pad, end mark and unknown piece.
     """
-    proto = _parse(model, where)
+    proto = parse_sentencepiece(model, where)
     pieces = [piece.piece for piece in proto.pieces]
     unknown_id = proto.trainer_spec.unk_id
     specials = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
     user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
-    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    vocabulary, own_sentinels = plain_sentinel_names([(piece.piece, piece.score) for piece in proto.pieces])
     try:
         backend = Tokenizer(models.Unigram(vocabulary, unk_id=unknown_id, byte_fallback=proto.trainer_spec.byte_fallback))
     except Exception as error:  # noqa: BLE001  the backend raises bare Exception for a vocabulary it cannot use
         raise DataError(f"this SentencePiece model cannot be used: {error}", where=where) from error
-    own_sentinels = {f"<extra_id_{k}>" for k in range(SENTINELS)} | {f"{SPACE}<extra_id_{k}>" for k in range(SENTINELS)}
-    backend.add_tokens([AddedToken(p, normalized=False) for p in user_defined if p not in own_sentinels])
+    backend.add_tokens([AddedToken(p, normalized=False) for p in user_defined if SENTINEL_PIECE.fullmatch(p) is None])
     backend.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in specials])
-    if not own_sentinels & set(pieces):
-        sentinels = [f"<extra_id_{k}>" for k in reversed(range(SENTINELS))]
-        backend.add_special_tokens([AddedToken(sentinel, normalized=False, special=True) for sentinel in sentinels])
+    sentinels = own_sentinels or [f"<extra_id_{k}>" for k in reversed(range(SENTINELS))]
+    backend.add_special_tokens([AddedToken(sentinel, normalized=False, special=True) for sentinel in sentinels])
     backend.normalizer = _normalizer(proto)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=True)
+    scheme: Literal["first", "never"] = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=True)
     spaces = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *spaces])
     end = pieces[proto.trainer_spec.eos_id]
@@ -59,7 +66,12 @@ def document_from_sentencepiece(model: bytes, where: str) -> dict[str, Any]:
     return document
 
 
-def _parse(model: bytes, where: str) -> Any:
+def parse_sentencepiece(model: bytes, where: str) -> Any:
+    """The `ModelProto` of a unigram model with an unknown piece and an end mark.
+
+    Raises:
+        DataError: anything else.
+    """
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model)
@@ -79,7 +91,21 @@ def _normalizer(proto: Any) -> normalizers.Normalizer:
     if spec.precompiled_charsmap:
         parts.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        parts += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        parts.append(normalizers.Prepend(SPACE))
-    return normalizers.Sequence(parts)
+        parts.append(normalizers.Replace(Regex(" {2,}"), " "))
+    # Each stretch of text between two sentinels is normalised by itself: this also drops the spaces before a gap.
+    return normalizers.Sequence([*parts, normalizers.Replace(Regex(TRAILING_SPACES), "")])
+
+
+def added_token(number: int, content: str, *, special: bool) -> dict[str, Any]:
+    """An entry of `added_tokens` that is found in running text, whatever stands around it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": number, "content": content, **flags, "special": special}
+
+
+def plain_sentinel_names(vocabulary: list[tuple[str, float]]) -> tuple[list[tuple[str, float]], list[str]]:
+    """The vocabulary with mT5's pieces U+2581 + `<extra_id_k>` renamed to `<extra_id_k>`, and the names of all sentinels in it.
+
+    Under the plain name the piece can be an added token of a `tokenizer.json`, which is found in running text.
+    """
+    renamed = [(SENTINEL_PIECE.sub(r"<extra_id_\1>", piece), score) for piece, score in vocabulary]
+    return renamed, [piece for piece, _ in renamed if SENTINEL_PIECE.fullmatch(piece)]

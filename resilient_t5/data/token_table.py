@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from resilient_t5.config import CorruptionConfig
 from resilient_t5.data.confusions import built_in_confusions, read_confusions
+from resilient_t5.data.gap_encoding import GapEncoding, build_gap_encoding
 from resilient_t5.data.tokenizer import TextTokenizer
-from resilient_t5.errors import DataError
+from resilient_t5.errors import ConfigError, DataError
 
 METASPACE = "\u2581"
 
@@ -22,7 +24,7 @@ class TokenTable:
     pad_id: int
     eos_id: int
     sentinel_ids: np.ndarray
-    """int32 (100,): element k is the id of sentinel k."""
+    """int32 (sentinels,): element k is the id of sentinel k; T5 has 100."""
     punctuation: np.ndarray
     """bool (size,): punctuation, symbols, space, and single bytes of a character; never masked but inside a term."""
     special: np.ndarray
@@ -33,6 +35,8 @@ class TokenTable:
     """int32 (m,): look-alikes of all ids, one id's after another's."""
     confusion_offsets: np.ndarray
     """int64 (size + 1,): id i has the look-alikes [confusion_offsets[i], confusion_offsets[i + 1])."""
+    gap_encoding: GapEncoding | None = None
+    """How the tokenizer reads a text with gaps; None: the masked tokens as they are."""
 
 
 def build_token_table(tokenizer: TextTokenizer, active_to_full: np.ndarray, confusions_path: Path | None) -> TokenTable:
@@ -57,17 +61,26 @@ def build_token_table(tokenizer: TextTokenizer, active_to_full: np.ndarray, conf
     byte = np.isin(active_to_full, tokenizer.byte_ids)
     punctuation = np.fromiter((_is_punctuation(piece) for piece in pieces), bool, size)
     confusions, confusion_offsets = _map_confusions(pieces, special | byte, confusions_path)
+    sentinel_ids = _active(active_to_full, tokenizer.sentinel_ids, "a sentinel")
     return TokenTable(
         size=size,
         pad_id=int(_active(active_to_full, np.array([tokenizer.pad_id]), "the padding")[0]),
         eos_id=int(_active(active_to_full, np.array([tokenizer.eos_id]), "the end mark")[0]),
-        sentinel_ids=_active(active_to_full, tokenizer.sentinel_ids, "a sentinel"),
+        sentinel_ids=sentinel_ids,
         punctuation=(punctuation | byte) & ~special,
         special=special,
         byte=byte,
         confusions=confusions,
         confusion_offsets=confusion_offsets,
+        gap_encoding=build_gap_encoding(tokenizer, active_to_full, sentinel_ids),
     )
+
+
+def check_sentinels(tokenizer: TextTokenizer, settings: CorruptionConfig) -> None:
+    """Raise ConfigError when the settings ask for more sentinels than the tokenizer has."""
+    has = len(tokenizer.sentinel_ids)
+    if settings.task == "restore" and settings.max_sentinels > has:
+        raise ConfigError(f"corruption.max_sentinels: {settings.max_sentinels}, but the tokenizer has {has}; set it to {has}")
 
 
 def _is_punctuation(piece: str) -> bool:

@@ -1,9 +1,9 @@
 """Load a T5 or mT5 tokenizer, or train one; text -> ids with exact character positions, fast.
 
 Positions cost nothing where they can be counted: when normalisation maps every character of a text to a known number of
-characters and the pieces' lengths add up to them, a running sum places each token. Only the other texts are encoded
-again with the backend's own offsets. Names of special tokens that stand in the text as text are spelled in pieces, never
-read as special tokens.
+characters and the pieces' lengths add up to them, a running sum places each token. The other texts are encoded again
+with the backend's own offsets. The padding, the end mark, the unknown token and the sentinels are never read out of a
+text that happens to hold their names; the names are spelled in pieces.
 """
 
 import hashlib
@@ -12,24 +12,53 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from resilient_t5 import hub
 from resilient_t5.data.character_lengths import CharacterLengths
-from resilient_t5.data.sentencepiece_model import SENTINELS, SPACE, document_from_sentencepiece
+from resilient_t5.data.published_tokenizer import (
+    ADDED_TOKENS_FILE,
+    CONFIG_FILE,
+    DOCUMENT_FILE,
+    SPIECE_FILE,
+    read_published,
+)
+from resilient_t5.data.sentencepiece_model import (
+    SENTINELS,
+    SPACE,
+    TRAILING_SPACES,
+    added_token,
+    document_from_sentencepiece,
+    plain_sentinel_names,
+)
 from resilient_t5.data.sentencepiece_training import train_sentencepiece
 from resilient_t5.errors import DataError, StorageError
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-SENTINEL_TEXT = re.compile(r"\s*<extra_id_(\d{1,2})>")
+__all__ = [
+    "SENTINELS",
+    "SPACE",
+    "Encoded",
+    "EncodedBatch",
+    "TextTokenizer",
+    "load_tokenizer",
+    "tokenizer_files",
+    "train_tokenizer",
+]
+
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TOKENIZER_FILES = (DOCUMENT_FILE, SPIECE_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
+SENTINEL_TEXT = re.compile(r"<extra_id_(0|[1-9]\d{0,4})>")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# A noncharacter in front of a special piece's name: no text can spell it, so no text can reach the special id.
+# Noncharacters, which no text holds. In front of a special piece's name: no text can spell it, so none reaches its id.
 UNREACHABLE = "\U0010ffff"
+GAP_MARK = "\U0010fffe"  # stands for a sentinel while a text with gaps is encoded
 NO_LENGTH = -1  # piece that stands for an unknown number of characters
+WORD_STARTS_KEPT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -64,16 +93,18 @@ class TextTokenizer:
         where: where it was read, for messages.
 
     Raises:
-        DataError: no unigram tokenizer with T5's specials and 100 sentinels.
+        DataError: no unigram tokenizer with T5's special tokens and at least one sentinel.
     """
 
     def __init__(self, document: dict[str, Any], spiece: bytes | None = None, where: str = "tokenizer.json"):
-        self._document, self._spiece = document, spiece
         added = _checked_vocabulary(document, where)
-        self._pieces = [str(piece) for piece, _ in document["model"]["vocab"]]
-        for token in sorted(document.get("added_tokens") or [], key=lambda token: int(token["id"])):
-            if token["id"] == len(self._pieces):
-                self._pieces.append(token["content"])
+        self.of_an_older_version = _is_of_an_older_version(document)
+        """Whether a version of ours wrote it that put a word start after each gap; its stores were made without."""
+        if self.of_an_older_version:
+            document = _renewed(document)
+            added = _checked_vocabulary(document, where)
+        self._document, self._spiece = document, spiece
+        self._pieces = _all_pieces(document, added, where)
         ids = {piece: number for number, piece in enumerate(self._pieces)}
         self.size = len(self._pieces)
         self.unk_id = int(document["model"]["unk_id"])
@@ -82,13 +113,20 @@ class TextTokenizer:
         except KeyError as error:
             raise DataError(f"the tokenizer has no {error}, which T5 needs", where=where) from error
         self.sentinel_ids = _sentinel_ids(ids, where)
-        specials = {int(token["id"]) for token in added if token.get("special")} | set(self.sentinel_ids.tolist())
-        self.special_ids = np.array(sorted(specials | {self.pad_id, self.eos_id, self.unk_id}), dtype=np.int32)
-        self.byte_ids = np.array([i for i, piece in enumerate(self._pieces) if BYTE_PIECE.fullmatch(piece)], dtype=np.int32)
-        self._plain = _plain_backend(document, self.special_ids, where)
+        """int32 (sentinels,): id of <extra_id_k> at place k."""
+        hidden = {self.pad_id, self.eos_id, self.unk_id, *self.sentinel_ids.tolist()}
+        self.added_ids = np.array(sorted({int(token["id"]) for token in added} | hidden), dtype=np.int32)
+        """int32: every id that no piece of text has by the search for pieces: special and added tokens, sentinels."""
+        specials = {int(token["id"]) for token in added if token.get("special")}
+        self.special_ids = np.array(sorted(specials | hidden), dtype=np.int32)
+        fallback = bool(document["model"].get("byte_fallback"))
+        byte_pieces = [i for i, piece in enumerate(self._pieces) if BYTE_PIECE.fullmatch(piece)]
+        self.byte_ids = np.array(byte_pieces if fallback else [], dtype=np.int32)
+        self._backend = _backend(_backend_document(document, hidden, self.size, int(self.sentinel_ids[0])), where)
         self._lengths, self._carries_space = self._piece_tables()
         self._characters = CharacterLengths(document.get("normalizer"))
         self._fingerprint = ""
+        self.text_start = lru_cache(WORD_STARTS_KEPT)(self._text_start)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode texts, each with the character positions of its tokens."""
@@ -98,39 +136,113 @@ class TextTokenizer:
 
     def encode_together(self, texts: Sequence[str]) -> EncodedBatch:
         """`encode_batch` in one piece: arrays of all tokens, the positions within each text, and where texts begin."""
-        found = [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        texts = [_without_mark(text) for text in texts]
+        found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, found), np.int64, len(found)), out=offsets[1:])
         ids = np.fromiter(itertools.chain.from_iterable(found), np.int32, int(offsets[-1]))
         starts, ends, uncounted = self._count_positions(texts, ids, offsets)
         if len(uncounted):
-            slow = self._plain.encode_batch([texts[i] for i in uncounted], add_special_tokens=False)
+            slow = self._backend.encode_batch([texts[i] for i in uncounted], add_special_tokens=False)
             for number, encoding in zip(uncounted, slow, strict=True):
                 part = slice(offsets[number], offsets[number + 1])
                 starts[part], ends[part] = self._backend_positions(texts[number], ids[part], encoding.offsets)
         return EncodedBatch(Encoded(ids, starts, ends), offsets)
 
     def encode_marked(self, text: str) -> np.ndarray:
-        """Ids (int32) of a text in which `<extra_id_k>` stands for sentinel k; no dummy space behind a sentinel."""
-        parts: list[np.ndarray] = []
-        position = 0
-        lone_space = self._piece_id(SPACE)
-        for mark in itertools.chain(SENTINEL_TEXT.finditer(text), [None]):
-            segment = text[position : mark.start() if mark else len(text)]
-            spaced = segment[:1].isspace()
-            ids = self.encode_together([segment[1:] if spaced and position else segment]).tokens.ids
-            glued = position > 0 and not spaced and len(ids) > 0 and ids[0] == lone_space
-            parts.append(ids[1:] if glued else ids)
-            if mark:
-                parts.append(self.sentinel_ids[int(mark[1]) : int(mark[1]) + 1])
-                position = mark.end()
-        return np.concatenate(parts)
+        """Ids (int32) of a text in which `<extra_id_k>` is sentinel k: what AutoTokenizer gives, without end mark."""
+        known = len(self.sentinel_ids)
+        numbers = [int(match[1]) for match in SENTINEL_TEXT.finditer(text) if int(match[1]) < known]
+        marked = SENTINEL_TEXT.sub(lambda match: GAP_MARK if int(match[1]) < known else match[0], _without_mark(text))
+        ids = np.array(self._backend.encode(marked, add_special_tokens=False).ids, dtype=np.int32)
+        ids[ids == self.size] = self.sentinel_ids[numbers]
+        return ids
+
+    def encode_around_gaps(self, texts: Sequence[Sequence[str]]) -> list[list[Encoded]]:
+        """Encode texts with gaps: for each text, given as its parts between the gaps, the tokens of each part.
+
+        The parts' tokens with a sentinel between them are what `encode_marked` gives for the whole. Positions are within
+        the part.
+        """
+        marked = [GAP_MARK.join(map(_without_mark, parts)) for parts in texts]
+        return [
+            self._parts_of(parts, text, encoding)
+            for parts, text, encoding in zip(
+                texts, marked, self._backend.encode_batch(marked, add_special_tokens=False), strict=True
+            )
+        ]
+
+    def _parts_of(self, parts: Sequence[str], text: str, encoding: Any) -> list[Encoded]:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        gaps = np.flatnonzero(ids == self.size)
+        ids[gaps] = self.sentinel_ids[0]
+        starts, ends = self._backend_positions(text, ids, encoding.offsets)
+        begins = itertools.accumulate((len(part) + 1 for part in parts), initial=0)
+        return [
+            Encoded(ids[a:b], np.clip(starts[a:b] - begin, 0, len(part)), np.clip(ends[a:b] - begin, 0, len(part)))
+            for part, begin, a, b in zip(parts, begins, [0, *(gaps + 1)], [*gaps, len(ids)], strict=False)
+        ]
+
+    def _text_start(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Ids of a text that begins with these pieces, which stood inside a word; cached as `text_start`.
+
+        Args:
+            ids: pieces of one word without its beginning; none is special, unknown, or a byte.
+        """
+        if not self._marks_text_start:
+            return ids
+        text = "".join(self._pieces[number] for number in ids).replace(SPACE, " ")
+        if not text:  # an unknown character or a byte follows: only the mark of a word's beginning stands before it
+            start = self._piece_id(SPACE)
+            return () if start < 0 else (start,)
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _marks_text_start(self) -> bool:
+        return any(self._pieces[number].startswith(SPACE) for number in self.encode_together(["word"]).tokens.ids[:1])
+
+    @cached_property
+    def inside_word(self) -> np.ndarray:
+        """bool (size,): pieces without the mark of a word's beginning; no special or added token, unknown token, or byte."""
+        inside = self.continues_word.copy()
+        inside[self.byte_ids] = inside[self.unk_id] = False
+        return inside
+
+    @cached_property
+    def continues_word(self) -> np.ndarray:
+        """bool (size,): tokens that a text can begin with only behind the mark of a word's beginning."""
+        found = np.fromiter((not piece.startswith(SPACE) for piece in self._pieces), bool, self.size)
+        found[self.added_ids] = False
+        found[self.unk_id] = True
+        return found
+
+    @cached_property
+    def gap_starts_word(self) -> bool:
+        """Whether the text after a gap is encoded as a new word, as T5's tokenizers do; else as the inside of a text."""
+        sentinel = int(self.sentinel_ids[0])
+        probes = ("b", "word", "\u75c5", "1")
+        behind = [self.encode_marked(f"a<extra_id_0>{probe}").tolist() for probe in probes]
+        return any(self._pieces[ids[ids.index(sentinel) + 1]].startswith(SPACE) for ids in behind if ids[-1] != sentinel)
+
+    @cached_property
+    def ignored_before_gap(self) -> np.ndarray:
+        """int32: ids of white space that vanishes directly before a sentinel; nothing for a store of an older version."""
+        if self.of_an_older_version:
+            return np.zeros(0, dtype=np.int32)
+        found = []
+        bare = self.encode_marked("a<extra_id_0>").tolist()
+        for number, piece in enumerate(self._pieces):
+            byte = BYTE_PIECE.fullmatch(piece) if number in self.byte_ids else None
+            text = chr(int(byte[1], 16)) if byte and int(byte[1], 16) < 0x80 else piece.replace(SPACE, " ")
+            if text and text.isspace() and self.encode_marked(f"a{text}<extra_id_0>").tolist() == bare:
+                found.append(number)
+        return np.array(found, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special ids and sentinels are skipped."""
         skipped = set(self.special_ids.tolist())
         kept = [int(number) for number in ids if int(number) not in skipped]
-        return str(self._plain.decode(kept, skip_special_tokens=False))
+        return str(self._backend.decode(kept, skip_special_tokens=False))
 
     def pieces(self) -> list[str]:
         """Piece of every id."""
@@ -140,20 +252,24 @@ class TextTokenizer:
         """Write the files that `load_tokenizer` and `transformers.AutoTokenizer` read with equal ids."""
         directory.mkdir(parents=True, exist_ok=True)
         names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": self._pieces[self.unk_id]}
-        sentinels = [self._pieces[number] for number in self.sentinel_ids]
+        special = [self._pieces[number] for number in self.special_ids.tolist()]
+        sentinels = [f"<extra_id_{k}>" for k in range(len(self.sentinel_ids))]
+        others = [name for name in special if name not in names.values() and name not in sentinels]
         config = {
-            # The class that takes tokenizer.json as it is; T5Tokenizer would rebuild it without byte fallback.
+            # The class that takes tokenizer.json as it is; T5Tokenizer would build another pre-tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "extra_ids": 0,
-            "additional_special_tokens": sentinels,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "additional_special_tokens": [*sentinels, *others],
             **names,
         }
         if self._spiece is not None:
-            (directory / "spiece.model").write_bytes(self._spiece)
-        _write_json(directory / "special_tokens_map.json", {"additional_special_tokens": sentinels, **names})
-        _write_json(directory / "tokenizer_config.json", config)
-        _write_json(directory / "tokenizer.json", self._document, indent=None)
+            (directory / SPIECE_FILE).write_bytes(self._spiece)
+        special_tokens = {"additional_special_tokens": [*sentinels, *others], **names}
+        _write_json(directory / SPECIAL_TOKENS_FILE, special_tokens)
+        _write_json(directory / CONFIG_FILE, config)
+        _write_json(directory / DOCUMENT_FILE, self._document, indent=None)
 
     def fingerprint(self) -> str:
         """sha256 of what decides which ids a text gets."""
@@ -164,7 +280,7 @@ class TextTokenizer:
         return self._fingerprint
 
     def _piece_id(self, piece: str) -> int:
-        number = self._plain.token_to_id(piece)
+        number = self._backend.token_to_id(piece)
         return -1 if number is None else int(number)
 
     def _piece_tables(self) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +289,7 @@ class TextTokenizer:
         for number in self.byte_ids.tolist():
             match = BYTE_PIECE.fullmatch(self._pieces[number])
             lengths[number] = 0 if match and 0x80 <= int(match[1], 16) < 0xC0 else 1
-        lengths[self.special_ids] = NO_LENGTH
+        lengths[self.added_ids] = NO_LENGTH
         carries = np.array([len(piece) > 1 and piece[0] == SPACE for piece in self._pieces], dtype=bool)
         return lengths, carries
 
@@ -215,33 +331,39 @@ class TextTokenizer:
         for i in np.flatnonzero(self._carries_space[ids]).tolist():
             while starts[i] < ends[i] - 1 and text[starts[i]].isspace():
                 starts[i] += 1
-        lone_space = self._piece_id(SPACE)
-        if len(ids) and ids[0] == lone_space:
-            ends[0] = starts[0]  # the dummy space
+        for i in np.flatnonzero(ids == self._piece_id(SPACE)).tolist():
+            if not text[
+                starts[i] : ends[i]
+            ].isspace():  # the mark of a word's beginning, with the place of the character behind it
+                ends[i] = starts[i]
+                starts[i] -= bool(text[starts[i] - 1 : starts[i]].isspace())
         return np.maximum.accumulate(starts), np.maximum.accumulate(ends)
 
 
-def load_tokenizer(name_or_path: str) -> TextTokenizer:
-    """The tokenizer in a directory (`tokenizer.json`, or a bare `spiece.model`), or of a hub name.
+def load_tokenizer(name_or_path: str, *, setting: str = "tokenizer.name_or_path") -> TextTokenizer:
+    """The tokenizer of a directory or hub name, with the ids that AutoTokenizer gives; or a model file as it is.
 
     A hub name is tried only when no such path exists, and then the network may be used.
+
+    Args:
+        setting: what the user set, for messages.
 
     Raises:
         DataError: no tokenizer there, or one that T5 cannot use.
     """
-    path = tokenizer_file(name_or_path)
+    files = tokenizer_files(name_or_path, setting=setting)
+    directory = files[0].parent
+    alone = len(files) == 1 and Path(name_or_path).expanduser().is_file()
     try:
-        content = path.read_bytes()
+        if alone and files[0].suffix == ".model":
+            content = files[0].read_bytes()
+            return TextTokenizer(document_from_sentencepiece(content, str(files[0])), content, str(files[0]))
+        if alone:
+            return TextTokenizer(_parsed(files[0]), None, str(files[0]))
+        spiece = (directory / SPIECE_FILE).read_bytes() if (directory / SPIECE_FILE).is_file() else None
     except OSError as error:
-        raise StorageError(f"cannot read the tokenizer: {error.strerror}", where=str(path)) from error
-    if path.suffix != ".json":
-        return TextTokenizer(document_from_sentencepiece(content, str(path)), content, str(path))
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"the tokenizer is not valid JSON: {error}", where=str(path), mend="Fetch the file again.") from error
-    beside = path.with_name("spiece.model")
-    return TextTokenizer(document, beside.read_bytes() if beside.is_file() else None, str(path))
+        raise StorageError(f"cannot read the tokenizer: {error.strerror}", where=str(files[0])) from error
+    return TextTokenizer(read_published(directory), spiece, str(directory))
 
 
 def train_tokenizer(
@@ -258,37 +380,32 @@ def train_tokenizer(
     return TextTokenizer(document_from_sentencepiece(model, "trained tokenizer"), model, "trained tokenizer")
 
 
-def tokenizer_file(name_or_path: str) -> Path:
-    """The file that decides the tokenizer of a directory or hub name.
+def tokenizer_files(name_or_path: str, *, setting: str = "tokenizer.name_or_path") -> list[Path]:
+    """The files that decide the ids of the tokenizer that `name_or_path` names; the first one holds its pieces.
 
     Raises:
         DataError: no such directory or hub name, or no tokenizer in it.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file() and path.suffix in (".json", ".model"):
-        return path
-    if not path.exists():
-        path = _hub_directory(name_or_path)
-    for name in TOKENIZER_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise DataError(
-        f"no tokenizer in {path}; looked for {' and '.join(TOKENIZER_FILES)}",
-        mend="Set tokenizer.name_or_path to a directory that holds one of them.",
-    )
+        return [path]
+    directory = hub.resolve(name_or_path, "tokenizer", setting=setting)
+    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not found or found[0].name not in (DOCUMENT_FILE, SPIECE_FILE):
+        hub.refuse_unsupported(directory)
+        raise DataError(
+            f"no tokenizer in {directory}; looked for {DOCUMENT_FILE} and {SPIECE_FILE}",
+            mend="Set tokenizer.name_or_path to a directory that holds one of them",
+        )
+    return found
 
 
-def _hub_directory(name: str) -> Path:
-    mend = "Set tokenizer.name_or_path to a local directory, or train one with tokenizer.train_vocab_size."
-    if not HUB_NAME.fullmatch(name):
-        raise DataError(f"no tokenizer directory {name}", mend=mend)
-    from huggingface_hub import snapshot_download
-
+def _parsed(path: Path) -> dict[str, Any]:
     try:
-        return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, "tokenizer_config.json"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name} is no local directory and could not be had from the hub: {reason}", mend=mend) from error
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"the tokenizer is not valid JSON: {error}", where=str(path), mend="Fetch the file again") from error
+    return document
 
 
 def _checked_vocabulary(document: Any, where: str) -> list[dict[str, Any]]:
@@ -304,34 +421,91 @@ def _checked_vocabulary(document: Any, where: str) -> list[dict[str, Any]]:
     return added
 
 
+def _all_pieces(document: dict[str, Any], added: list[dict[str, Any]], where: str) -> list[str]:
+    """The piece of every id."""
+    pieces = [str(piece) for piece, _ in document["model"]["vocab"]]
+    for token in sorted(added, key=lambda token: int(token["id"])):
+        if token["id"] > len(pieces):
+            raise DataError(
+                f"the tokenizer has no token for id {len(pieces)}, but one for {token['id']}",
+                where=where,
+                mend="Fetch it again",
+            )
+        if token["id"] == len(pieces):
+            pieces.append(str(token["content"]))
+    return pieces
+
+
 def _sentinel_ids(ids: dict[str, int], where: str) -> np.ndarray:
-    """Ids of <extra_id_0> to <extra_id_99>, with or without U+2581 in front."""
-    found = [ids.get(f"<extra_id_{k}>", ids.get(f"{SPACE}<extra_id_{k}>")) for k in range(SENTINELS)]
-    missing = [f"<extra_id_{k}>" for k, number in enumerate(found) if number is None]
-    if missing:
-        raise DataError(f"the tokenizer lacks {len(missing)} of T5's {SENTINELS} sentinels, {missing[0]} first", where=where)
+    """Ids of <extra_id_0> and as many after it as there are."""
+    found = list(itertools.takewhile(lambda number: number >= 0, (ids.get(f"<extra_id_{k}>", -1) for k in itertools.count())))
+    if not found:
+        raise DataError(
+            "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, ..., which stand for what is missing",
+            where=where,
+            mend="Name a T5 or mT5; tokenizer_config.json may ask for them with extra_ids",
+        )
     return np.array(found, dtype=np.int32)
 
 
-def _plain_backend(document: dict[str, Any], special_ids: np.ndarray, where: str) -> Tokenizer:
-    """A backend for plain text: the same pieces and scores, special pieces unreachable, nothing appended."""
+def _is_of_an_older_version(document: dict[str, Any]) -> bool:
+    """Whether our converter of version 0.1 wrote it: U+2581 is put before every stretch of text by the normaliser."""
+    steps = (document.get("normalizer") or {}).get("normalizers") or []
+    scheme = (document.get("pre_tokenizer") or {}).get("prepend_scheme")
+    return bool(steps) and steps[-1] == {"type": "Prepend", "prepend": SPACE} and scheme == "never"
+
+
+def _renewed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document of an older version with a word start before the text only; the same ids for text without gaps."""
+    steps = [step for step in document["normalizer"]["normalizers"][:-1] if step.get("type") != "Strip"]
+    trailing = {"type": "Replace", "pattern": {"Regex": TRAILING_SPACES}, "content": ""}
+    vocabulary, sentinels = plain_sentinel_names([(str(piece), score) for piece, score in document["model"]["vocab"]])
+    ids = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    added = {int(token["id"]): token for token in document["added_tokens"]}
+    added |= {ids[name]: added_token(ids[name], name, special=True) for name in sentinels}
+    return {
+        **document,
+        "normalizer": {"type": "Sequence", "normalizers": [*steps, trailing]},
+        "pre_tokenizer": {**document["pre_tokenizer"], "prepend_scheme": "first"},
+        "added_tokens": [added[number] for number in sorted(added)],
+        "model": {**document["model"], "vocab": [list(entry) for entry in vocabulary]},
+    }
+
+
+def _backend_document(document: dict[str, Any], hidden: set[int], size: int, sentinel: int) -> dict[str, Any]:
+    """The document to encode with: the same pieces, scores and added tokens; the hidden ids unreachable; nothing appended.
+
+    `GAP_MARK` is one more added token, with the id `size`, and is read in running text as the sentinels are.
+    """
     vocabulary = list(document["model"]["vocab"])
-    for number in special_ids.tolist():
+    added = {int(token["id"]): token for token in document.get("added_tokens") or []}
+    mark = added_token(size, GAP_MARK, special=True)
+    mark |= {key: added[sentinel][key] for key in ("lstrip", "rstrip") if key in added.get(sentinel, {})}
+    for number in hidden:
         if number < len(vocabulary):
             vocabulary[number] = [UNREACHABLE + vocabulary[number][0], vocabulary[number][1]]
-    specials = set(special_ids.tolist())
-    plain = {
+            added.pop(number, None)
+        else:  # its place is kept, so that the added tokens behind it keep their ids
+            added[number] = added_token(number, f"{UNREACHABLE}{number}", special=False)
+    return {
         **document,
         "model": {**document["model"], "vocab": vocabulary},
-        "added_tokens": [token for token in document.get("added_tokens") or [] if int(token["id"]) not in specials],
+        "added_tokens": [*(added[number] for number in sorted(added)), mark],
         "post_processor": None,
         "truncation": None,
         "padding": None,
     }
+
+
+def _backend(document: dict[str, Any], where: str) -> Tokenizer:
     try:
-        return Tokenizer.from_str(json.dumps(plain))
+        return Tokenizer.from_str(json.dumps(document))
     except Exception as error:  # noqa: BLE001  the backend raises bare Exception
         raise DataError(f"the tokenizer cannot be built: {error}", where=where) from error
+
+
+def _without_mark(text: str) -> str:
+    return text.replace(GAP_MARK, UNREACHABLE) if GAP_MARK in text else text
 
 
 def _write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -8,23 +8,23 @@ before it in its window, among all answers that the rules allow.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from resilient_t5 import hub
 from resilient_t5.config_data import ModelConfig
 from resilient_t5.data.tokenizer import SPACE, TextTokenizer, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import load_model
 from resilient_t5.model.tables import T5Model
-from resilient_t5.model.weights import resolve_directory
 from resilient_t5.restoration.answers import answer_rules
 from resilient_t5.restoration.asking import Answer, Asking, ask
 from resilient_t5.restoration.marks import Gap, document_ranges
 from resilient_t5.restoration.search import Searcher
-from resilient_t5.restoration.sheet import Sheet, Vocabulary, Window, read_sheets, windows_of
+from resilient_t5.restoration.sheet import Draft, Sheet, Vocabulary, Window, make_draft, read_sheets, windows_of
 from resilient_t5.restoration.usage import DocumentMode, Usage, read_usage
 
 SHORTEST_SOURCE = 8
@@ -66,7 +66,7 @@ class Filler:
     @property
     def sentinels(self) -> int:
         """Most gaps in one source: what was trained, and what an answer can hold."""
-        return min(self.usage.max_sentinels, (self.usage.max_target_tokens - 1) // 2)
+        return min(self.usage.max_sentinels, len(self.tokenizer.sentinel_ids), (self.usage.max_target_tokens - 1) // 2)
 
     def fill(
         self,
@@ -89,24 +89,28 @@ class Filler:
         tally = tally or Tally()
         rules = answer_rules(self.tokenizer, self.usage.trained_ids, self.sentinels, asking.encoding)
         searcher = Searcher(self.model, rules)
-        sheets, homes = self._sheets(texts, tally)
+        drafts, homes = self._drafts(texts)
         answers: dict[int, Answer] = {}
-        while open_sheets := [sheet for sheet in sheets if sheet.is_open()]:
-            asked = [(sheet, window) for sheet in open_sheets for window in self._windows(sheet)]
+        while drafts:
+            counted = tally.vocabulary if tally.passes == 0 else None
+            sheets = read_sheets(drafts, self.tokenizer, self.usage.trained_ids, counted)
+            asked = [(draft, window) for draft, sheet in zip(drafts, sheets, strict=True) for window in self._windows(sheet)]
             tally.passes += 1
             tally.windows += len(asked)
             found = ask(searcher, [window for _, window in asked], asking, self.usage.max_target_tokens, should_stop)
             if found is None:
                 return None
-            for (sheet, _), by_place in zip(asked, found, strict=True):
-                for place, answer in by_place.items():
-                    sheet.answers[place] = answer.best[0]
-                    answers[sheet.numbers[place]] = answer
+            for (draft, _), by_place in zip(asked, found, strict=True):
+                answers |= {draft.numbers[place]: answer for place, answer in by_place.items()}
+            for draft in drafts:
+                settled = {number: answers[number].best[0] for number in draft.numbers if number in answers}
+                draft.settle({number: partial(self.answer_text, ids) for number, ids in settled.items()})
+            drafts = [draft for draft in drafts if draft.numbers]
         return self._fills(texts, homes, answers, asking.alternatives)
 
-    def _sheets(self, texts: Sequence[tuple[str, Sequence[Gap]]], tally: Tally) -> tuple[list[Sheet], list[tuple[int, Gap]]]:
+    def _drafts(self, texts: Sequence[tuple[str, Sequence[Gap]]]) -> tuple[list[Draft], list[tuple[int, Gap]]]:
         """The documents that hold gaps, and for every gap number the text and gap it means."""
-        documents: list[tuple[str, list[Gap], int]] = []
+        drafts: list[Draft] = []
         homes: list[tuple[int, Gap]] = []
         for number, (text, gaps) in enumerate(texts):
             ranges = _joined(document_ranges(text, self.usage.document), gaps) if gaps else []
@@ -116,14 +120,13 @@ class Filler:
                 while done < len(gaps) and gaps[done].end <= end:
                     done += 1
                 if done > first:
-                    within = [Gap(gap.start - start, gap.end - start, gap.mark) for gap in gaps[first:done]]
-                    documents.append((text[start:end], within, len(homes)))
+                    within = [(gap.start - start, gap.end - start) for gap in gaps[first:done]]
+                    drafts.append(make_draft(text[start:end], within, len(homes)))
                     homes += [(number, gap) for gap in gaps[first:done]]
-        return read_sheets(documents, self.tokenizer, self.usage.trained_ids, tally.vocabulary), homes
+        return drafts, homes
 
     def _windows(self, sheet: Sheet) -> list[Window]:
-        tokenizer = self.tokenizer
-        return windows_of(sheet, tokenizer.sentinel_ids, tokenizer.eos_id, self.usage.max_source_tokens, self.sentinels)
+        return windows_of(sheet, self.tokenizer, self.usage.max_source_tokens, self.sentinels)
 
     def _fills(
         self,
@@ -186,18 +189,12 @@ def open_filler(
         ConfigError: a limit out of range.
         DataError: no T5 or mT5 with its tokenizer.
     """
-    hub = name.startswith("hub:")
-    directory = resolve_directory(name.removeprefix("hub:")) if hub else local_directory(name)
+    on_hub = name.startswith("hub:")
+    wanted = name.removeprefix("hub:")
+    directory = hub.resolve(wanted, "model", setting=name) if on_hub else local_directory(name)
     model = load_model(str(directory), ModelConfig())
-    tokenizer = load_tokenizer(name.removeprefix("hub:") if hub else str(directory))
-    rows, config = model.shared.weight.shape[0], model.config
-    if tokenizer.size > rows or (config.eos_token_id, config.pad_token_id) != (tokenizer.eos_id, tokenizer.pad_id):
-        raise DataError(
-            f"the tokenizer ({tokenizer.size} ids, end mark {tokenizer.eos_id}) is not that of the model "
-            f"({rows} rows, end mark {config.eos_token_id})",
-            where=name,
-            mend="Put the model's own tokenizer beside it",
-        )
+    tokenizer = load_tokenizer(wanted if on_hub else str(directory), setting=name)
+    check_tokenizer_fits(tokenizer, model, name)
     found = read_usage(directory)
     usage = found or Usage()
     changes = {"max_source_tokens": max_source_tokens, "max_sentinels": max_sentinels, "document": document}
@@ -208,6 +205,19 @@ def open_filler(
             f"got {usage.max_source_tokens} and {usage.max_sentinels}"
         )
     return Filler(model.to(device or torch.device("cpu")).eval(), tokenizer, usage), found is not None  # type: ignore[arg-type]
+
+
+def check_tokenizer_fits(tokenizer: TextTokenizer, model: T5Model, where: str) -> None:
+    """Raise DataError unless the model has a row for every id of the tokenizer, and the same padding and end mark."""
+    rows, config = model.shared.weight.shape[0], model.config
+    ids = (tokenizer.eos_id, tokenizer.pad_id)
+    if tokenizer.size > rows or (config.eos_token_id, config.pad_token_id) != ids:
+        raise DataError(
+            f"the tokenizer ({tokenizer.size} ids, end mark {ids[0]}, padding {ids[1]}) is not that of the model "
+            f"({rows} rows, end mark {config.eos_token_id}, padding {config.pad_token_id})",
+            where=where,
+            mend="Put the model's own tokenizer beside it",
+        )
 
 
 def local_directory(name: str) -> Path:

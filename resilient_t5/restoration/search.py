@@ -2,11 +2,12 @@
 
 Hypotheses are ranked by the sum of their log probabilities, each token's taken among the tokens that the rules allow
 there. A source's search ends when no live hypothesis can overtake the worst of its W finished ones: sums only fall, so
-nothing better is missed but what the beam dropped on the way. One beam is greedy search. A test holds the search to the
-library's beam search with the same rules, and to full enumeration.
+nothing better is missed but what the beam dropped on the way. One beam is greedy search, as `generate` of transformers
+does it: the likeliest token at each place. Tests compare the search with the library's beam search under the same rules,
+with full enumeration, and with plain greedy `generate`.
 
-Behind the last gap a further sentinel says what the end mark says: the answer is over. A model that was trained with many
-gaps, or on T5's own targets, expects one there; if its probability were only forbidden, the answer would run on instead.
+After the last gap, a sentinel that was not asked for ends the answer as the end mark does. A model that was trained with
+many gaps, or on T5's own targets, expects one there; if its probability were only forbidden, the answer would run on.
 
 Shapes: B sources, W beams, R = B * W hypotheses, S source tokens, T target tokens, A output ids.
 """
@@ -179,11 +180,12 @@ class _Beam:
         """One token for every hypothesis."""
         rows, beams = len(self.alive), self.beams
         logits_RA = self.decoder.logits(self.token_R)
-        log_BWA = self._log_probabilities(logits_RA.view(rows, beams, -1), position)
+        log_BWA, preferred_BWA = self._log_probabilities(logits_RA.view(rows, beams, -1), position)
         choices = log_BWA.shape[-1]
-        total_BC = (self.score_BW[:, :, None] + log_BWA).view(rows, -1)
-        # Of 2 W candidates at most W end an output, since each hypothesis has one token that does.
-        score_BC, index_BC = total_BC.topk(min(2 * beams, total_BC.shape[1]), dim=-1)
+        total_BC = (self.score_BW[:, :, None] + (log_BWA if beams > 1 else preferred_BWA)).view(rows, -1)
+        # Of 2 W candidates at most W end an output, since each hypothesis has one token that does. One beam is greedy: it
+        # takes the best token, whatever comes after it, as `generate` of transformers does.
+        score_BC, index_BC = total_BC.topk(min(2 * beams, total_BC.shape[1]) if beams > 1 else 1, dim=-1)
         parent_BC, token_BC = index_BC // choices, index_BC % choices
         is_move_BC = self._is_move(parent_BC, token_BC)
         opened_BC = self.opened_BW.gather(1, parent_BC)
@@ -199,15 +201,19 @@ class _Beam:
             is_move_BC.gather(1, order_BW),
         )
 
-    def _log_probabilities(self, logits_BWA: torch.Tensor, position: int) -> torch.Tensor:
-        """Log probabilities among the allowed tokens; -inf for the others, 0 for a token of the prefix."""
+    def _log_probabilities(self, logits_BWA: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log probabilities among the allowed tokens, (B, W, A); -inf for the others, 0 for a token of the prefix.
+
+        And the same for a greedy choice, in which two marks that both end an answer do not vote together.
+        """
         s = self.s
         open_BW = (self.stops_B[:, None] - self.opened_BW).clamp_min(0)
         slack_BW = self.limit - position - 2 - 2 * open_BW
         allowed_BWA = s._cost_NA[self.state_BW] <= slack_BW.clamp(-1, FORBIDDEN - 1)[:, :, None]
         logits_BWA = logits_BWA.float()
         move_BW1 = self._next_mark(self.opened_BW)[:, :, None]
-        logit_BW1 = self._ending(logits_BWA, move_BW1).masked_fill((self.state_BW != SEEN)[:, :, None], NEVER)
+        ending_BW1, together_BW1 = self._ending(logits_BWA, move_BW1)
+        logit_BW1 = together_BW1.masked_fill((self.state_BW != SEEN)[:, :, None], NEVER)
         log_BWA = logits_BWA.masked_fill(~allowed_BWA, NEVER).scatter(2, move_BW1, logit_BW1).log_softmax(-1)
         if position < self.forced_BT.shape[1]:
             forced_B = self.forced_BT[:, position]
@@ -215,16 +221,22 @@ class _Beam:
             log_BWA[rows] = NEVER
             log_BWA[rows, 0, forced_B[rows]] = 0.0
         # A hypothesis that does not exist has no allowed token, and log_softmax of nothing is NaN.
-        return torch.where(self.score_BW[:, :, None] == NEVER, NEVER, log_BWA)
+        log_BWA = torch.where(self.score_BW[:, :, None] == NEVER, NEVER, log_BWA)
+        return log_BWA, log_BWA.scatter_add(2, move_BW1, ending_BW1 - together_BW1)
 
-    def _ending(self, logits_BWA: torch.Tensor, move_BW1: torch.Tensor) -> torch.Tensor:
-        """Logit of the mark that would end the answer; behind the last gap that of a further sentinel, too."""
+    def _ending(self, logits_BWA: torch.Tensor, move_BW1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logit of the mark that would end the answer; behind the last gap every sentinel that was not asked ends it, too.
+
+        Returns:
+            (B, W, 1) of the likeliest of them, and of all together.
+        """
         logit_BW1 = logits_BWA.gather(2, move_BW1)
-        further_BW1 = logits_BWA.gather(2, self.s._marks[self.gaps_B][:, None, None].expand_as(move_BW1))
-        # With as many gaps as sentinels there is no further one, and the place of it holds the end mark itself.
-        has_further_B = (self.gaps_B > 0) & (self.gaps_B < len(self.s._marks) - 1)
-        is_last_BW = has_further_B[:, None] & (self.opened_BW == self.gaps_B[:, None])
-        return torch.where(is_last_BW[:, :, None], torch.logaddexp(logit_BW1, further_BW1), logit_BW1)
+        sentinels_BWM = logits_BWA[:, :, self.s._marks[:-1]]
+        is_further_BM = torch.arange(sentinels_BWM.shape[2], device=self.s.device) >= self.gaps_B[:, None]
+        is_last_BW = (self.gaps_B > 0)[:, None] & (self.opened_BW == self.gaps_B[:, None])
+        ends_BWM = is_further_BM[:, None, :] & is_last_BW[:, :, None]
+        all_BWM = torch.cat([logit_BW1, sentinels_BWM.masked_fill(~ends_BWM, NEVER)], 2)
+        return all_BWM.max(2, keepdim=True).values, all_BWM.logsumexp(2, keepdim=True)
 
     def _next_mark(self, opened_BW: torch.Tensor) -> torch.Tensor:
         """Place in the output ids of the mark that would end the answer."""

@@ -1,5 +1,7 @@
 """A document with gaps as tokens, and the windows through which a model of limited length sees it.
 
+The tokens are those that the tokenizer gives for the text with its gaps, as in training and in plain transformers.
+
 A window is one question: at most `source_tokens` tokens, at most `sentinels` gaps. Its own gaps lie in its middle half
 when the document is longer than a window; gaps around them are asked too, so that the source looks as in training, but
 their answers are left to the window that has them in its middle. Where more gaps are open than sentinels are there,
@@ -8,20 +10,18 @@ earlier ones in place.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from resilient_t5.data.chunks import sentence_ends
-from resilient_t5.data.tokenizer import SPACE, TextTokenizer
-from resilient_t5.restoration.marks import Gap
+from resilient_t5.data.tokenizer import TextTokenizer
 
-# A private-use character is in no text of training and in no piece: beside it a segment is encoded as in mid-text.
-ANCHOR = "\ue000"
 # What the reading of a corpus drops too; line breaks are made one before.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 LINE_BREAK = re.compile("\r\n?")
+BESIDE_A_GAP = "\ufffc"  # stands for the next gap where two touch
 
 
 @dataclass
@@ -44,25 +44,39 @@ class Vocabulary:
         self.untrained += 0 if trained_ids is None else int((~np.isin(ids, trained_ids)).sum())
 
 
-@dataclass(eq=False)
+@dataclass
+class Draft:
+    """A document in which gaps are still open: the text before, between and behind them, and what the caller calls them."""
+
+    parts: list[str]
+    numbers: list[int]
+
+    def settle(self, answers: Mapping[int, Callable[[str, str], str]]) -> None:
+        """Put the answers to some gaps in their places.
+
+        Args:
+            answers: by number, a function from the text before the gap and the text behind it to the text in it.
+        """
+        parts, numbers = [self.parts[0]], []
+        for number, behind in zip(self.numbers, self.parts[1:], strict=True):
+            if number in answers:
+                following = behind or (BESIDE_A_GAP if number != self.numbers[-1] else "")
+                parts[-1] += answers[number](parts[-1], following) + behind
+            else:
+                parts.append(behind)
+                numbers.append(number)
+        self.parts, self.numbers = parts, numbers
+
+
+@dataclass(frozen=True, eq=False)
 class Sheet:
-    """One document: `segments` of ids (int64) with gap i between segments i and i + 1, and the answers so far.
+    """The tokens of a draft: `segments` of ids (int64) with gap i between segments i and i + 1.
 
     breaks: for each segment the tokens at which a sentence begins.
-    numbers: what the caller calls the gaps.
     """
 
     segments: list[np.ndarray]
     breaks: list[np.ndarray]
-    numbers: list[int]
-    answers: list[np.ndarray | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.answers = [None] * len(self.numbers)
-
-    def is_open(self) -> bool:
-        """Whether a gap has no answer yet."""
-        return any(answer is None for answer in self.answers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +85,7 @@ class Window:
 
     source: np.ndarray
     asked: tuple[int, ...]
-    """Places of the gaps in the sheet, in order: the k-th one has sentinel k."""
+    """Places of the gaps in the draft, in order: the k-th one has sentinel k."""
     own: frozenset[int]
     left_out: tuple[int, ...] = ()
     """Open gaps in its stretch of text for which there is no sentinel: the source closes over them."""
@@ -82,64 +96,51 @@ def clean(text: str) -> str:
     return CONTROL.sub("", LINE_BREAK.sub("\n", text))
 
 
-def read_sheets(
-    documents: Sequence[tuple[str, Sequence[Gap], int]],
-    tokenizer: TextTokenizer,
-    trained_ids: np.ndarray | None,
-    counted: Vocabulary,
-) -> list[Sheet]:
-    """Encode documents with gaps.
-
-    A segment behind a gap is encoded as if text stood before it, and a space before a gap belongs to its answer, since
-    pieces carry the space in front of them.
+def make_draft(text: str, gaps: Sequence[tuple[int, int]], first_number: int) -> Draft:
+    """The draft of a document.
 
     Args:
-        documents: (text, its gaps in order, number of the first gap).
+        gaps: characters [start, end) of each, in order and apart.
+        first_number: number of the first gap; the others follow.
+    """
+    bounds = [0, *(border for gap in gaps for border in gap), len(text)]
+    parts = [clean(text[a:b]) for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+    parts[0], parts[-1] = parts[0].lstrip(), parts[-1].rstrip()
+    return Draft(parts, list(range(first_number, first_number + len(gaps))))
+
+
+def read_sheets(
+    drafts: Sequence[Draft], tokenizer: TextTokenizer, trained_ids: np.ndarray | None, counted: Vocabulary | None
+) -> list[Sheet]:
+    """Encode drafts.
+
+    Args:
         tokenizer: the model's.
         trained_ids: as in `Usage`, for the count.
         counted: the tokens are added to it.
     """
-    texts, shapes = [], []
-    for text, gaps, _ in documents:
-        bounds = [0, *(border for gap in gaps for border in (gap.start, gap.end)), len(text)]
-        parts = [clean(text[a:b]) for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
-        parts[0], parts[-1] = parts[0].lstrip(), parts[-1].rstrip()
-        for number, part in enumerate(parts):
-            behind, before = number > 0, number < len(parts) - 1
-            shapes.append((part, behind, before))
-            texts.append(f"{ANCHOR if behind else ''}{part}{ANCHOR if before else ''}" if part else "")
-    lone_space = tokenizer.pieces().index(SPACE) if SPACE in tokenizer.pieces() else -1
-    encoded = iter(zip(tokenizer.encode_batch(texts), shapes, strict=True))
     sheets = []
-    for _, gaps, first in documents:
-        segments, breaks = [], []
-        for _ in range(len(gaps) + 1):
-            tokens, (part, behind, before) = next(encoded)
-            inside = (tokens.ends > behind) & (tokens.starts < behind + len(part)) if part else np.zeros(0, bool)
-            if not behind and part:
-                inside[0] |= tokens.ids[0] == lone_space  # the dummy space in front of a text has no character
-            ids, starts = tokens.ids[inside].astype(np.int64), tokens.starts[inside] - behind
-            if before and len(ids) and ids[-1] == lone_space:
-                ids, starts = ids[:-1], starts[:-1]
-            counted.count(ids, tokenizer, trained_ids)
-            segments.append(ids)
-            breaks.append(np.searchsorted(starts, sentence_ends(part)[:-1]) if part else np.zeros(0, np.int64))
-        sheets.append(Sheet(segments, breaks, list(range(first, first + len(gaps)))))
+    for draft, encoded in zip(drafts, tokenizer.encode_around_gaps([draft.parts for draft in drafts]), strict=True):
+        segments = [tokens.ids.astype(np.int64) for tokens in encoded]
+        breaks = [
+            np.searchsorted(tokens.starts, sentence_ends(part)[:-1]) if part else np.zeros(0, np.int64)
+            for part, tokens in zip(draft.parts, encoded, strict=True)
+        ]
+        if counted is not None:
+            counted.count(np.concatenate(segments), tokenizer, trained_ids)
+        sheets.append(Sheet(segments, breaks))
     return sheets
 
 
-def windows_of(sheet: Sheet, sentinel_ids: np.ndarray, eos_id: int, source_tokens: int, sentinels: int) -> list[Window]:
-    """The windows of the next pass over a sheet with open gaps; at least one gap is decided by them.
+def windows_of(sheet: Sheet, tokenizer: TextTokenizer, source_tokens: int, sentinels: int) -> list[Window]:
+    """The windows of the next pass over a sheet; at least one gap is decided by them.
 
     Args:
-        sentinel_ids: full id of sentinel k at place k.
-        eos_id: the end mark, which closes every source.
         source_tokens: longest source, end mark included.
         sentinels: most gaps in a source.
     """
     flat, slots, begins = _laid_out(sheet)
-    places = [place for place, answer in enumerate(sheet.answers) if answer is None]
-    room = source_tokens - 1
+    room = source_tokens - 1 if len(flat) < source_tokens else source_tokens - 2  # the mark of a text's beginning
     windows: list[Window] = []
     first, decided_until = 0, -1
     while first < len(slots):
@@ -152,30 +153,39 @@ def windows_of(sheet: Sheet, sentinel_ids: np.ndarray, eos_id: int, source_token
         if not windows or len(inside) <= sentinels or begin > decided_until:
             asked = _asked(inside, first, last, sentinels)
             ids = flat[begin:end].copy()
-            ids[[slots[k] - begin for k in asked]] = sentinel_ids[: len(asked)]
+            ids[[slots[k] - begin for k in asked]] = tokenizer.sentinel_ids[: len(asked)]
             left_out = [k for k in inside if k not in asked]
-            source = np.append(np.delete(ids, [slots[k] - begin for k in left_out]), eos_id)
-            own = frozenset(places[k] for k in range(first, last + 1))
-            windows.append(Window(source, tuple(places[k] for k in asked), own, tuple(places[k] for k in left_out)))
+            source = np.delete(ids, [slots[k] - begin for k in left_out])
+            source = source if begin == 0 else _begun_as_text(source, tokenizer, source_tokens - 1)
+            windows.append(
+                Window(np.append(source, tokenizer.eos_id), tuple(asked), frozenset(range(first, last + 1)), tuple(left_out))
+            )
             decided_until = slots[last]
         first = last + 1
     return windows
 
 
+def _begun_as_text(ids: np.ndarray, tokenizer: TextTokenizer, room: int) -> np.ndarray:
+    """The ids of a text that begins here: a window that cuts a word or a line of Chinese gets the mark of a beginning."""
+    if not tokenizer.continues_word[ids[0]] or tokenizer.of_an_older_version:
+        return ids
+    outside = np.flatnonzero(~tokenizer.inside_word[ids])
+    word = ids[: outside[0] if len(outside) else len(ids)]
+    begun = np.concatenate([np.array(tokenizer.text_start(tuple(word.tolist())), np.int64), ids[len(word) :]])
+    return begun if len(begun) <= room else ids
+
+
 def _laid_out(sheet: Sheet) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """The tokens with answers in place and -1 for each open gap, where those are, and where sentences begin."""
+    """The tokens with -1 for each gap, where those are, and where sentences begin."""
     parts, slots, begins, length = [], [], [], 0
     for number, (segment, breaks) in enumerate(zip(sheet.segments, sheet.breaks, strict=True)):
         parts.append(segment)
         begins.append(breaks + length)
         length += len(segment)
-        if number < len(sheet.answers):
-            answer = sheet.answers[number]
-            if answer is None:
-                slots.append(length)
-                answer = np.array([-1], np.int64)
-            parts.append(answer)
-            length += len(answer)
+        if number < len(sheet.segments) - 1:
+            slots.append(length)
+            parts.append(np.array([-1], np.int64))
+            length += 1
     return np.concatenate(parts), slots, np.concatenate(begins)
 
 

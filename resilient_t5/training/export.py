@@ -30,6 +30,11 @@ from resilient_t5.restoration.usage import Usage
 PROBE_TOKENS = 48
 PROBE_ANSWER_TOKENS = 24
 GENERATION_FILE = "generation_config.json"
+PROBE_TEXTS = (
+    "<extra_id_0> 2 mg <extra_id_1>, then <extra_id_2>",
+    "hyper<extra_id_0>sion; dose:<extra_id_1>.",
+    "\u8bca\u65ad\uff1a<extra_id_0>\u3002\u5904\u65b9\uff1a <extra_id_1> \uff1b<extra_id_2><extra_id_3>",
+)
 # Two kernels may order tokens anew whose logits lie this near to one another.
 TIE = 1e-3
 
@@ -121,11 +126,7 @@ def check_export(parts: Exported, directory: Path) -> None:
         DataError: tokenizer ids, or an answer, differ.
     """
     ours = _own_answer(parts)
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    names = [f"<extra_id_{k}>" for k in range(100)]
-    same_ids = tokenizer.convert_tokens_to_ids(names) == parts.tokenizer.sentinel_ids.tolist()
-    if not same_ids or tokenizer.eos_token_id != parts.tokenizer.eos_id:
-        raise _refused("its tokenizer has other ids", directory)
+    _check_tokenizer(parts.tokenizer, directory)
     with _without_trace():
         model = AutoModelForSeq2SeqLM.from_pretrained(str(directory), local_files_only=True, dtype=torch.float32)
         source_1S = torch.from_numpy(parts.probe)[None]
@@ -134,6 +135,19 @@ def check_export(parts: Exported, directory: Path) -> None:
         answer = theirs[: len(ours)].tolist()
         if answer != ours and not _is_tie(model, source_1S, ours, parts):
             raise _refused(f"transformers answers {answer} to the probe, the run's own decoder {ours}", directory)
+
+
+def _check_tokenizer(ours: TextTokenizer, directory: Path) -> None:
+    """Compare AutoTokenizer over `directory` with the tokenizer of the training: special ids, and texts with gaps."""
+    theirs = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    special = (theirs.pad_token_id, theirs.eos_token_id)
+    if special != (ours.pad_id, ours.eos_id):
+        raise _refused(f"its tokenizer has padding and end mark {special}, not {(ours.pad_id, ours.eos_id)}", directory)
+    for text in PROBE_TEXTS:
+        wanted = [*ours.encode_marked(text).tolist(), ours.eos_id]
+        found = theirs(text)["input_ids"]
+        if found != wanted:
+            raise _refused(f"its tokenizer gives {found} for {text!r}, where training saw {wanted}", directory)
 
 
 def _own_answer(parts: Exported) -> list[int]:
@@ -161,7 +175,8 @@ def _is_tie(model: Any, source_1S: torch.Tensor, ours: list[int], parts: Exporte
 def _extend_generation(directory: Path, usage: Usage, rows: int) -> None:
     """Let plain `generate` write answers of the trained length, and never an id whose row was not trained."""
     path = directory / GENERATION_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) | {"max_new_tokens": usage.max_target_tokens}
+    # The last token of the longest target is its end mark, which need not be written where the length ends the answer.
+    content = json.loads(path.read_text(encoding="utf-8")) | {"max_new_tokens": usage.max_target_tokens - 1}
     if usage.trained_ids is not None:
         content["suppress_tokens"] = np.setdiff1d(np.arange(rows), usage.trained_ids).tolist()
     path.write_text(json.dumps(content, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from resilient_t5.config import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
 from resilient_t5.data.full_ids import in_full_ids
 from resilient_t5.data.store import Split, Store
-from resilient_t5.data.token_table import TokenTable, build_token_table
+from resilient_t5.data.token_table import TokenTable, build_token_table, check_sentinels
 from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
@@ -26,6 +26,7 @@ from resilient_t5.model.optim import build_optimizer
 from resilient_t5.model.tables import T5Model
 from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_from, tables_of
 from resilient_t5.restoration.baselines import MajorityBaseline
+from resilient_t5.restoration.filler import check_tokenizer_fits
 from resilient_t5.restoration.measure import Restorer
 from resilient_t5.restoration.metrics import Glossary, count_terms
 from resilient_t5.training.beginning import begun_together
@@ -120,7 +121,12 @@ class Corpus:
 
     @classmethod
     def over(cls, store: Store, config: Config) -> "Corpus":
-        """The corpus of `store` in the ids of `model.active_vocabulary`."""
+        """The corpus of `store` in the ids of `model.active_vocabulary`.
+
+        Raises:
+            ConfigError: the tokenizer has fewer sentinels than the settings ask for.
+        """
+        check_sentinels(store.tokenizer, config.corruption)
         confusions = None if config.corruption.confusions is None else Path(config.corruption.confusions)
         if config.model.active_vocabulary == "corpus":
             table = build_token_table(store.tokenizer, store.active_to_full, confusions)
@@ -273,9 +279,11 @@ def trained_ids(corpus: Corpus, model: T5Model) -> np.ndarray:
 
 def build_full_model(config: Config, store: Store) -> T5Model:
     """The checkpoint, or the model from scratch, with every row that the tokenizer has ids for."""
-    if config.model.name_or_path is not None:
-        return load_model(config.model.name_or_path, config.model)
     tokenizer = store.tokenizer
+    if config.model.name_or_path is not None:
+        model = load_model(config.model.name_or_path, config.model)
+        check_tokenizer_fits(tokenizer, model, config.model.name_or_path)
+        return model
     special = SpecialIds(tokenizer.pad_id, tokenizer.eos_id, decoder_start_id=tokenizer.pad_id)
     return build_model(config.model, vocabulary_rows=tokenizer.size, special=special, seed=config.run.seed)
 

@@ -23,6 +23,9 @@ class FakeTokenizer:
     sentinel_ids = np.arange(len(PIECES) - 1, len(PIECES) - 101, -1, dtype=np.int32)
     special_ids = np.array([0, 1, 2, 3, *sentinel_ids])
     byte_ids = np.array([4, 5])
+    ignored_before_gap = np.zeros(0, np.int32)
+    continues_word = np.zeros(len(PIECES), bool)
+    gap_starts_word = False
 
     def pieces(self) -> list[str]:
         return PIECES

@@ -13,8 +13,8 @@ from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.restoration.asking import Asking
 from resilient_t5.restoration.correcting import correct
 from resilient_t5.restoration.filler import Tally, open_filler
-from resilient_t5.restoration.marks import Gap, document_ranges, find_gaps, other_marks
-from resilient_t5.restoration.sheet import Vocabulary, clean, read_sheets, windows_of
+from resilient_t5.restoration.marks import document_ranges, find_gaps, other_marks
+from resilient_t5.restoration.sheet import Vocabulary, clean, make_draft, read_sheets, windows_of
 from resilient_t5.restoration.text_bytes import TextBytes
 from resilient_t5.restoration.usage import Usage, read_usage
 
@@ -155,7 +155,7 @@ def test_what_a_text_is_filled_with_does_not_depend_on_the_texts_beside_it(fille
 def test_a_source_is_what_training_would_show():
     """A note with a term taken out as text has the ids of the note with the term's tokens taken out: no space too many."""
     tokenizer = train_tokenizer([note.text for note in generate_notes(1000, 5)], 2000, 0.999)
-    checked = total = 0
+    total = 0
     for note in generate_notes(60, 33):
         encoded = tokenizer.encode_batch([note.text])[0]
         for fact in note.facts[:3]:
@@ -163,13 +163,14 @@ def test_a_source_is_what_training_would_show():
             inside = np.flatnonzero((encoded.starts < at + len(fact)) & (encoded.ends > at))
             if encoded.starts[inside[0]] != at or encoded.ends[inside[-1]] != at + len(fact):
                 continue  # a piece that reaches across the border: no mask of whole tokens is this gap
-            sheet = read_sheets([(note.text, [Gap(at, at + len(fact), fact)], 0)], tokenizer, None, Vocabulary())[0]
-            wanted = [*encoded.ids[: inside[0]].tolist(), *encoded.ids[inside[-1] + 1 :].tolist()]
-            ours = np.concatenate(sheet.segments).tolist()
-            # A piece of a space alone before a term belongs to the answer, in training to the source; it is rare.
-            checked, total = checked + (ours == wanted), total + 1
-            assert tokenizer.decode(ours).replace(" ", "") == tokenizer.decode(wanted).replace(" ", "")
-    assert total > 100 and checked > 0.97 * total
+            sheet = read_sheets([make_draft(note.text, [(at, at + len(fact))], 0)], tokenizer, None, Vocabulary())[0]
+            before = encoded.ids[: inside[0]].tolist()
+            while before and before[-1] in tokenizer.ignored_before_gap:
+                before.pop()
+            wanted = [*before, *encoded.ids[inside[-1] + 1 :].tolist()]
+            assert np.concatenate(sheet.segments).tolist() == wanted
+            total += 1
+    assert total > 100
 
 
 def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
@@ -183,12 +184,13 @@ def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
         for place in places:
             text = text[:place] + "[?]" + text[place:]
         gaps = find_gaps(text, ["[?]"])
-        sheet = read_sheets([(text, gaps, 0)], tiny_tokenizer, None, Vocabulary())[0]
+        draft = make_draft(text, [(gap.start, gap.end) for gap in gaps], 0)
         sentinels, room = int(draws.integers(1, 7)), int(draws.integers(24, 80))
         passes = 0
-        while sheet.is_open():
+        while draft.numbers:
             passes += 1
-            windows = windows_of(sheet, tiny_tokenizer.sentinel_ids, tiny_tokenizer.eos_id, room, sentinels)
+            sheet = read_sheets([draft], tiny_tokenizer, None, None)[0]
+            windows = windows_of(sheet, tiny_tokenizer, room, sentinels)
             own = [place for window in windows for place in window.own]
             for number, window in enumerate(windows):
                 earlier = {place for other in windows[:number] for place in other.own}
@@ -199,8 +201,7 @@ def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
                 assert window.own <= set(window.asked) and len(window.asked) <= sentinels
                 marks = [token for token in window.source.tolist() if token in tiny_tokenizer.sentinel_ids]
                 assert marks == tiny_tokenizer.sentinel_ids[: len(window.asked)].tolist()
-            for place in own:
-                sheet.answers[place] = np.array([20])
+            draft.settle({draft.numbers[place]: lambda before, after: "x" for place in own})
         assert passes <= len(gaps)
 
 

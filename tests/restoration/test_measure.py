@@ -182,7 +182,8 @@ def test_a_term_that_the_damage_touches_is_a_masked_term_of_the_whole_text():
     source = np.array([30, 50, 51, 11, 32, 12, 33, EOS], np.int32)
     nothing = np.zeros((0, 5), np.int32)
     corrupted = Corrupted(
-        source, np.array([0, 8]), np.array([*clean, EOS], np.int32), np.array([0, 8]), nothing[:, :4], nothing
+        *(source, np.array([0, 8]), np.array([*clean, EOS], np.int32), np.array([0, 8]), nothing[:, :4], nothing),
+        *(source, np.array([0, 8])),
     )
     rates = {}
     for name, written in {"clean": clean, "left": source[:-1], "term only": [30, 50, 10, 11, 32, 12, 33]}.items():

@@ -212,7 +212,7 @@ def test_a_question_in_a_batch_equals_the_question_alone():
 def test_answers_behind_a_prefix_are_those_of_full_enumeration_there():
     """`--alternatives`: the answers of the second gap, the first one fixed, ranked as plain forward passes rank them.
 
-    It is the last gap, so the probability of a third sentinel counts with that of the end mark.
+    It is the last gap, so the probability of every further sentinel counts with that of the end mark.
     """
     searcher, limit = searcher_of(trained=np.array([23, 24, 25])), 8
     source = np.array([30, SENTINELS[0], 31, SENTINELS[1], EOS])
@@ -225,7 +225,8 @@ def test_answers_behind_a_prefix_are_those_of_full_enumeration_there():
         for answer in itertools.product([23, 24, 25], repeat=length):
             row, total = [*prefix.tolist(), *answer, EOS], 0.0
             logits = forward(searcher.model, source, row)
-            logits[:, EOS] = torch.logaddexp(logits[:, EOS], logits[:, int(SENTINELS[2])])
+            further = [int(number) for number in searcher.mark_ids() if number not in SENTINELS[:2]]
+            logits[:, EOS] = logits[:, further].logsumexp(1)
             for position in range(4, len(row)):
                 options = allowed_after(row[:position], 2, limit, pieces)
                 options = [number for number in options if number in (23, 24, 25, EOS)]

@@ -1,0 +1,128 @@
+"""What the encoder reads of a masked text: the ids that its tokenizer gives for the text with gaps.
+
+Corruption masks tokens; a tokenizer reads text. The two differ at a gap:
+
+* White space directly before a gap is dropped by every tokenizer here, so a token that is only white space is dropped.
+* T5's tokenizers begin a new word behind a gap ("hyper<extra_id_0>sion" continues with U+2581 "sion"). A gap that ends
+  inside a word therefore changes the tokens of the word's rest: it is encoded again, as the beginning of a text. mT5's and
+  our own tokenizers do not.
+
+So training sees the ids that AutoTokenizer gives for the same text, and a model is asked as it was trained.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from resilient_t5.data.sentencepiece_model import SPACE
+from resilient_t5.data.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class GapEncoding:
+    """The rules of one tokenizer, in active ids."""
+
+    sentinel: np.ndarray
+    """bool (size,)"""
+    ignored: np.ndarray
+    """bool (size,): white space that vanishes before a sentinel."""
+    inside_word: np.ndarray
+    """bool (size,): pieces without the mark of a word's beginning; unknown characters and bytes are none."""
+    starts_word: np.ndarray
+    """bool (size,): tokens behind a gap that get the mark of a word's beginning; none for tokenizers that join."""
+    active_to_full: np.ndarray
+    full_to_active: np.ndarray
+    """int32: -1 for ids that are not active."""
+    tokenizer: TextTokenizer
+
+    def encode(self, source: np.ndarray, offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids that the encoder reads for masked sources.
+
+        Args:
+            source: int32, ragged: row r has [offsets[r], offsets[r + 1]), each with its end mark.
+            offsets: int64 (rows + 1,)
+            longest: most tokens of a row. A row is kept from growing beyond it: then its last gaps end no word.
+
+        Returns:
+            ids and offsets of the same rows.
+        """
+        source, offsets = self._without_ignored(source, offsets)
+        if self.starts_word.any():
+            source, offsets = self._with_word_starts(source, offsets, longest)
+        return source, offsets
+
+    def _without_ignored(self, source: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ignored = np.flatnonzero(self.ignored[source])[::-1]
+        dropped = np.zeros(len(source), bool)
+        for place in ignored.tolist():  # from the back, so that a run of spaces goes as a whole; every row ends in its end mark
+            dropped[place] = self.sentinel[source[place + 1]] or dropped[place + 1]
+        if not dropped.any():
+            return source, offsets
+        before = np.concatenate(([0], np.cumsum(dropped)))
+        return source[~dropped], offsets - before[offsets]
+
+    def _with_word_starts(self, source: np.ndarray, offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        behind = np.flatnonzero(self.sentinel[source]) + 1
+        behind = behind[self.starts_word[source[behind]]]
+        inside = self.inside_word[source]
+        row_of = np.searchsorted(offsets, behind, "right") - 1
+        room = longest - np.diff(offsets)
+        parts, done = [], 0
+        grown = np.zeros(len(offsets) - 1, np.int64)
+        for start, row in zip(behind.tolist(), row_of.tolist(), strict=True):
+            end = start
+            while inside[end]:
+                end += 1
+            word = self._word(source[start:end])
+            more = len(word) - (end - start)
+            if grown[row] + more > room[row]:
+                continue
+            grown[row] += more
+            parts += [source[done:start], word]
+            done = end
+        encoded = np.concatenate([*parts, source[done:]])
+        return encoded, np.concatenate(([0], np.cumsum(np.diff(offsets) + grown)))
+
+    def _word(self, ids: np.ndarray) -> np.ndarray:
+        full = tuple(self.active_to_full[ids].tolist())
+        return self.full_to_active[list(self.tokenizer.text_start(full))].astype(np.int32)
+
+
+def build_gap_encoding(tokenizer: TextTokenizer, active_to_full: np.ndarray, sentinel_ids: np.ndarray) -> GapEncoding | None:
+    """The rules for the active ids; None where sources are read as they are masked.
+
+    Args:
+        sentinel_ids: active ids of the sentinels.
+    """
+    size = len(active_to_full)
+    ignored = np.isin(active_to_full, tokenizer.ignored_before_gap)
+    starts_word = tokenizer.continues_word[active_to_full] & tokenizer.gap_starts_word
+    if not ignored.any() and not starts_word.any():
+        return None
+    sentinel = np.zeros(size, bool)
+    sentinel[sentinel_ids] = True
+    full_to_active = np.full(tokenizer.size, -1, np.int32)
+    full_to_active[active_to_full] = np.arange(size, dtype=np.int32)
+    return GapEncoding(
+        sentinel=sentinel,
+        ignored=ignored,
+        inside_word=tokenizer.inside_word[active_to_full],
+        starts_word=starts_word,
+        active_to_full=active_to_full,
+        full_to_active=full_to_active,
+        tokenizer=tokenizer,
+    )
+
+
+def reachable_behind_gaps(tokenizer: TextTokenizer, active: np.ndarray) -> np.ndarray:
+    """bool (vocabulary,): `active` and every piece that a gap inside a word may bring about.
+
+    A gap that starts a word changes how the word's rest is divided into pieces; it can only be divided into pieces
+    spelled with the same characters.
+    """
+    if not tokenizer.gap_starts_word:
+        return active
+    pieces = tokenizer.pieces()
+    characters = set().union(*(pieces[number] for number in np.flatnonzero(active).tolist())) | {SPACE}
+    spelled = np.fromiter((characters.issuperset(piece) for piece in pieces), bool, len(pieces))
+    return active | spelled

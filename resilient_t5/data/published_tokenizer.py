@@ -1,0 +1,224 @@
+"""A published tokenizer directory -> the `tokenizer.json` document that training and export use.
+
+The reference is AutoTokenizer: whatever files the directory holds (`tokenizer.json`, `spiece.model` alone, the companion
+files of the slow tokenizer), the ids of a text are those that `AutoTokenizer.from_pretrained` gives for it.
+
+One thing is changed. T5's tokenizers read `<extra_id_k>` anywhere in a text, as an added token. mT5's do not: there the
+sentinels are ordinary pieces, spelled with U+2581 in front, and "Dose:<extra_id_0>," is spelled in letters. Their document
+gets the same pieces under their plain names, as added tokens on the same ids. Everything else keeps its ids, which is
+checked on probe texts. The tokens after a gap then depend on the tokenizer:
+
+    T5    a gap ends a word:  "hyper<extra_id_0>sion"  ->  "U+2581 hyper", sentinel, "U+2581 s", "ion"
+    mT5   it does not:        "hyper<extra_id_0>sion"  ->  "U+2581 hyper", sentinel, "s", "ion"    (as its own tokenizer does
+          after " <extra_id_0>", and as its pre-training did)
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from resilient_t5 import hub
+from resilient_t5.data.sentencepiece_model import (
+    SENTINEL_PIECE,
+    SPACE,
+    TRAILING_SPACES,
+    added_token,
+    parse_sentencepiece,
+    plain_sentinel_names,
+)
+from resilient_t5.errors import DataError
+
+CONFIG_FILE = "tokenizer_config.json"
+DOCUMENT_FILE = "tokenizer.json"
+SPIECE_FILE = "spiece.model"
+ADDED_TOKENS_FILE = "added_tokens.json"
+MODEL_CONFIG_FILE = "config.json"
+LITERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# What Unicode calls white space; at these characters WhitespaceSplit ends a word.
+WHITE_SPACE = r"[\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
+PROBES = (
+    "Hb 13.2 g/dL, HbA1c: 7 %.",
+    " two  spaces \tand\u00a0a tab\r\nand lines\n\n",
+    "\u8bca\u65ad\uff1a2\u578b\u7cd6\u5c3f\u75c5\u3002\u5904\u65b9 \uff1b\u7597\u7a0b\uff1a\u51713\u4e2a\u6708\u3002",
+    "\u3000\u5168\u89d2 \uff21\uff22\uff11 \u6771\u4eac\u3067\u3001\ufb01ne e\u0301 \u2460",
+    "a\u2581b \u2581c x\u200by \ufeffz",
+    "<tag> & {brace} [box] 50% \u00b5g/m\u00b2 \U0001f600",
+    "word",
+    " ",
+    "",
+)
+
+
+def read_published(directory: Path) -> dict[str, Any]:
+    """The document of the tokenizer in `directory`.
+
+    Raises:
+        DataError: no tokenizer there, one that T5 and mT5 do not use, or one that cannot be read.
+    """
+    hub.refuse_unsupported(directory)
+    _check_files(directory)
+    literal = _literal_document(directory)
+    if literal is not None:
+        return literal
+    tokenizer = _auto_tokenizer(directory)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(
+            f"its tokenizer ({type(tokenizer).__name__}) is written in Python; only unigram tokenizers of the tokenizers "
+            "library are supported",
+            where=str(directory),
+            mend="Name a T5 or mT5 with spiece.model or tokenizer.json",
+        )
+    document: dict[str, Any] = json.loads(backend.to_str())
+    if document["model"].get("type") != "Unigram":
+        raise DataError(
+            f"its tokenizer ({type(tokenizer).__name__}) is no unigram tokenizer, which T5 and mT5 use",
+            where=str(directory),
+            mend="Name a T5 or mT5 with spiece.model or tokenizer.json",
+        )
+    document |= {"truncation": None, "padding": None}
+    document["added_tokens"] = list({int(token["id"]): token for token in document["added_tokens"]}.values())
+    return _with_sentinels_in_running_text(document, directory)
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse damaged files in our words, before AutoTokenizer does in those of its parts."""
+    if (directory / DOCUMENT_FILE).is_file():
+        model = _json_object(directory / DOCUMENT_FILE).get("model")
+        if not isinstance(model, dict) or model.get("type") != "Unigram":
+            raise DataError(
+                "this is no unigram tokenizer, which T5 and mT5 use",
+                where=str(directory / DOCUMENT_FILE),
+                mend="Name the tokenizer of a T5 or mT5",
+            )
+    elif (directory / SPIECE_FILE).is_file():
+        parse_sentencepiece((directory / SPIECE_FILE).read_bytes(), str(directory / SPIECE_FILE))
+
+
+def _literal_document(directory: Path) -> dict[str, Any] | None:
+    """`tokenizer.json` as it is, where AutoTokenizer would take it as it is too, or where nothing lies beside it.
+
+    Our exports are written so.
+    """
+    if not (directory / DOCUMENT_FILE).is_file() or (directory / ADDED_TOKENS_FILE).is_file():
+        return None
+    document = _json_object(directory / DOCUMENT_FILE)
+    if not any((directory / name).is_file() for name in (CONFIG_FILE, MODEL_CONFIG_FILE)):
+        return document
+    config = _json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    if config.get("tokenizer_class") not in LITERAL_CLASSES or config.get("added_tokens_decoder"):
+        return None
+    added = {token.get("content") for token in document.get("added_tokens") or [] if isinstance(token, dict)}
+    named = config.get("additional_special_tokens") or []
+    return document if isinstance(named, list) and all(name in added for name in named) else None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"the tokenizer is not valid JSON: {error}", where=str(path), mend="Fetch the file again") from error
+    if not isinstance(content, dict):
+        raise DataError("not a JSON object", where=str(path), mend="Fetch the file again")
+    return content
+
+
+def _auto_tokenizer(directory: Path) -> Any:
+    # Imported here: it takes seconds, and a tokenizer that we wrote does not need it.
+    from transformers import AutoTokenizer, T5Tokenizer
+
+    # Where config.json does not say whose it is, or is missing, AutoTokenizer cannot choose the class.
+    config = _json_object(directory / MODEL_CONFIG_FILE) if (directory / MODEL_CONFIG_FILE).is_file() else {}
+    alone = "model_type" not in config and not (directory / CONFIG_FILE).is_file() and (directory / SPIECE_FILE).is_file()
+    reader = T5Tokenizer if alone else AutoTokenizer
+    with _quiet():
+        try:
+            return reader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001  many kinds, the backend's bare Exception among them
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{reader.__name__} of transformers cannot read this tokenizer: {cause}",
+                where=str(directory),
+                mend="Fetch its files again",
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on loading; what matters is raised."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _with_sentinels_in_running_text(document: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The document with its sentinels as added tokens on the ids that the model was trained with."""
+    vocabulary = [(str(piece), float(score)) for piece, score in document["model"]["vocab"]]
+    added = document["added_tokens"]
+    if not any(SENTINEL_PIECE.fullmatch(piece) and piece.startswith(SPACE) for piece, _ in vocabulary):
+        found = {token["content"] for token in added}
+        if all(piece in found for piece, _ in vocabulary if SENTINEL_PIECE.fullmatch(piece)):
+            return document  # T5: its sentinels are added tokens already; or it has none, which the caller refuses
+    else:  # without its tokenizer_config.json an mT5 gets a second set of sentinels, beyond the rows of the model
+        vocabulary = _without_second_sentinels(vocabulary)
+    renamed, pieces = plain_sentinel_names(vocabulary)
+    ids = {piece: number for number, (piece, _) in enumerate(renamed)}
+    kept = [token for token in added if SENTINEL_PIECE.fullmatch(token["content"]) is None]
+    kept += [added_token(ids[name], name, special=True) for name in pieces]
+    kept.sort(key=lambda token: int(token["id"]))
+    beyond = [int(token["id"]) for token in kept if int(token["id"]) >= len(vocabulary)]
+    if beyond != list(range(len(vocabulary), len(vocabulary) + len(beyond))):
+        raise DataError(
+            "its added tokens lie beyond a second set of sentinels that the model does not have",
+            where=str(directory),
+            mend='Put a tokenizer_config.json with "extra_ids": 0 there',
+        )
+    plain = {**document, "added_tokens": kept, "model": {**document["model"], "vocab": [list(entry) for entry in renamed]}}
+    joined = _with_joined_gaps(plain)
+    return joined if joined is not None and _same_ids(plain, joined) else plain
+
+
+def _without_second_sentinels(vocabulary: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The vocabulary up to the sentinels with plain names that stand at its end."""
+    last = len(vocabulary)
+    while last and SENTINEL_PIECE.fullmatch(vocabulary[last - 1][0]) and not vocabulary[last - 1][0].startswith(SPACE):
+        last -= 1
+    return vocabulary[:last]
+
+
+def _with_joined_gaps(document: dict[str, Any]) -> dict[str, Any] | None:
+    """The document with a word start before the text and after white space only, no more after an added token.
+
+    None where the pre-tokenizer is not one of T5's.
+    """
+    steps = document["pre_tokenizer"] or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    if kinds not in (["WhitespaceSplit", "Metaspace"], ["Metaspace"]) or steps[-1].get("prepend_scheme") != "always":
+        return None
+    own = document["normalizer"]
+    parts = [] if own is None else own["normalizers"] if own.get("type") == "Sequence" else [own]
+    if kinds[0] == "WhitespaceSplit":
+        parts = [*parts, _replace(WHITE_SPACE, " ")]
+    metaspace = {**steps[-1], "prepend_scheme": "first", "split": True}
+    normalizer = {"type": "Sequence", "normalizers": [*parts, _replace(TRAILING_SPACES, "")]}
+    return {**document, "normalizer": normalizer, "pre_tokenizer": metaspace}
+
+
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+def _same_ids(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    one, other = (Tokenizer.from_str(json.dumps(document)) for document in (first, second))
+    spaced = [f"{probe} {tail}" for probe in PROBES for tail in PROBES[:3]]
+    return all(one.encode(text).ids == other.encode(text).ids for text in (*PROBES, *spaced))

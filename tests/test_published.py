@@ -5,8 +5,10 @@ Run: python -m pytest tests/test_published.py
 
 import dataclasses
 import json
+import os
 import random
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -172,6 +174,41 @@ def test_a_hundred_gaps_are_filled_as_plain_transformers_fills_them(published):
     theirs = [plain_answer(model, tokenizer, text.replace("[?]", "<extra_id_0>")).get(0) for text in texts]
     assert theirs == ours
     assert len(set(ours)) > 10, "a model that says the same everywhere would show nothing"
+
+
+READ_BY_VERSION_4 = """
+import json, sys, torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, __version__
+assert __version__.startswith("4."), __version__
+request = json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(request["export"])
+model = AutoModelForSeq2SeqLM.from_pretrained(request["export"], torch_dtype=torch.float32).eval()
+ids = tokenizer(request["texts"])["input_ids"]
+with torch.no_grad():
+    logits = [model(input_ids=torch.tensor([row]), decoder_input_ids=torch.tensor([row[::-1]])).logits[0].tolist() for row in ids[:4]]
+json.dump({"ids": ids, "logits": logits}, sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("published", ["flan", "mt5-hub", "t5-added-tokens"], indirect=True)
+def test_transformers_4_reads_the_export_with_the_same_ids_and_logits(published):
+    """In a process of its own, with the interpreter that RESILIENT_T5_TRANSFORMERS_4 names."""
+    python = os.environ.get("RESILIENT_T5_TRANSFORMERS_4")
+    if python is None:
+        pytest.skip("no transformers 4: set RESILIENT_T5_TRANSFORMERS_4 to a Python that has it")
+    export, draws = str(published[2] / "export" / "best"), random.Random(4)
+    texts = [with_gaps(draws.choice(UNSEEN).text, draws, "<extra_id_{}>") for _ in range(200)]
+    request = json.dumps({"export": export, "texts": texts})
+    done = subprocess.run([python, "-c", READ_BY_VERSION_4], input=request, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
+    ids = AutoTokenizer.from_pretrained(export)(texts)["input_ids"]
+    assert theirs["ids"] == ids
+    model = AutoModelForSeq2SeqLM.from_pretrained(export, dtype=torch.float32).eval()
+    for row, found in zip(ids, theirs["logits"], strict=False):
+        with torch.no_grad():
+            ours = model(input_ids=torch.tensor([row]), decoder_input_ids=torch.tensor([row[::-1]])).logits[0]
+        assert torch.allclose(ours, torch.tensor(found), rtol=1e-5, atol=1e-4)
 
 
 def test_rows_that_were_not_trained_keep_every_bit(published):

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "resilient_t5"
 LAYERS = {
     "errors": 0,
+    "files": 1,
     "hub": 1,
     "config": 2,
     "checkpoint": 3,

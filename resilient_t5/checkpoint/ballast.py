@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from resilient_t5.checkpoint.disposal import Tell
-from resilient_t5.checkpoint.fsops import FileSystem, closing
 from resilient_t5.checkpoint.reading import describe
+from resilient_t5.files import FileSystem, closing
 
 BALLAST = ".ballast"
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from resilient_t5.checkpoint.fsops import FileSystem, make_directories, remove_tree
 from resilient_t5.checkpoint.manifest import Damaged
 from resilient_t5.checkpoint.reading import describe
+from resilient_t5.files import FileSystem, make_directories, remove_tree
 
 TEMPORARY = ".tmp-"
 TRASH = ".trash-"

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.fsops import FileSystem, make_directories
 from resilient_t5.checkpoint.reading import reporting
 from resilient_t5.errors import RunHeld
+from resilient_t5.files import FileSystem, make_directories
 
 LOCK = "run.lock"
 BODY_LIMIT_BYTES = 4096

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.fsops import FileSystem, OpenFile, closing, read_bounded
 from resilient_t5.checkpoint.tensors import CHUNK_BYTES, Layout, chunks
 from resilient_t5.errors import ResumeMismatch
+from resilient_t5.files import FileSystem, OpenFile, closing, read_bounded
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"

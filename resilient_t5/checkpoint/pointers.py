@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.fsops import FileSystem, read_bounded, replace_file
 from resilient_t5.checkpoint.manifest import parse_name
 from resilient_t5.checkpoint.retention import Stored
+from resilient_t5.files import FileSystem, read_bounded, replace_file
 
 BEST = "best.json"
 LAST = "last.json"

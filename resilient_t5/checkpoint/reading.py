@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.fsops import FileSystem, closing
 from resilient_t5.checkpoint.manifest import (
     STATE,
     STATE_LIMIT_BYTES,
@@ -24,6 +23,7 @@ from resilient_t5.checkpoint.manifest import (
 from resilient_t5.checkpoint.parts import Loaded
 from resilient_t5.checkpoint.tensors import read_tensors
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, ResilientError, StorageError
+from resilient_t5.files import FileSystem, closing
 
 # What the file system says when it is the checkpoint that is at fault. Anything else (no permission, too many open files,
 # a server that is away) says nothing about the checkpoint, and must not send a good one into quarantine.

@@ -24,7 +24,6 @@ from typing import Any
 from resilient_t5.checkpoint import strict_json
 from resilient_t5.checkpoint.ballast import Ballast, with_spare
 from resilient_t5.checkpoint.disposal import QUARANTINE, TEMPORARY, TRASH, delete, quarantine, remove, take_back
-from resilient_t5.checkpoint.fsops import FileSystem, make_directories
 from resilient_t5.checkpoint.manifest import STATE_LIMIT_BYTES, Damaged, Manifest, parse_name, write_checkpoint
 from resilient_t5.checkpoint.parts import Committed, Loaded, Parts
 from resilient_t5.checkpoint.pointers import BEST, LAST, TEMPORARY_PREFIXES, pointed_q, write_pointer
@@ -34,6 +33,7 @@ from resilient_t5.checkpoint.snapshot import refuse_non_finite
 from resilient_t5.checkpoint.tensors import lay_out
 from resilient_t5.config import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
+from resilient_t5.files import FileSystem, make_directories
 
 __all__ = ["Committed", "Loaded", "Parts", "Vault"]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from resilient_t5.config import Config
-from resilient_t5.data.building import making, only_maker, storage_errors
 from resilient_t5.data.finish import finish_store, open_shard, write_shard_identity
 from resilient_t5.data.formats import CorpusCounts
 from resilient_t5.data.identity import differences, identify, is_builtin, terms_path
@@ -18,6 +17,7 @@ from resilient_t5.data.token_table import check_sentinels
 from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from resilient_t5.data.unknown import check_unknown
 from resilient_t5.errors import DataError
+from resilient_t5.files import making, only_maker, storage_errors
 
 
 def prepare(config: Config, directory: Path, on_progress: Progress | None = None) -> Store:

@@ -17,6 +17,7 @@ from typing import Any
 
 from resilient_t5.config import Config, mathematics
 from resilient_t5.errors import ResumeMismatch, RunDirectoryError
+from resilient_t5.files import write_whole
 
 FORMAT = 1
 ENVIRONMENT = "environment.json"
@@ -113,16 +114,6 @@ def describe_environment() -> dict[str, Any]:
         "cpu_threads": os.cpu_count(),
         "versions": versions,
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file so that it is never seen half written."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _refuse_other_mathematics(path: Path, old: dict[str, Any], config: Config) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
+from resilient_t5.files import write_whole
 from resilient_t5.training.card import CardFacts, model_card
-from resilient_t5.training.directory import write_whole
 from resilient_t5.training.evaluate import restore_terms
 from resilient_t5.training.exhibits import show_outcome
 from resilient_t5.training.export import Exported, exported, write_export

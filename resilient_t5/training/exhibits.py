@@ -9,9 +9,10 @@ from typing import Any
 
 from resilient_t5.config import flat
 from resilient_t5.errors import DataError, StorageError
+from resilient_t5.files import write_whole
 from resilient_t5.restoration.report import RestorationReport, Sample
 from resilient_t5.training.curve_files import read_curves
-from resilient_t5.training.directory import ENVIRONMENT, write_whole
+from resilient_t5.training.directory import ENVIRONMENT
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.picture import draw_replay
 from resilient_t5.training.replay import replay

@@ -11,7 +11,7 @@ from resilient_t5.checkpoint.snapshot import NonFiniteState
 from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.errors import DeviceLost, Diverged, NoValidCheckpoint
-from resilient_t5.training.directory import write_whole
+from resilient_t5.files import write_whole
 from resilient_t5.training.guard import Action, Verdict
 from resilient_t5.training.ranks import Ranks
 from resilient_t5.training.run import Run

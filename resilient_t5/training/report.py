@@ -4,7 +4,7 @@ import json
 import os
 from datetime import datetime
 
-from resilient_t5.training.directory import write_whole
+from resilient_t5.files import write_whole
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.progress import train_line
 from resilient_t5.training.run import Run

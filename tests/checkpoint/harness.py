@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from resilient_t5.checkpoint.fsops import FileSystem
 from resilient_t5.checkpoint.reading import read_directory
 from resilient_t5.checkpoint.vault import Parts, Vault
 from resilient_t5.config import CheckpointConfig
+from resilient_t5.files import FileSystem
 
 RUN_ID = "0123456789abcdef"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from resilient_t5.checkpoint.ballast import BALLAST
-from resilient_t5.checkpoint.fsops import FileSystem
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import DiskFull
+from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import is_exactly, live_names, make_parts, make_vault
 
 CAPACITY = 100_000

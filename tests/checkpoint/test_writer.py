@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resilient_t5.checkpoint.fsops import FileSystem
 from resilient_t5.checkpoint.snapshot import NonFiniteState
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import StorageError
+from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import is_exactly, live_names, make_parts, make_vault
 
 PLENTY = 2**40

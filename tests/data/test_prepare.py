@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config import BatchConfig, Config, DataConfig, RunConfig, TokenizerConfig
-from resilient_t5.data.building import only_maker
 from resilient_t5.data.examples import cut_examples, find_terms
 from resilient_t5.data.parts import Part
 from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard
@@ -25,6 +24,7 @@ from resilient_t5.data.store import Store
 from resilient_t5.data.terms import TermMatcher
 from resilient_t5.data.tokenizer import load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
+from resilient_t5.files import only_maker
 
 NOTES = [note.text for note in generate_notes(240, 5)]
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from resilient_t5.config import Config, DataConfig, TokenizerConfig
-from resilient_t5.data.building import making, only_maker, storage_errors
 from resilient_t5.data.examples import Examples
 from resilient_t5.data.parts import PartWriter, choose_active, join_parts
 from resilient_t5.data.prepare import prepare
@@ -18,6 +17,7 @@ from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.store import META, Store
 from resilient_t5.data.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError, DiskFull, StorageError
+from resilient_t5.files import making, only_maker, storage_errors
 
 NOTES = [note.text for note in generate_notes(200, 5)]
 
@@ -143,7 +143,7 @@ def test_a_second_maker_waits_for_the_first(tmp_path):
     """While another live process holds the lock, the poll is called; the temporary directory of the first is not swept."""
     code = (
         "import sys, time, pathlib\n"
-        "from resilient_t5.data.building import making, only_maker\n"
+        "from resilient_t5.files import making, only_maker\n"
         "new = pathlib.Path(sys.argv[1])\n"
         "with only_maker(new, lambda: None), making(new) as temporary:\n"
         "    (temporary / 'file').write_text('first')\n"

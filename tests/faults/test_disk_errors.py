@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from resilient_t5.checkpoint.fsops import FileSystem
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
+from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import CountingHook, commit, in_child, is_exactly, make_parts, make_vault, valid_updates
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from resilient_t5.checkpoint.fsops import FileSystem
+from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import (
     CountingHook,
     commit,

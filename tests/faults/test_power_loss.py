@@ -12,9 +12,9 @@ import shutil
 import pytest
 
 from resilient_t5.checkpoint import manifest, vault
-from resilient_t5.checkpoint.fsops import FileSystem, remove_tree, replace_file
 from resilient_t5.checkpoint.reading import read_directory
 from resilient_t5.checkpoint.vault import Damaged, NoValidCheckpoint, Vault
+from resilient_t5.files import FileSystem, remove_tree, replace_file
 from tests.checkpoint.harness import RUN_ID, commit, is_exactly, leftovers, live_names, make_parts, make_vault
 from tests.faults.power_loss import Recorder, materialise, states
 

@@ -93,20 +93,20 @@ def _generation():
 
 
 def _save():
-    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.files import FileSystem
 
     return FileSystem, "write"
 
 
 def _commit():
-    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.files import FileSystem
 
     return FileSystem, "rename"
 
 
 def _disk_wait():
     fill_disk_from(2)
-    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.files import FileSystem
 
     return FileSystem, "free_bytes"
 
@@ -139,7 +139,7 @@ PLACES = {
 
 def fill_disk_from(call, free_again_after=None):
     """From question number `call` on there is no room on the disk, for `free_again_after` questions or for good."""
-    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.files import FileSystem
 
     inner, asked, lock = FileSystem.free_bytes, [0], threading.Lock()
 
@@ -159,7 +159,7 @@ def ignore_hangup():
 
 def hang_at_write(call):
     """Write number `call` of a checkpoint never comes back."""
-    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.files import FileSystem
 
     counter = iter(range(1, 1 << 60))
     before(FileSystem, "write", lambda *_: time.sleep(3600) if next(counter) == call else None)

@@ -30,7 +30,7 @@ def be_one_of(index, count, port):
 
 def kill_at_write(call, pid_file):
     """Before write number `call` of a save, from this process' first on, SIGKILL the process whose number `pid_file` holds."""
-    from resilient_t5.checkpoint.fsops import FileSystem
+    from resilient_t5.files import FileSystem
     from tests.resume.placing import before
 
     counter = iter(range(1, 1 << 60))

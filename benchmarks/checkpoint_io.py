@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from circumstances import write_json
 
-from resilient_t5.checkpoint.vault import Parts, Vault
+from resilient_t5.checkpoint.manager import Parts, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.commands.arguments import parse_config
 from resilient_t5.config import CheckpointConfig

@@ -22,7 +22,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5F
 
 from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.lock import RunLock
-from resilient_t5.checkpoint.vault import Loaded, Parts, Vault
+from resilient_t5.checkpoint.manager import Loaded, Parts, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config import CheckpointConfig
 from resilient_t5.model.optim import load_named_state, named_state

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.commands.arguments import parse_config
 from resilient_t5.config import Config
 from resilient_t5.data.prepare import prepare

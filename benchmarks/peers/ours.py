@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.peers.flops import MicroShape, our_flops, useful_flops
 from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import Setup
-from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.data.store import Store
 from resilient_t5.training.host import choose_device

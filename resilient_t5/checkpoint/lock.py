@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.reading import reporting
+from resilient_t5.checkpoint.reader import reporting
 from resilient_t5.errors import RunHeld
 from resilient_t5.files import FileSystem, make_directories
 

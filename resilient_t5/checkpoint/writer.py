@@ -11,10 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
-from resilient_t5.checkpoint.ballast import with_spare
-from resilient_t5.checkpoint.parts import Committed, Parts
+from resilient_t5.checkpoint.manager import Vault, with_spare
+from resilient_t5.checkpoint.manifest import Committed, Parts
 from resilient_t5.checkpoint.snapshot import available_memory_bytes, snapshot_bytes, take_snapshot
-from resilient_t5.checkpoint.vault import Vault
 from resilient_t5.errors import DiskFull, StorageError
 
 ENDING = ("signal", "final", "rollback")

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _list(run: Path, verify: bool) -> int:
     # Imported late: torch takes seconds, and --help must not wait for it.
     from resilient_t5.checkpoint.manifest import Damaged, parse_name
-    from resilient_t5.checkpoint.reading import read_directory, read_stored
+    from resilient_t5.checkpoint.reader import read_directory, read_stored
     from resilient_t5.files import FileSystem
 
     directory, fs, damaged = run / "checkpoints", FileSystem(), 0

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from resilient_t5.checkpoint import rng
-from resilient_t5.checkpoint.reading import load_checkpoint
-from resilient_t5.checkpoint.vault import Loaded
+from resilient_t5.checkpoint.manager import Loaded
+from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.config import Config, mathematics_sha256
 from resilient_t5.data.neighbours import count_neighbours
 from resilient_t5.data.store import Split

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.checkpoint.snapshot import NonFiniteState
-from resilient_t5.checkpoint.vault import Loaded, Vault
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.errors import DeviceLost, Diverged, NoValidCheckpoint
 from resilient_t5.files import write_whole

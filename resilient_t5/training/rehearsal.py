@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.checkpoint.retention import most_kept
-from resilient_t5.checkpoint.vault import Vault
 from resilient_t5.config import Config
 from resilient_t5.data.batches import EvaluationBatch, MicroBatch
 from resilient_t5.data.identity import identify

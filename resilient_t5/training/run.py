@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from resilient_t5.checkpoint.vault import Loaded, Vault
+from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches

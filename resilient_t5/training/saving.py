@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from resilient_t5.checkpoint import rng
-from resilient_t5.checkpoint.vault import Committed, Loaded, Parts
+from resilient_t5.checkpoint.manager import Committed, Loaded, Parts
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config import Config, mathematics, mathematics_sha256
 from resilient_t5.data.store import Store

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from resilient_t5.checkpoint.reading import read_directory
-from resilient_t5.checkpoint.vault import Parts, Vault
+from resilient_t5.checkpoint.manager import Parts, Vault
+from resilient_t5.checkpoint.reader import read_directory
 from resilient_t5.config import CheckpointConfig
 from resilient_t5.files import FileSystem
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from resilient_t5.checkpoint.ballast import BALLAST
+from resilient_t5.checkpoint.manager import BALLAST
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import DiskFull
 from resilient_t5.files import FileSystem

@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 
-from resilient_t5.checkpoint.reading import load_checkpoint
+from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.errors import NoValidCheckpoint, ResumeMismatch
 from tests.checkpoint.harness import commit, is_exactly, live_names, make_parts, make_vault
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from resilient_t5.checkpoint.manager import NoValidCheckpoint
 from resilient_t5.checkpoint.retention import most_kept
-from resilient_t5.checkpoint.vault import NoValidCheckpoint
 from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import CountingHook, leftovers, live_names, make_parts, make_vault, valid_updates
 

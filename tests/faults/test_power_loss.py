@@ -11,9 +11,9 @@ import shutil
 
 import pytest
 
-from resilient_t5.checkpoint import manifest, vault
-from resilient_t5.checkpoint.reading import read_directory
-from resilient_t5.checkpoint.vault import Damaged, NoValidCheckpoint, Vault
+from resilient_t5.checkpoint import manager, manifest
+from resilient_t5.checkpoint.manager import Damaged, NoValidCheckpoint, Vault
+from resilient_t5.checkpoint.reader import read_directory
 from resilient_t5.files import FileSystem, remove_tree, replace_file
 from tests.checkpoint.harness import RUN_ID, commit, is_exactly, leftovers, live_names, make_parts, make_vault
 from tests.faults.power_loss import Recorder, materialise, states
@@ -231,7 +231,7 @@ def delete_without_renaming_first(monkeypatch):
         for name in names:
             remove_tree(fs, parent / name)
 
-    monkeypatch.setattr(vault, "delete", delete)
+    monkeypatch.setattr(manager, "delete", delete)
     return Vault, FileSystem
 
 
@@ -246,7 +246,7 @@ def write_under_the_final_name(monkeypatch):
             if not source.name.startswith(".tmp-"):
                 super().rename(source, target)
 
-    monkeypatch.setattr(vault, "write_checkpoint", write_checkpoint)
+    monkeypatch.setattr(manager, "write_checkpoint", write_checkpoint)
     return Vault, Mutant
 
 
@@ -254,7 +254,7 @@ def delete_before_the_commit(monkeypatch):
     class Mutant(Vault):
         def _commit(self, parts, is_best):
             oldest = [item.name for item in self._scan()][KEEP_LAST - 1 :]
-            vault.delete(self._fs, self.directory, oldest, self.tell)
+            manager.delete(self._fs, self.directory, oldest, self.tell)
             return super()._commit(parts, is_best)
 
     return Mutant, FileSystem

@@ -204,7 +204,7 @@ def sleep_machine(call, device):
 
 def kill_after_rollback():
     """SIGKILL as soon as a rollback is committed."""
-    from resilient_t5.checkpoint.vault import Vault
+    from resilient_t5.checkpoint.manager import Vault
 
     inner = Vault.save
 

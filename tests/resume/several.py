@@ -215,7 +215,7 @@ def wait_for_both(server, pids, victim):
 
 def damage(run):
     """What is wrong with the checkpoints of a run: a live one that is not whole, or one that was acknowledged and is gone."""
-    from resilient_t5.checkpoint.reading import load_checkpoint
+    from resilient_t5.checkpoint.reader import load_checkpoint
     from resilient_t5.errors import NoValidCheckpoint
 
     found, names = [], sorted(path.name for path in (run / "checkpoints").glob("u*-*"))

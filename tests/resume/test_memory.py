@@ -6,7 +6,7 @@ benchmarks/checkpoint_io.py measures what this test holds fast.
 import dataclasses
 import weakref
 
-from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.commands.arguments import parse_config
 from resilient_t5.data.prepare import prepare
 from resilient_t5.training.loop import train

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.checkpoint.vault import Vault
+from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.commands.arguments import parse_config
 from resilient_t5.data.prepare import prepare
 from resilient_t5.training.evaluate import ExampleSums, evaluate, restore_terms, summarise

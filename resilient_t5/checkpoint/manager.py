@@ -9,6 +9,7 @@ keeps is there. An fsync that failed is never repeated: the next save writes eve
 All methods but the constructor expect that this process holds the run lock, and one of them runs at a time.
 """
 
+import errno
 import math
 import os
 import secrets
@@ -22,18 +23,85 @@ from pathlib import Path
 from typing import Any
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.ballast import Ballast, with_spare
-from resilient_t5.checkpoint.disposal import QUARANTINE, TEMPORARY, TRASH, delete, quarantine, remove, take_back
-from resilient_t5.checkpoint.manifest import STATE_LIMIT_BYTES, Damaged, Manifest, parse_name, write_checkpoint
-from resilient_t5.checkpoint.parts import Committed, Loaded, Parts
-from resilient_t5.checkpoint.pointers import BEST, LAST, TEMPORARY_PREFIXES, pointed_q, write_pointer
-from resilient_t5.checkpoint.reading import describe, read_directory, read_or_refuse, read_stored, reporting
-from resilient_t5.checkpoint.retention import FEWEST, Stored, find_best, surplus
+from resilient_t5.checkpoint.manifest import (
+    STATE_LIMIT_BYTES,
+    Committed,
+    Damaged,
+    Loaded,
+    Manifest,
+    Parts,
+    parse_name,
+    write_checkpoint,
+)
+from resilient_t5.checkpoint.reader import describe, read_directory, read_or_refuse, read_stored, reporting
+from resilient_t5.checkpoint.retention import (
+    BEST,
+    FEWEST,
+    LAST,
+    QUARANTINE,
+    TEMPORARY,
+    TEMPORARY_PREFIXES,
+    TRASH,
+    Stored,
+    Tell,
+    delete,
+    find_best,
+    pointed_q,
+    quarantine,
+    remove,
+    surplus,
+    take_back,
+    write_pointer,
+)
 from resilient_t5.checkpoint.snapshot import refuse_non_finite
 from resilient_t5.checkpoint.tensors import lay_out
 from resilient_t5.config import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
-from resilient_t5.files import FileSystem, make_directories
+from resilient_t5.files import FileSystem, closing, make_directories
+
+BALLAST = ".ballast"
+
+
+def with_spare(size_bytes: int, reserve_bytes: int) -> int:
+    """Free bytes that a checkpoint of this size needs."""
+    return size_bytes + size_bytes // 20 + reserve_bytes
+
+
+class Ballast:
+    """The ballast of one checkpoint directory. What the file system refuses is told, once, and never raised."""
+
+    def __init__(self, fs: FileSystem, directory: Path, tell: Tell):
+        self._fs, self._path, self._tell, self._told = fs, directory / BALLAST, tell, False
+
+    def keep(self, size_bytes: int) -> None:
+        """Set at least `size_bytes` aside, unless that would take the room of the next save."""
+        try:
+            if self._is_there() and self._fs.file_size(self._path) >= size_bytes:
+                return
+            self.drop()
+            if self._fs.free_bytes(self._path.parent) < 2 * size_bytes:
+                raise OSError(errno.ENOSPC, "no room for it beside the next checkpoint", str(self._path))
+            with closing(self._fs, self._fs.open_new(self._path)) as file:
+                self._fs.allocate(file, size_bytes)
+            if self._fs.file_size(self._path) < size_bytes:
+                raise OSError(errno.ENOTSUP, "this file system reserves nothing", str(self._path))
+        except OSError as error:
+            self.drop()
+            if not self._told:
+                self._tell("ballast_failed", size_bytes=size_bytes, error=describe(error))
+                self._told = True
+
+    def drop(self) -> bool:
+        """Give the room back; False when there was none."""
+        with suppress(OSError):  # then the save that wanted the room says what is wrong
+            if self._is_there():
+                self._fs.unlink(self._path)
+                return True
+        return False
+
+    def _is_there(self) -> bool:
+        return self._path.name in self._fs.names(self._path.parent)
+
 
 __all__ = ["Committed", "Loaded", "Parts", "Vault"]
 

@@ -17,10 +17,10 @@ from resilient_t5.checkpoint.manifest import (
     Damaged,
     FileEntry,
     HashedReader,
+    Loaded,
     Manifest,
     read_manifest,
 )
-from resilient_t5.checkpoint.parts import Loaded
 from resilient_t5.checkpoint.tensors import read_tensors
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, ResilientError, StorageError
 from resilient_t5.files import FileSystem, closing

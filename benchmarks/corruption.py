@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np  # noqa: E402
 from circumstances import circumstances  # noqa: E402
 
-from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig  # noqa: E402
+from resilient_t5.config.schema import BatchConfig, Config, CorruptionConfig, DataConfig  # noqa: E402
 from resilient_t5.data.batches import Batches, Reader  # noqa: E402
 from resilient_t5.data.corruption import corrupt  # noqa: E402
 from resilient_t5.data.keyed import order  # noqa: E402

@@ -28,7 +28,7 @@ PACKAGES = ("tokenizers", "sentencepiece", "ahocorasick_rs", "numpy")
 
 def configuration(text, terms, tokenizer):
     """The settings of one preparation."""
-    from resilient_t5.config import Config, DataConfig, TokenizerConfig
+    from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 
     return Config(data=DataConfig(train=str(text), terms=terms and str(terms)), tokenizer=TokenizerConfig(str(tokenizer)))
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from circumstances import circumstances
 
-from resilient_t5.config_training import ConvergenceConfig
+from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.training.curve_files import read_curves
 from resilient_t5.training.picture import draw_replay
 from resilient_t5.training.replay import Beside, replay, replay_rules

@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
     """Corpus, store and model directory of all sides; runs in a process of its own."""
     from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MT5_ROWS, Setup, make_model, make_store
-    from resilient_t5.config_data import DataConfig, ModelConfig, TokenizerConfig
+    from resilient_t5.config.data import DataConfig, ModelConfig, TokenizerConfig
     from resilient_t5.training.host import choose_device
 
     if options.quick:

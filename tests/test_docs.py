@@ -7,7 +7,7 @@ and `bin/train` and `bin/prepare` take every setting as it is written. `test_doc
 import pytest
 
 from resilient_t5.commands import plan, prepare, train
-from resilient_t5.commands.arguments import parse_arguments
+from resilient_t5.config.parse import parse_arguments
 from resilient_t5.data.sample_facts import FACTS
 from tests.shown_commands import FIRST_RUN, ROOT, SHOWN_ONLY, shown_commands
 

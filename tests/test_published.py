@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration, T5Tokenizer
 
-from resilient_t5.config import CorruptionConfig, DataConfig
+from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.corruption import corrupt
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.store import Store

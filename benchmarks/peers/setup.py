@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from resilient_t5.config import Config
-from resilient_t5.config_data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
-from resilient_t5.config_training import CheckpointConfig, EvaluationConfig, HardwareConfig, RunConfig
+from resilient_t5.config.data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
+from resilient_t5.config.schema import Config
+from resilient_t5.config.training import CheckpointConfig, EvaluationConfig, HardwareConfig, RunConfig
 from resilient_t5.data.corruption import corrupt
 from resilient_t5.data.keyed import order
 from resilient_t5.data.prepare import prepare

@@ -55,7 +55,7 @@ from resilient_t5.checkpoint.retention import (
 )
 from resilient_t5.checkpoint.snapshot import refuse_non_finite
 from resilient_t5.checkpoint.tensors import lay_out
-from resilient_t5.config import CheckpointConfig
+from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, closing, make_directories
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.commands.arguments import parse_config
 from resilient_t5.commands.failure import reported
-from resilient_t5.config import Config
+from resilient_t5.config.parse import parse_config
+from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError, DataError, ExitCode
 
 DESCRIPTION = """Examine trained models, each a run directory: the share of masked domain terms that is written back exactly,

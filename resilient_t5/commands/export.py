@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient_t5.commands.arguments import parse_config
 from resilient_t5.commands.failure import reported
-from resilient_t5.config import Config
+from resilient_t5.config.parse import parse_config
+from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError, ExitCode, RunDirectoryError
 
 DESCRIPTION = """Write the best or the last weights of a run as a Hugging Face directory: full vocabulary, tokenizer,

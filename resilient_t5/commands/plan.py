@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
-from resilient_t5.config import optimizer_problems
+from resilient_t5.config.parse import Arguments, parse_arguments
+from resilient_t5.config.schema import optimizer_problems
 from resilient_t5.errors import ConfigError, ExitCode
 
 DESCRIPTION = "Say what fits into a card, and what would: nothing is allocated, nothing is fetched, nothing is written."

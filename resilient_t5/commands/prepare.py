@@ -4,9 +4,9 @@ import re
 import sys
 from collections.abc import Sequence
 
-from resilient_t5.commands.arguments import Arguments, parse_arguments
 from resilient_t5.commands.failure import reported
-from resilient_t5.config import check_preparable
+from resilient_t5.config.parse import Arguments, parse_arguments
+from resilient_t5.config.schema import check_preparable
 from resilient_t5.errors import ConfigError, ExitCode
 from resilient_t5.training.preparing import progress_teller
 from resilient_t5.training.signals import Stopped, StopSignal

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient_t5.commands.arguments import parse_config
 from resilient_t5.commands.failure import reported
-from resilient_t5.config_training import ConvergenceConfig
+from resilient_t5.config.parse import parse_config
+from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.errors import ConfigError, DataError, ExitCode
 from resilient_t5.training.curve_files import read_curves
 from resilient_t5.training.curves import Curve

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.commands.arguments import Arguments, config_text, differences, parse_arguments
 from resilient_t5.commands.failure import reported
 from resilient_t5.commands.plan import plan_lines
-from resilient_t5.commands.reference import write_commented
 from resilient_t5.commands.supervise import FLAG as SUPERVISE
 from resilient_t5.commands.supervise import supervise
-from resilient_t5.config import check_trainable
+from resilient_t5.config.parse import Arguments, config_text, differences, parse_arguments
+from resilient_t5.config.reference import write_commented
+from resilient_t5.config.schema import check_trainable
 from resilient_t5.errors import ConfigError, ExitCode
 
 DESCRIPTION = "Train a T5 or mT5 to restore damaged text; an interrupted run goes on where it stopped."

@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.corruption import Corrupted, Examples, corrupt, term_targets
 from resilient_t5.data.dealing import cheapest_cut, cut, deal, rounded_up
 from resilient_t5.data.keyed import order

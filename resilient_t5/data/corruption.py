@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from resilient_t5.config import CorruptionConfig, DataConfig
+from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.masking import Masks, Occurrences, choose_masks
 from resilient_t5.data.noise import Noise, make_noise, within_length
 from resilient_t5.data.ragged import RowKeys, Rows, lay_out, runs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.corpus import find_inputs
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.store import FORMAT, sha256_of

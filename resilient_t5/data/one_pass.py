@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.corpus import Document, SeenParagraphs, held_out, read_documents, text_digest
 from resilient_t5.data.examples import Examples, cut_examples, find_terms
 from resilient_t5.data.formats import CorpusCounts

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.finish import finish_store, open_shard, write_shard_identity
 from resilient_t5.data.formats import CorpusCounts
 from resilient_t5.data.identity import differences, identify, is_builtin, terms_path

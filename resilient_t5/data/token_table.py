@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resilient_t5.config import CorruptionConfig
+from resilient_t5.config.schema import CorruptionConfig
 from resilient_t5.data.confusions import built_in_confusions, read_confusions
 from resilient_t5.data.gap_encoding import GapEncoding, build_gap_encoding
 from resilient_t5.data.tokenizer import TextTokenizer

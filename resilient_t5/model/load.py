@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from resilient_t5 import hub
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import DataError
 from resilient_t5.hub import CONFIG_FILE, read_json
 from resilient_t5.model.first_weights import fill_with_first_weights

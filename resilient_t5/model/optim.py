@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from resilient_t5.config_training import OptimConfig
+from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, AdafactorInBackward
 from resilient_t5.model.lowmem import BLOCK_VALUES, as_tensors, build_adamw8bit, from_tensors, is_adamw8bit

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resilient_t5 import hub
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import read_config
 from resilient_t5.model.presets import PRESETS, Shape, shape_of

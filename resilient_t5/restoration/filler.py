@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from resilient_t5 import hub
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.data.tokenizer import SPACE, TextTokenizer, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import load_model

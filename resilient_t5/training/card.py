@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resilient_t5.config import Config, flat
+from resilient_t5.config.schema import Config, flat
 from resilient_t5.data.unknown import SHARE
 from resilient_t5.restoration.usage import Usage
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, GradScalerKwargs
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.numerics import (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config import Config, mathematics
+from resilient_t5.config.schema import Config, mathematics
 from resilient_t5.errors import ResumeMismatch, RunDirectoryError
 from resilient_t5.files import write_whole
 

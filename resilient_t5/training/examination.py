@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from resilient_t5.config import Config, ModelConfig
+from resilient_t5.config.schema import Config, ModelConfig
 from resilient_t5.data.batches import EvaluationBatch, evaluation_batches
 from resilient_t5.data.full_ids import in_full_ids
 from resilient_t5.data.prepare import prepare, store_directory

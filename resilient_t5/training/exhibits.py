@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config import flat
+from resilient_t5.config.schema import flat
 from resilient_t5.errors import DataError, StorageError
 from resilient_t5.files import write_whole
 from resilient_t5.restoration.report import RestorationReport, Sample

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as library_logging
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.store import Store
 from resilient_t5.data.tokenizer import TextTokenizer
 from resilient_t5.errors import DataError

@@ -10,7 +10,7 @@ import torch
 from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.checkpoint.retention import Stored, find_best
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.prepare import store_directory
 from resilient_t5.data.store import Store
 from resilient_t5.errors import DataError, NoValidCheckpoint, RunDirectoryError

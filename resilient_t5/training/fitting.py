@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.store import Split, Store
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.activations import Execution

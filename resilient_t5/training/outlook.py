@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches
 from resilient_t5.data.store import Store
 from resilient_t5.model.numerics import Precision

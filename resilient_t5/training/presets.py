@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config_values import Point
+from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
+from resilient_t5.config.values import Point
 from resilient_t5.errors import ConfigError, DataError
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import torch
 
 from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.manager import Loaded, Vault
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.one_pass import Progress
 from resilient_t5.data.prepare import prepare, store_directory
 from resilient_t5.data.store import Store

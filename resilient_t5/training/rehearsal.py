@@ -16,7 +16,7 @@ import torch
 
 from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.checkpoint.retention import most_kept
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import EvaluationBatch, MicroBatch
 from resilient_t5.data.identity import identify
 from resilient_t5.data.prepare import prepare, standing_store, store_directory

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config_values import updates_at
+from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
+from resilient_t5.config.values import updates_at
 from resilient_t5.training.convergence import ConvergenceMachine
 from resilient_t5.training.curves import EPOCH_WINDOWS, WINDOW_UPDATES, Curve, cadence, windows_of
 from resilient_t5.training.explanation import told_verdict

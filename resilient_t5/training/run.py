@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
 from resilient_t5.data.full_ids import in_full_ids
 from resilient_t5.data.store import Split, Store

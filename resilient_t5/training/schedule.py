@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from resilient_t5.config import EvaluationConfig, OptimConfig, ScheduleConfig
-from resilient_t5.config_values import Point, seconds, updates_at
+from resilient_t5.config.schema import EvaluationConfig, OptimConfig, ScheduleConfig
+from resilient_t5.config.values import Point, seconds, updates_at
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from resilient_t5.config_training import ConvergenceConfig
+from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.training.curves import Curve
 from resilient_t5.training.presets import PRESETS
 from resilient_t5.training.replay import replay, replay_rules

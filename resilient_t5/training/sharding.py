@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from resilient_t5.checkpoint.snapshot import TensorFiles, take_snapshot
-from resilient_t5.config import Config
+from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.numerics import PrecisionName
 from resilient_t5.model.tables import T5Model

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from resilient_t5.config import OptimConfig
+from resilient_t5.config.schema import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
 from resilient_t5.errors import ConfigError, OutOfMemory
 from resilient_t5.model.adafactor import AdafactorInBackward

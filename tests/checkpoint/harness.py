@@ -9,7 +9,7 @@ import torch
 
 from resilient_t5.checkpoint.manager import Parts, Vault
 from resilient_t5.checkpoint.reader import read_directory
-from resilient_t5.config import CheckpointConfig
+from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.files import FileSystem
 
 RUN_ID = "0123456789abcdef"

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from resilient_t5.commands.arguments import config_text, differences, parse_arguments
-from resilient_t5.config import Config, check_trainable, flat, mathematics
+from resilient_t5.config.parse import config_text, differences, parse_arguments
+from resilient_t5.config.schema import Config, check_trainable, flat, mathematics
 from resilient_t5.errors import ConfigError
 
 LINES = "model: {preset: tiny}\ntokenizer: {train_vocab_size: 500}\ndata: {train: corpus.txt}\n"

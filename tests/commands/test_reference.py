@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from resilient_t5.commands.arguments import KEYS, parse_config
-from resilient_t5.commands.reference import commented_yaml, page, settings
 from resilient_t5.commands.train import main
-from resilient_t5.config import Config, DataConfig, OptimConfig
+from resilient_t5.config.parse import KEYS, parse_config
+from resilient_t5.config.reference import commented_yaml, page, settings
+from resilient_t5.config.schema import Config, DataConfig, OptimConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient_t5.config import BatchConfig, Config, CorruptionConfig, DataConfig, OptimConfig
+from resilient_t5.config.schema import BatchConfig, Config, CorruptionConfig, DataConfig, OptimConfig
 from resilient_t5.data import dealing
 from resilient_t5.data.batches import Batches, MicroBatch, Reader, evaluation_batches
 from resilient_t5.data.corruption import corrupt

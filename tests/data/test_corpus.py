@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_t5.config_data import DataConfig
+from resilient_t5.config.data import DataConfig
 from resilient_t5.data import encodings, formats
 from resilient_t5.data.corpus import CorpusCounts, Document, SeenParagraphs, find_inputs, held_out, read_documents
 from resilient_t5.errors import ConfigError, DataError, ExitCode, StorageError

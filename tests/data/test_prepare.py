@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient_t5.config import BatchConfig, Config, DataConfig, RunConfig, TokenizerConfig
+from resilient_t5.config.schema import BatchConfig, Config, DataConfig, RunConfig, TokenizerConfig
 from resilient_t5.data.examples import cut_examples, find_terms
 from resilient_t5.data.parts import Part
 from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard
@@ -403,7 +403,7 @@ def test_a_killed_prepare_leaves_nothing_that_passes_for_a_store(config, corpus)
     """SIGKILL in the middle: no store stands there, and the next one sweeps what was left and makes it."""
     code = (
         "import os, sys, signal, pathlib\n"
-        "from resilient_t5.config import *\n"
+        "from resilient_t5.config.schema import *\n"
         "from resilient_t5.data.prepare import prepare\n"
         "text, tokenizer, store = sys.argv[1:]\n"
         "config = Config(data=DataConfig(train=text), tokenizer=TokenizerConfig(tokenizer))\n"
@@ -440,7 +440,7 @@ def test_memory_does_not_grow_with_the_corpus(config, tmp_path):
     """Ten times the text, prepared in fresh processes: the peak grows by less than a fifth."""
     code = (
         "import sys, pathlib\n"
-        "from resilient_t5.config import *\n"
+        "from resilient_t5.config.schema import *\n"
         "from resilient_t5.data.prepare import prepare\n"
         "text, tokenizer, store = sys.argv[1:]\n"
         "config = Config(data=DataConfig(train=text), tokenizer=TokenizerConfig(tokenizer))\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resilient_t5.config import Config, DataConfig, TokenizerConfig
+from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 from resilient_t5.data.examples import Examples
 from resilient_t5.data.parts import PartWriter, choose_active, join_parts
 from resilient_t5.data.prepare import prepare

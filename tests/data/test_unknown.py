@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from resilient_t5.config import Config, DataConfig, TokenizerConfig
+from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 from resilient_t5.data.parts import PART
 from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard
 from resilient_t5.data.report import readable

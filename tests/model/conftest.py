@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.tables import T5Model
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from resilient_t5.config import Config, HardwareConfig, ModelConfig
+from resilient_t5.config.schema import Config, HardwareConfig, ModelConfig
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.lean import install_lean_layers

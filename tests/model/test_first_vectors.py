@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.model.first_vectors import factored, put_first_vectors
 from resilient_t5.model.first_weights import STREAM_SCALE
 from resilient_t5.model.load import SpecialIds, build_model

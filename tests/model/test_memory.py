@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from resilient_t5.config_data import ModelConfig
-from resilient_t5.config_training import OptimConfig
+from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.activations import Execution, MicroBatchShape, kept_bytes, walk
 from resilient_t5.model.lean import install_lean_layers

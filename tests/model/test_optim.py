@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 from transformers.optimization import Adafactor as TheirAdafactor
 
-from resilient_t5.config_training import OptimConfig
+from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import ConfigError, ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, adafactor_update
 from resilient_t5.model.loss import forward_loss

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from resilient_t5.config_data import ModelConfig
-from resilient_t5.config_training import OptimConfig
+from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import DataError
 from resilient_t5.model.load import load_model, save_model
 from resilient_t5.model.loss import forward_loss

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from resilient_t5.config import CorruptionConfig, DataConfig
+from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption import Corrupted, corrupt
 from resilient_t5.data.token_table import TokenTable

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from resilient_t5.config import CorruptionConfig, DataConfig
+from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.corruption import corrupt
 from resilient_t5.restoration.rates import Rate
 from resilient_t5.restoration.resilience import LEVELS, Curve, Point, ratios, table_lines

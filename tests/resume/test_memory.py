@@ -7,7 +7,7 @@ import dataclasses
 import weakref
 
 from resilient_t5.checkpoint.manager import Vault
-from resilient_t5.commands.arguments import parse_config
+from resilient_t5.config.parse import parse_config
 from resilient_t5.data.prepare import prepare
 from resilient_t5.training.loop import train
 from resilient_t5.training.progress import Display

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from resilient_t5.config import Config, HardwareConfig
+from resilient_t5.config.schema import Config, HardwareConfig
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.model.presets import PRESETS

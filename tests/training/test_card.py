@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 
-from resilient_t5.config import Config, EvaluationConfig, ModelConfig, RunConfig
+from resilient_t5.config.schema import Config, EvaluationConfig, ModelConfig, RunConfig
 from resilient_t5.restoration.usage import Usage
 from resilient_t5.training.card import CHINESE_EXAMPLE, ENGLISH_EXAMPLE, CardFacts, model_card, snippet
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config_values import updates_at
+from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
+from resilient_t5.config.values import updates_at
 from resilient_t5.errors import DataError
 from resilient_t5.training.convergence import ConvergenceMachine, Phase, Reason, Rules, Window, cooldown_factor
 from resilient_t5.training.phases import NEXT, Sign

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from resilient_t5.commands.arguments import parse_config
+from resilient_t5.config.parse import parse_config
 from resilient_t5.data.prepare import prepare
 from resilient_t5.model.numerics import Precision
 from resilient_t5.training.device import settle_precision

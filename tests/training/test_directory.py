@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from resilient_t5.config import Config, OptimConfig, RunConfig, TelemetryConfig
+from resilient_t5.config.schema import Config, OptimConfig, RunConfig, TelemetryConfig
 from resilient_t5.errors import ExitCode, ResumeMismatch, RunDirectoryError
 from resilient_t5.training.directory import claim, inspect
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.config_data import ModelConfig
+from resilient_t5.config.data import ModelConfig
 from resilient_t5.data.sample import generate_notes
 from resilient_t5.data.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError

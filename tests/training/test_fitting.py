@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.commands.arguments import parse_config
-from resilient_t5.config import mathematics
+from resilient_t5.config.parse import parse_config
+from resilient_t5.config.schema import mathematics
 from resilient_t5.data.batches import Batches
 from resilient_t5.data.prepare import prepare
 from resilient_t5.errors import ConfigError

@@ -17,7 +17,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from resilient_t5.checkpoint.manager import Vault
-from resilient_t5.commands.arguments import parse_config
+from resilient_t5.config.parse import parse_config
 from resilient_t5.commands.failure import reported
 from resilient_t5.data.prepare import prepare, store_directory
 from resilient_t5.training.loop import train

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from resilient_t5.config_training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config_values import updates_at
+from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
+from resilient_t5.config.values import updates_at
 from resilient_t5.errors import ConfigError
 from resilient_t5.training.presets import PRESETS, Rules, unreachable
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from resilient_t5.commands.replay import main
-from resilient_t5.config_training import ConvergenceConfig
+from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.errors import DataError
 from resilient_t5.training.convergence import ConvergenceMachine, Phase, Rules, Window
 from resilient_t5.training.curve_files import read_curves

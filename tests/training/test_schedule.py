@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from resilient_t5.config import EvaluationConfig, OptimConfig, ScheduleConfig
-from resilient_t5.config_values import seconds, updates_at
+from resilient_t5.config.schema import EvaluationConfig, OptimConfig, ScheduleConfig
+from resilient_t5.config.values import seconds, updates_at
 from resilient_t5.errors import ConfigError
 from resilient_t5.training.schedule import lr_at, make_plan
 

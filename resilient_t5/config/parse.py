@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import resilient_t5
-from resilient_t5.config import Config, flat
+from resilient_t5.config.schema import Config, flat
 from resilient_t5.errors import ConfigError, ExitCode
 
 SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from resilient_t5.config_data import (
+from resilient_t5.config.data import (
     BatchConfig,
     CorruptionConfig,
     DataConfig,
@@ -18,7 +18,7 @@ from resilient_t5.config_data import (
     NoiseKind,
     TokenizerConfig,
 )
-from resilient_t5.config_training import (
+from resilient_t5.config.training import (
     CheckpointConfig,
     ConvergenceConfig,
     EvaluationConfig,
@@ -28,7 +28,7 @@ from resilient_t5.config_training import (
     ScheduleConfig,
     TelemetryConfig,
 )
-from resilient_t5.config_values import Check, check
+from resilient_t5.config.values import Check, check
 from resilient_t5.errors import ConfigError
 
 __all__ = [

@@ -7,7 +7,7 @@ spelled yes, no, on or off, which YAML would read as a boolean.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from resilient_t5.config_values import as_tuple, check, share
+from resilient_t5.config.values import as_tuple, check, share
 
 NoiseKind = Literal["drop", "double", "swap", "replace"]
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from resilient_t5.config_values import DURATION, Point, check, point_or_number, share
+from resilient_t5.config.values import DURATION, Point, check, point_or_number, share
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/order.py [--examples 1000000000] [--json FILE]
 
-An epoch is a keyed permutation (`data/keyed.py`): the example at a position is computed. So there is nothing to plan, to
+An epoch is a keyed permutation (`data/counter_rng.py`): the example at a position is computed. So there is nothing to plan, to
 shard or to save; every process computes the positions that it wants. What is measured:
 
 - exact: all positions of one epoch, in pieces of unequal length, mark the example they give; every example must be marked
@@ -26,7 +26,7 @@ from circumstances import circumstances, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from resilient_t5.data.keyed import order  # noqa: E402
+from resilient_t5.data.counter_rng import order  # noqa: E402
 
 SEED, EPOCH = 42, 3
 WINDOW = 800

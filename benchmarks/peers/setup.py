@@ -18,7 +18,7 @@ from resilient_t5.config.data import BatchConfig, CorruptionConfig, DataConfig, 
 from resilient_t5.config.schema import Config
 from resilient_t5.config.training import CheckpointConfig, EvaluationConfig, HardwareConfig, RunConfig
 from resilient_t5.data.corruption import corrupt
-from resilient_t5.data.keyed import order
+from resilient_t5.data.counter_rng import order
 from resilient_t5.data.prepare import prepare
 from resilient_t5.data.store import Store
 from resilient_t5.data.token_table import build_token_table

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.config.schema import CorruptionConfig
-from resilient_t5.data.keyed import Stream, bits, keys, uniform
+from resilient_t5.data.counter_rng import Stream, bits, keys, uniform
 from resilient_t5.data.ragged import RowKeys, Rows, cumulated, firsts, in_random_order, runs
 from resilient_t5.data.token_table import TokenTable
 

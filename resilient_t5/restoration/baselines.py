@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from resilient_t5.data.keyed import GOLDEN, mix
-from resilient_t5.data.neighbours import TokenSplit
+from resilient_t5.data.cooccurrence import TokenSplit
+from resilient_t5.data.counter_rng import GOLDEN, mix
 from resilient_t5.restoration.metrics import Answers, Glossary, TermOutcome, gold_text, term_outcome
 
 # Tokens looked at (left, right of the gap), from the most telling context to none. Of the orders that were tried this

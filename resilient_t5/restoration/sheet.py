@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resilient_t5.data.chunks import sentence_ends
+from resilient_t5.data.examples import sentence_ends
 from resilient_t5.data.tokenizer import TextTokenizer
 
 # What the reading of a corpus drops too; line breaks are made one before.

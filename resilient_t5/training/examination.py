@@ -17,7 +17,7 @@ import torch
 
 from resilient_t5.config.schema import Config, ModelConfig
 from resilient_t5.data.batches import EvaluationBatch, evaluation_batches
-from resilient_t5.data.full_ids import in_full_ids
+from resilient_t5.data.dataset import Corpus, in_full_ids
 from resilient_t5.data.prepare import prepare, store_directory
 from resilient_t5.data.store import Split, Store
 from resilient_t5.data.token_table import build_token_table
@@ -31,7 +31,7 @@ from resilient_t5.restoration.metrics import BandBy, Glossary, count_terms, term
 from resilient_t5.restoration.report import RestorationReport
 from resilient_t5.restoration.resilience import DAMAGES, Curve, measure_curve
 from resilient_t5.training.device import build_device
-from resilient_t5.training.run import Corpus, batch_sizes
+from resilient_t5.training.run import batch_sizes
 
 FILLER = "A store has two sides; this line is the other one.\n"
 BANDS: tuple[BandBy, ...] = ("training", "length", "sentinel", "frequency", "digits")

@@ -11,6 +11,7 @@ from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.checkpoint.retention import Stored, find_best
 from resilient_t5.config.schema import Config
+from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.prepare import store_directory
 from resilient_t5.data.store import Store
 from resilient_t5.errors import DataError, NoValidCheckpoint, RunDirectoryError
@@ -18,7 +19,7 @@ from resilient_t5.model.numerics import Precision
 from resilient_t5.training.card import CardFacts, model_card
 from resilient_t5.training.directory import ENVIRONMENT
 from resilient_t5.training.export import exported, write_export
-from resilient_t5.training.run import Corpus, build_trained_model, original_tables, trained_ids
+from resilient_t5.training.run import build_trained_model, original_tables, trained_ids
 from resilient_t5.training.saving import put_model_tensors
 from resilient_t5.training.telemetry import read_rows
 

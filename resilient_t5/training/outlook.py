@@ -8,12 +8,13 @@ import torch
 
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches
+from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store import Store
 from resilient_t5.model.numerics import Precision
 from resilient_t5.training.convergence import Rules
 from resilient_t5.training.device import build_device
 from resilient_t5.training.fitting import Fit, fit_run
-from resilient_t5.training.run import Corpus, Run, batch_sizes, planned
+from resilient_t5.training.run import Run, batch_sizes, planned
 from resilient_t5.training.schedule import Plan
 
 

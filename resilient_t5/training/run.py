@@ -12,9 +12,8 @@ from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
-from resilient_t5.data.full_ids import in_full_ids
-from resilient_t5.data.store import Split, Store
-from resilient_t5.data.token_table import TokenTable, build_token_table, check_sentinels
+from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.store import Store
 from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
@@ -107,38 +106,6 @@ class Run:
         evaluations = -(-updates // self.plan.evaluate_every)
         minutes = self.config.checkpoint.every_minutes
         return self.timing.left(updates, evaluations, None if minutes is None else minutes * 60)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A store as this run sees it: in active ids, or in full ids when the whole vocabulary is trained."""
-
-    store: Store
-    train: Split
-    validation: Split
-    active_to_full: np.ndarray
-    table: TokenTable
-
-    @classmethod
-    def over(cls, store: Store, config: Config) -> "Corpus":
-        """The corpus of `store` in the ids of `model.active_vocabulary`.
-
-        Raises:
-            ConfigError: the tokenizer has fewer sentinels than the settings ask for.
-        """
-        check_sentinels(store.tokenizer, config.corruption)
-        confusions = None if config.corruption.confusions is None else Path(config.corruption.confusions)
-        if config.model.active_vocabulary == "corpus":
-            table = build_token_table(store.tokenizer, store.active_to_full, confusions)
-            return cls(store, store.train, store.validation, store.active_to_full, table)
-        identity = np.arange(store.tokenizer.size, dtype=np.int32)
-        train, validation = (in_full_ids(split, store.active_to_full) for split in (store.train, store.validation))
-        return cls(store, train, validation, identity, build_token_table(store.tokenizer, identity, confusions))
-
-    def decode(self, ids: np.ndarray) -> str:
-        """Text of ids of this corpus; marks are left out, and so is an id that no piece has (rows beyond the tokenizer)."""
-        known = np.asarray(ids)[np.asarray(ids) < len(self.active_to_full)]
-        return self.store.tokenizer.decode(self.active_to_full[known].tolist())
 
 
 def build_run(

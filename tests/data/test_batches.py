@@ -14,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config.schema import BatchConfig, Config, CorruptionConfig, DataConfig, OptimConfig
-from resilient_t5.data import dealing
-from resilient_t5.data.batches import Batches, MicroBatch, Reader, evaluation_batches
+from resilient_t5.data.batches import (
+    MICRO_BATCH_TOKENS,
+    Batches,
+    MicroBatch,
+    Reader,
+    cheapest_cut,
+    cut,
+    deal,
+    evaluation_batches,
+    group_sizes,
+)
 from resilient_t5.data.corruption import corrupt
-from resilient_t5.data.dealing import cheapest_cut, cut, deal, group_sizes
 from resilient_t5.errors import DataError
 from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, random_split, split_of
 
@@ -166,7 +174,7 @@ def test_updates_are_a_pure_function_of_their_number():
 
 def test_window_one_keeps_the_updates_of_the_random_order():
     """With a window of one update, an update has exactly the next examples_per_update examples of the order."""
-    from resilient_t5.data.keyed import order
+    from resilient_t5.data.counter_rng import order
 
     split = small_split(50)
     batches = batches_of(split, config_of(window_updates=1))
@@ -245,7 +253,7 @@ def test_no_cut_is_cheaper_than_the_cheapest(lengths, micro_tokens, pad_multiple
         return sum(len(rows) * -(-int(of_row[rows].max()) // pad_multiple) * pad_multiple for of_row in (source, target))
 
     def cost(parts: list[np.ndarray]) -> int:
-        return sum(padded(part) + dealing.MICRO_BATCH_TOKENS for part in parts)
+        return sum(padded(part) + MICRO_BATCH_TOKENS for part in parts)
 
     parts = cheapest_cut(ascending, (source, target), micro_tokens, pad_multiple)
     assert np.concatenate(parts[::-1]).tolist() == ascending.tolist()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient_t5.data.keyed import Stream, below, bits, keys, order, shuffle, uniform
+from resilient_t5.data.counter_rng import Stream, below, bits, keys, order, shuffle, uniform
 
 
 def chi_square(counts: np.ndarray) -> float:

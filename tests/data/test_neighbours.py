@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from resilient_t5.data import neighbours
-from resilient_t5.data.neighbours import REACH, SMOOTHING, count_neighbours
+from resilient_t5.data import cooccurrence
+from resilient_t5.data.cooccurrence import REACH, SMOOTHING, count_neighbours
 from tests.data.fake_split import split_of
 
 
@@ -49,7 +49,7 @@ def chunks():
 @pytest.mark.parametrize("block", [1, 100, 4_000_000])
 def test_the_matrix_is_that_of_the_definition_however_it_is_cut_into_blocks(chunks, block, monkeypatch):
     """Also: symmetric, and no pair reaches from one example into the next."""
-    monkeypatch.setattr(neighbours, "BLOCK_COUNTS", block)
+    monkeypatch.setattr(cooccurrence, "BLOCK_COUNTS", block)
     found = dense(count_neighbours(split_of(chunks), rows=50, most_ids=50))
     expected = by_definition(chunks)
     assert found.keys() == expected.keys()
@@ -67,7 +67,7 @@ def test_the_most_frequent_ids_are_counted(chunks):
 
 def test_no_more_is_read_than_has_to_be(chunks, monkeypatch):
     """A corpus of any size costs what its first examples cost."""
-    monkeypatch.setattr(neighbours, "MOST_TOKENS", 100)
+    monkeypatch.setattr(cooccurrence, "MOST_TOKENS", 100)
     whole = np.cumsum([len(chunk) for chunk in chunks])
     kept = chunks[: int((whole <= 100).sum())]
     assert dense(count_neighbours(split_of(chunks), 50, 50)) == dense(count_neighbours(split_of(kept), 50, 50))

@@ -37,7 +37,7 @@ from resilient_t5.checkpoint.manager import Parts, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.parse import parse_config
 from resilient_t5.config.schema import CheckpointConfig
-from resilient_t5.data.prepare import prepare
+from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.loop import train
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run

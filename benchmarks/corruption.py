@@ -27,10 +27,10 @@ from circumstances import circumstances  # noqa: E402
 
 from resilient_t5.config.schema import BatchConfig, Config, CorruptionConfig, DataConfig  # noqa: E402
 from resilient_t5.data.batches import Batches, Reader  # noqa: E402
-from resilient_t5.data.corruption import corrupt  # noqa: E402
+from resilient_t5.data.corruption.corruption import corrupt  # noqa: E402
+from resilient_t5.data.corruption.token_table import build_token_table  # noqa: E402
 from resilient_t5.data.counter_rng import order  # noqa: E402
-from resilient_t5.data.store import Store  # noqa: E402
-from resilient_t5.data.token_table import build_token_table  # noqa: E402
+from resilient_t5.data.store.store import Store  # noqa: E402
 from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, random_split  # noqa: E402
 
 WINDOW_EXAMPLES = 800

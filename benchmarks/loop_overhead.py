@@ -19,7 +19,7 @@ from pathlib import Path
 from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.config.parse import parse_config
 from resilient_t5.config.schema import Config
-from resilient_t5.data.prepare import prepare
+from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.loop import train
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run

@@ -35,7 +35,7 @@ def configuration(text, terms, tokenizer):
 
 def prepared(text, terms, tokenizer):
     """Prepare into a folder that is thrown away; seconds, CPU seconds and the report."""
-    from resilient_t5.data.prepare import prepare
+    from resilient_t5.data.store.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         started, cpu = time.perf_counter(), time.process_time()
@@ -45,8 +45,8 @@ def prepared(text, terms, tokenizer):
 
 def documents(text):
     """The documents of a file, as preparing reads them."""
-    from resilient_t5.data.corpus import read_documents
-    from resilient_t5.data.formats import CorpusCounts
+    from resilient_t5.data.corpus.documents import read_documents
+    from resilient_t5.data.corpus.formats import CorpusCounts
 
     settings = configuration(text, None, "none").data
     return [document.text for document in read_documents([str(text)], settings, CorpusCounts())]
@@ -79,7 +79,7 @@ def peak_in_fresh_process(text, terms, tokenizer):
 
 def measure(options):
     """All figures."""
-    from resilient_t5.data.tokenizer import train_tokenizer
+    from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 
     texts = documents(options.text)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6

@@ -30,8 +30,8 @@ from circumstances import circumstances  # noqa: E402
 from transformers import AutoModelForSeq2SeqLM  # noqa: E402
 
 from resilient_t5.config.data import ModelConfig  # noqa: E402
-from resilient_t5.data.sample import generate_notes  # noqa: E402
-from resilient_t5.data.tokenizer import train_tokenizer  # noqa: E402
+from resilient_t5.data.corpus.sample import generate_notes  # noqa: E402
+from resilient_t5.data.tokenizer.tokenizer import train_tokenizer  # noqa: E402
 from resilient_t5.model.load import SpecialIds, build_model, save_model  # noqa: E402
 from resilient_t5.restoration.asking import Asking  # noqa: E402
 from resilient_t5.restoration.fill import parse_fills  # noqa: E402

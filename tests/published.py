@@ -17,7 +17,7 @@ from safetensors.torch import save_file, save_model
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from resilient_t5.data.sample import generate_notes
+from resilient_t5.data.corpus.sample import generate_notes
 
 SENTINELS = 100
 SPARE_ROWS = 12  # published tables are padded to a multiple of 128

@@ -8,7 +8,7 @@ import pytest
 
 from resilient_t5.commands import plan, prepare, train
 from resilient_t5.config.parse import parse_arguments
-from resilient_t5.data.sample_facts import FACTS
+from resilient_t5.data.corpus.sample import FACTS
 from tests.shown_commands import FIRST_RUN, ROOT, SHOWN_ONLY, shown_commands
 
 FLAGS = {"bin/train": train.FLAGS, "bin/prepare": prepare.FLAGS, "bin/plan": plan.FLAGS}

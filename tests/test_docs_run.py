@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from resilient_t5.commands import evaluate, export, plan, prepare, replay, restore
-from resilient_t5.data.sample import clinical_terms, generate_notes
+from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
 from resilient_t5.restoration.asking import Asking
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.marks import find_gaps

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration, T5Tokenizer
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
-from resilient_t5.data.corruption import corrupt
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.store import Store
-from resilient_t5.data.token_table import build_token_table
-from resilient_t5.data.tokenizer import SPACE, load_tokenizer
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.corruption.corruption import corrupt
+from resilient_t5.data.corruption.token_table import build_token_table
+from resilient_t5.data.store.store import Store
+from resilient_t5.data.tokenizer.tokenizer import SPACE, load_tokenizer
 from resilient_t5.restoration.asking import Asking
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.marks import find_gaps

@@ -8,7 +8,7 @@ from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import Setup
 from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.data.batches import MicroBatch, Reader
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.store import Store
 from resilient_t5.training.host import choose_device
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, build_run

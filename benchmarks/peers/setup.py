@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from resilient_t5.config.data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
 from resilient_t5.config.schema import Config
 from resilient_t5.config.training import CheckpointConfig, EvaluationConfig, HardwareConfig, RunConfig
-from resilient_t5.data.corruption import corrupt
+from resilient_t5.data.corruption.corruption import corrupt
+from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.counter_rng import order
-from resilient_t5.data.prepare import prepare
-from resilient_t5.data.store import Store
-from resilient_t5.data.token_table import build_token_table
+from resilient_t5.data.store.prepare import prepare
+from resilient_t5.data.store.store import Store
 from resilient_t5.model.load import SpecialIds, build_model, save_model
 
 MT5_ROWS = 250_112

@@ -103,8 +103,8 @@ def _processes(arguments: Arguments) -> int:
 
 def _store_and_task(arguments: Arguments) -> tuple[Any, Any]:
     """The prepared corpus, where there is one, and the longest example of it, or of what the settings allow."""
-    from resilient_t5.data.prepare import store_directory
-    from resilient_t5.data.store import Store, store_state
+    from resilient_t5.data.store.prepare import store_directory
+    from resilient_t5.data.store.store import Store, store_state
     from resilient_t5.model.memory import Task
     from resilient_t5.training.fitting import task_of
 
@@ -117,7 +117,7 @@ def _store_and_task(arguments: Arguments) -> tuple[Any, Any]:
 
 def _trained_rows(config: Any) -> int | None:
     """Rows of a model from scratch whose tokenizer is trained on the corpus: pieces and sentinels; None when not known."""
-    from resilient_t5.data.tokenizer import SENTINELS
+    from resilient_t5.data.tokenizer.tokenizer import SENTINELS
 
     pieces = config.tokenizer.train_vocab_size
     return None if pieces is None or config.model.name_or_path is not None else pieces + SENTINELS

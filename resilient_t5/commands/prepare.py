@@ -29,9 +29,8 @@ def _prepare(argv: Sequence[str]) -> int:
     check_preparable(arguments.config)
     shard = _shard(arguments)
     # Imported late: --help and a typo must not wait for the tokenizer libraries.
-    from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard, store_directory
-    from resilient_t5.data.report import readable
-    from resilient_t5.data.unknown import unknown_warning
+    from resilient_t5.data.store.corpus_report import readable, unknown_warning
+    from resilient_t5.data.store.prepare import merge_shards, prepare, prepare_shard, store_directory
 
     config, directory = arguments.config, store_directory(arguments.config)
     with StopSignal() as stop:

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.corruption import Corrupted, Examples, corrupt, term_targets
+from resilient_t5.data.corruption.corruption import Corrupted, Examples, corrupt, term_targets
+from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, order, shuffle
 from resilient_t5.data.ragged import lay_out
-from resilient_t5.data.token_table import TokenTable
 from resilient_t5.errors import DataError
 
 # What one more micro-batch costs beside its tokens, counted in padded tokens. Measured on a CPU, forward and backward of

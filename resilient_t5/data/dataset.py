@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.store import Split, Store
-from resilient_t5.data.token_table import TokenTable, build_token_table, check_sentinels
+from resilient_t5.data.corruption.token_table import TokenTable, build_token_table, check_sentinels
+from resilient_t5.data.store.store import Split, Store
 
 
 class FullIdTokens:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.data.terms import TermMatcher, token_spans
-from resilient_t5.data.tokenizer import Encoded, EncodedBatch, TextTokenizer
+from resilient_t5.data.tokenizer.tokenizer import Encoded, EncodedBatch, TextTokenizer
 
 CHINESE_STOPS = "\u3002\uff01\uff1f\uff1b\u2026\uff61"  # full stop, exclamation, question, semicolon, ellipsis, half width stop
 CLOSERS = "[\"'\\u201d\\u2019\\u300d\\u300f\\uff09)\\]\\u3011\\u300b\\u3009]*"  # quotes and brackets, Chinese and Western

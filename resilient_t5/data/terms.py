@@ -24,9 +24,9 @@ from pathlib import Path
 import ahocorasick_rs
 import numpy as np
 
-from resilient_t5.data.encodings import Undecodable, resolve_encoding
-from resilient_t5.data.formats import CorpusCounts, text_lines
-from resilient_t5.data.tokenizer import Encoded
+from resilient_t5.data.corpus.encodings import Undecodable, resolve_encoding
+from resilient_t5.data.corpus.formats import CorpusCounts, text_lines
+from resilient_t5.data.tokenizer.tokenizer import Encoded
 from resilient_t5.errors import DataError
 
 LONGEST_TERM_CHARACTERS = 200

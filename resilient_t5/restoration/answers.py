@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resilient_t5.data.tokenizer import BYTE_PIECE, TextTokenizer
+from resilient_t5.data.tokenizer.tokenizer import BYTE_PIECE, TextTokenizer
 from resilient_t5.errors import DataError
 
 SPACE = "\u2581"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.data.examples import cut_chunks
-from resilient_t5.data.tokenizer import SPACE, Encoded
+from resilient_t5.data.tokenizer.tokenizer import SPACE, Encoded
 from resilient_t5.restoration.answers import answer_rules
 from resilient_t5.restoration.asking import Asking, in_batches
 from resilient_t5.restoration.fill import Alignment

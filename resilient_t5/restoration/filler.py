@@ -16,7 +16,7 @@ import torch
 
 from resilient_t5 import hub
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.data.tokenizer import SPACE, TextTokenizer, load_tokenizer
+from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.load import load_model
 from resilient_t5.model.tables import T5Model

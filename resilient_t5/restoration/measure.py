@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from resilient_t5.data.batches import MicroBatch
-from resilient_t5.data.corruption import Corrupted
-from resilient_t5.data.token_table import TokenTable
+from resilient_t5.data.corruption.corruption import Corrupted
+from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.restoration.baselines import MajorityBaseline, TermSplit, score_copy, score_majority, terms_of_example
 from resilient_t5.restoration.fill import (
     Alignment,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.data.examples import sentence_ends
-from resilient_t5.data.tokenizer import TextTokenizer
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 
 # What the reading of a corpus drops too; line breaks are made one before.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")

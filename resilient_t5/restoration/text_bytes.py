@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resilient_t5.data.encodings import MARKS, HeldText, read_text, resolve_encoding
+from resilient_t5.data.corpus.encodings import MARKS, HeldText, read_text, resolve_encoding
 from resilient_t5.errors import DataError
 
 # Codecs that write a mark of their own in front of whatever they encode, and the ones that do not.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from resilient_t5.checkpoint.retention import most_kept
-from resilient_t5.data.unknown import SHARE, WORTH_SHOWING, percent, unknown_warning
+from resilient_t5.data.store.corpus_report import SHARE, WORTH_SHOWING, percent, unknown_warning
 from resilient_t5.model.activations import WIDE
 from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.training.convergence import unreachable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resilient_t5.config.schema import Config, flat
-from resilient_t5.data.unknown import SHARE
+from resilient_t5.data.store.corpus_report import SHARE
 from resilient_t5.restoration.usage import Usage
 
 FIGURES = (

@@ -19,8 +19,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as library_logging
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.store import Store
-from resilient_t5.data.tokenizer import TextTokenizer
+from resilient_t5.data.store.store import Store
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.model.tables import T5Model
 from resilient_t5.model.vocabulary import FullTables, write_back

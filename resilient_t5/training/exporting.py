@@ -12,8 +12,8 @@ from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.checkpoint.retention import Stored, find_best
 from resilient_t5.config.schema import Config
 from resilient_t5.data.dataset import Corpus
-from resilient_t5.data.prepare import store_directory
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.prepare import store_directory
+from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DataError, NoValidCheckpoint, RunDirectoryError
 from resilient_t5.model.numerics import Precision
 from resilient_t5.training.card import CardFacts, model_card

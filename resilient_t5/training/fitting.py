@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.store import Split, Store
+from resilient_t5.data.store.store import Split, Store
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.activations import Execution
 from resilient_t5.model.memory import GIB, Choice, Memory, Task, choice_at, choose_micro_tokens

@@ -16,9 +16,9 @@ import torch
 from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.manager import Loaded, Vault
 from resilient_t5.config.schema import Config
-from resilient_t5.data.one_pass import Progress
-from resilient_t5.data.prepare import prepare, store_directory
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.build import Progress
+from resilient_t5.data.store.prepare import prepare, store_directory
+from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
 from resilient_t5.model.load import check_checkpoint
 from resilient_t5.training.banner import banner_lines, process_lines

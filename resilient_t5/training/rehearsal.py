@@ -18,9 +18,9 @@ from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.checkpoint.retention import most_kept
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import EvaluationBatch, MicroBatch
-from resilient_t5.data.identity import identify
-from resilient_t5.data.prepare import prepare, standing_store, store_directory
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.fingerprint import identify
+from resilient_t5.data.store.prepare import prepare, standing_store, store_directory
+from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
 from resilient_t5.training.banner import GIB, banner_lines, free_bytes
 from resilient_t5.training.directory import inspect

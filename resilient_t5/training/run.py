@@ -13,7 +13,7 @@ from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
 from resilient_t5.data.dataset import Corpus
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.store import Store
 from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.lean import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model

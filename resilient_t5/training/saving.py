@@ -17,7 +17,7 @@ from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.manager import Committed, Loaded, Parts
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.schema import Config, mathematics, mathematics_sha256
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.optim import load_named_state, named_state
 from resilient_t5.model.tables import T5Model

@@ -13,9 +13,9 @@ import pytest
 import sentencepiece
 
 from resilient_t5.commands.prepare import main
-from resilient_t5.data.sample import clinical_terms, generate_notes
-from resilient_t5.data.store import Store
-from resilient_t5.data.tokenizer import train_tokenizer
+from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
+from resilient_t5.data.store.store import Store
+from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 
 NOTES = [note.text for note in generate_notes(200, 5)]
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_shards_of_processes_at_once_one_of_them_killed_make_the_store_of_one(ar
     """SIGKILL in the middle of a shard: its neighbour is not harmed, the same call makes it, and the merge is the whole."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{note} {number}" for number in range(12) for note in NOTES), encoding="utf-8")
-    kill = "import os, signal; from resilient_t5.data import parts; w = parts.PartWriter; add = w.add; calls = [];\n"
+    kill = "import os, signal; from resilient_t5.data.store import shards; w = shards.PartWriter; add = w.add; calls = [];\n"
     kill += "w.add = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGKILL), add(*a))\n"
     kill += "import sys; from resilient_t5.commands.prepare import main; main(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from resilient_t5.data.token_table import TokenTable
+from resilient_t5.data.corruption.token_table import TokenTable
 
 # Active ids: 0 padding, 1 end, 2 unknown, 3-12 bytes, 13-112 sentinels (descending), 113-142 punctuation, then words.
 SIZE = 4000

@@ -25,7 +25,7 @@ from resilient_t5.data.batches import (
     evaluation_batches,
     group_sizes,
 )
-from resilient_t5.data.corruption import corrupt
+from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.errors import DataError
 from tests.data.fake_split import FakeSplit, fake_table, log_normal_lengths, random_split, split_of
 

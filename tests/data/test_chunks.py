@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_t5.data.examples import clause_ends, cut_chunks, sentence_ends
-from resilient_t5.data.tokenizer import Encoded
+from resilient_t5.data.tokenizer.tokenizer import Encoded
 
 FULL_STOP, COMMA, CLOSE_QUOTE = "\u3002", "\uff0c", "\u201d"
 

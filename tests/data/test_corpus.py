@@ -15,8 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_t5.config.data import DataConfig
-from resilient_t5.data import encodings, formats
-from resilient_t5.data.corpus import CorpusCounts, Document, SeenParagraphs, find_inputs, held_out, read_documents
+from resilient_t5.data.corpus import encodings, formats
+from resilient_t5.data.corpus.documents import (
+    CorpusCounts,
+    Document,
+    SeenParagraphs,
+    find_inputs,
+    held_out,
+    read_documents,
+)
 from resilient_t5.errors import ConfigError, DataError, ExitCode, StorageError
 
 CHINESE = (

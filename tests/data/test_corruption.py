@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
-from resilient_t5.data import corruption
-from resilient_t5.data.corruption import Corrupted, corrupt
+from resilient_t5.data.corruption import corruption
+from resilient_t5.data.corruption.corruption import Corrupted, corrupt
 from resilient_t5.errors import ConfigError, DataError
 from tests.data.fake_split import (
     FIRST_BYTE,

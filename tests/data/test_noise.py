@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
-from resilient_t5.data.corruption import Corrupted, corrupt
-from resilient_t5.data.noise import KINDS
+from resilient_t5.data.corruption.corruption import Corrupted, corrupt
+from resilient_t5.data.corruption.noise import KINDS
 from tests.data.fake_split import FIRST_BYTE, FIRST_MARK, FIRST_WORD, SIZE, FakeSplit, fake_table, random_split, split_of
 
 TABLE = fake_table()

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.config.schema import BatchConfig, Config, DataConfig, RunConfig, TokenizerConfig
+from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
 from resilient_t5.data.examples import cut_examples, find_terms
-from resilient_t5.data.parts import Part
-from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard
-from resilient_t5.data.report import scale_reading
-from resilient_t5.data.sample import clinical_terms, generate_notes
-from resilient_t5.data.store import Store
+from resilient_t5.data.store.corpus_report import scale_reading
+from resilient_t5.data.store.prepare import merge_shards, prepare, prepare_shard
+from resilient_t5.data.store.shards import Part
+from resilient_t5.data.store.store import Store
 from resilient_t5.data.terms import TermMatcher
-from resilient_t5.data.tokenizer import load_tokenizer, train_tokenizer
+from resilient_t5.data.tokenizer.tokenizer import load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.files import only_maker
 
@@ -175,7 +175,7 @@ def test_a_store_is_reused_while_nothing_changed(config, corpus, monkeypatch):
     """The second call opens what stands there and reads no text, also after the file was copied anew."""
     first = prepare(config, corpus / "store")
     before = (corpus / "store" / "meta.json").stat().st_mtime_ns
-    monkeypatch.setattr("resilient_t5.data.prepare.write_part", None)
+    monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
     text = (corpus / "text.txt").read_bytes()
     (corpus / "text.txt").unlink()
     (corpus / "text.txt").write_bytes(text)
@@ -282,7 +282,7 @@ def test_pairs_are_stored_as_they_are(config, corpus):
 
 def test_shards_join_to_the_store_of_one_process_whatever_the_order(config, corpus, monkeypatch):
     """Parts made in any order, on any machine, merge to the bytes of a store made in one go; only the times differ."""
-    monkeypatch.setattr("resilient_t5.data.one_pass.BATCH_CHARACTERS", 900)
+    monkeypatch.setattr("resilient_t5.data.store.build.BATCH_CHARACTERS", 900)
     for shard in (3, 1, 4, 2):
         prepare_shard(config, corpus / "a", (shard, 4))
     for shard in (1, 2, 3, 4):
@@ -404,7 +404,7 @@ def test_a_killed_prepare_leaves_nothing_that_passes_for_a_store(config, corpus)
     code = (
         "import os, sys, signal, pathlib\n"
         "from resilient_t5.config.schema import *\n"
-        "from resilient_t5.data.prepare import prepare\n"
+        "from resilient_t5.data.store.prepare import prepare\n"
         "text, tokenizer, store = sys.argv[1:]\n"
         "config = Config(data=DataConfig(train=text), tokenizer=TokenizerConfig(tokenizer))\n"
         "prepare(config, pathlib.Path(store), lambda done, total: os.kill(os.getpid(), signal.SIGKILL))\n"
@@ -431,7 +431,7 @@ def test_two_processes_make_one_store(config, corpus, monkeypatch):
 
         with pytest.raises(InterruptedByTest):
             prepare(config, corpus / "store", finish_other)
-    monkeypatch.setattr("resilient_t5.data.prepare.write_part", None)
+    monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
     assert prepare(config, corpus / "store").fingerprint == made.fingerprint
 
 
@@ -441,7 +441,7 @@ def test_memory_does_not_grow_with_the_corpus(config, tmp_path):
     code = (
         "import sys, pathlib\n"
         "from resilient_t5.config.schema import *\n"
-        "from resilient_t5.data.prepare import prepare\n"
+        "from resilient_t5.data.store.prepare import prepare\n"
         "text, tokenizer, store = sys.argv[1:]\n"
         "config = Config(data=DataConfig(train=text), tokenizer=TokenizerConfig(tokenizer))\n"
         "print(prepare(config, pathlib.Path(store)).report['peak_memory_mib'])\n"

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from resilient_t5.data.sample import clinical_terms, generate_notes
+from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
 from resilient_t5.data.terms import TermMatcher
 
 SLOTS = ("disease", "complaint", "sign", "examination", "finding", "drug", "dose", "course")

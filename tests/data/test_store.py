@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
+from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.examples import Examples
-from resilient_t5.data.parts import PartWriter, choose_active, join_parts
-from resilient_t5.data.prepare import prepare
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.store import META, Store
-from resilient_t5.data.tokenizer import train_tokenizer
+from resilient_t5.data.store.prepare import prepare
+from resilient_t5.data.store.shards import PartWriter, choose_active, join_parts
+from resilient_t5.data.store.store import META, Store
+from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError, DiskFull, StorageError
 from resilient_t5.files import making, only_maker, storage_errors
 
@@ -182,7 +182,7 @@ def test_a_full_disk_has_its_own_error(tmp_path):
 
 def test_the_active_vocabulary_covers_corpus_terms_and_specials(tokenizer_directory):
     """What occurs, what terms need, specials, sentinels and bytes; a multiple of 64, ascending, nothing twice."""
-    from resilient_t5.data.tokenizer import load_tokenizer
+    from resilient_t5.data.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_directory))
     frequencies = np.zeros(tokenizer.size, dtype=np.int64)

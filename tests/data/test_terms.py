@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.data.terms import Match, TermMatcher, clean_terms, fold, read_terms, token_spans
-from resilient_t5.data.tokenizer import Encoded
+from resilient_t5.data.tokenizer.tokenizer import Encoded
 from resilient_t5.errors import DataError
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from resilient_t5.data.confusions import built_in_confusions, read_confusions
-from resilient_t5.data.token_table import TokenTable, build_token_table
+from resilient_t5.data.corruption.token_table import TokenTable, build_token_table, built_in_confusions, read_confusions
 from resilient_t5.errors import DataError
 
 SPECIALS = ["<pad>", "</s>", "<unk>", "l"]

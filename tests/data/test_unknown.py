@@ -10,13 +10,19 @@ import pytest
 import sentencepiece
 
 from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
-from resilient_t5.data.parts import PART
-from resilient_t5.data.prepare import merge_shards, prepare, prepare_shard
-from resilient_t5.data.report import readable
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.store import Store
-from resilient_t5.data.tokenizer import Encoded, EncodedBatch, train_tokenizer
-from resilient_t5.data.unknown import check_unknown, most_frequent, unknown_characters, unknown_figures, unknown_warning
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.store.corpus_report import (
+    check_unknown,
+    most_frequent,
+    readable,
+    unknown_characters,
+    unknown_figures,
+    unknown_warning,
+)
+from resilient_t5.data.store.prepare import merge_shards, prepare, prepare_shard
+from resilient_t5.data.store.shards import PART
+from resilient_t5.data.store.store import Store
+from resilient_t5.data.tokenizer.tokenizer import Encoded, EncodedBatch, train_tokenizer
 from resilient_t5.errors import DataError
 
 KNOWN = "abcdefghijklmnopqrstuvwxyz.,"

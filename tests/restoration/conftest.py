@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.tokenizer import train_tokenizer
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.model.load import SpecialIds, build_model, save_model
 from resilient_t5.restoration.usage import Usage
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.tokenizer import train_tokenizer
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.restoration.asking import Asking
 from resilient_t5.restoration.correcting import correct

@@ -13,8 +13,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.batches import MicroBatch
-from resilient_t5.data.corruption import Corrupted, corrupt
-from resilient_t5.data.token_table import TokenTable
+from resilient_t5.data.corruption.corruption import Corrupted, corrupt
+from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.measure import Restorer, measure_restoration, score_generated
 from resilient_t5.restoration.metrics import Glossary, count_terms

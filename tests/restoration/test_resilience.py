@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
-from resilient_t5.data.corruption import corrupt
+from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.restoration.rates import Rate
 from resilient_t5.restoration.resilience import LEVELS, Curve, Point, ratios, table_lines
 from tests.restoration.test_measure import make_split, make_table

@@ -63,9 +63,9 @@ def before(owner, name, action):
 
 
 def _preparing():
-    from resilient_t5.data import one_pass
+    from resilient_t5.data.store import build
 
-    return one_pass, "documents_of"
+    return build, "documents_of"
 
 
 def _starting():

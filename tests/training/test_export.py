@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.tokenizer import train_tokenizer
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_of

@@ -11,7 +11,7 @@ from resilient_t5.config.parse import parse_config
 from resilient_t5.config.schema import mathematics
 from resilient_t5.data.batches import Batches
 from resilient_t5.data.dataset import Corpus
-from resilient_t5.data.prepare import prepare
+from resilient_t5.data.store.prepare import prepare
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.memory import GIB, Memory, Task
 from resilient_t5.model.presets import PRESETS

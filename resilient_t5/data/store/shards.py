@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from resilient_t5.data.corruption.gap_encoding import reachable_behind_gaps
 from resilient_t5.data.examples import Examples
-from resilient_t5.data.gap_encoding import reachable_behind_gaps
-from resilient_t5.data.store import SPLITS, sha256_of
-from resilient_t5.data.tokenizer import TextTokenizer
+from resilient_t5.data.store.store import SPLITS, sha256_of
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 
 STREAMS = ("tokens", "lengths", "documents", "pairs", "terms")
 PART = "part.json"

@@ -5,17 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.finish import finish_store, open_shard, write_shard_identity
-from resilient_t5.data.formats import CorpusCounts
-from resilient_t5.data.identity import differences, identify, is_builtin, terms_path
-from resilient_t5.data.one_pass import Job, Progress, bytes_to_read, documents_of, write_part
-from resilient_t5.data.parts import Part
-from resilient_t5.data.sample import clinical_terms
-from resilient_t5.data.store import TOKENIZER, Store, not_a_store, read_meta, store_state
+from resilient_t5.data.corpus.formats import CorpusCounts
+from resilient_t5.data.corpus.sample import clinical_terms
+from resilient_t5.data.corruption.token_table import check_sentinels
+from resilient_t5.data.store.build import (
+    Job,
+    Progress,
+    bytes_to_read,
+    documents_of,
+    finish_store,
+    open_shard,
+    write_part,
+    write_shard_identity,
+)
+from resilient_t5.data.store.corpus_report import check_unknown
+from resilient_t5.data.store.fingerprint import differences, identify, is_builtin, terms_path
+from resilient_t5.data.store.shards import Part
+from resilient_t5.data.store.store import TOKENIZER, Store, not_a_store, read_meta, store_state
 from resilient_t5.data.terms import TermList, clean_terms, read_terms
-from resilient_t5.data.token_table import check_sentinels
-from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from resilient_t5.data.unknown import check_unknown
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.files import making, only_maker, storage_errors
 

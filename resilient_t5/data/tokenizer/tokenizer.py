@@ -20,23 +20,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from resilient_t5 import hub
-from resilient_t5.data.character_lengths import CharacterLengths
-from resilient_t5.data.published_tokenizer import (
+from resilient_t5.data.tokenizer.character_lengths import CharacterLengths
+from resilient_t5.data.tokenizer.published import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     DOCUMENT_FILE,
     SPIECE_FILE,
     read_published,
 )
-from resilient_t5.data.sentencepiece_model import (
+from resilient_t5.data.tokenizer.sentencepiece import (
     SENTINELS,
     SPACE,
     TRAILING_SPACES,
     added_token,
     document_from_sentencepiece,
     plain_sentinel_names,
+    train_sentencepiece,
 )
-from resilient_t5.data.sentencepiece_training import train_sentencepiece
 from resilient_t5.errors import DataError, StorageError
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
 from resilient_t5.errors import DataError, StorageError
 
 FORMAT = 1

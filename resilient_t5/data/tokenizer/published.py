@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from resilient_t5 import hub
-from resilient_t5.data.sentencepiece_model import (
+from resilient_t5.data.tokenizer.sentencepiece import (
     SENTINEL_PIECE,
     SPACE,
     TRAILING_SPACES,

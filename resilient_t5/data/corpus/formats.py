@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resilient_t5.config.data import DataConfig
-from resilient_t5.data.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
+from resilient_t5.data.corpus.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
 from resilient_t5.errors import DataError
 
 LONGEST_DOCUMENT_CHARACTERS = 1 << 20

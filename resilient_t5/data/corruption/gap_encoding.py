@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resilient_t5.data.sentencepiece_model import SPACE
-from resilient_t5.data.tokenizer import TextTokenizer
+from resilient_t5.data.tokenizer.sentencepiece import SPACE
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.config.schema import CorruptionConfig, NoiseKind
+from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, below, keys, uniform
 from resilient_t5.data.ragged import RowKeys, Rows, cumulated
-from resilient_t5.data.token_table import TokenTable
 
 KINDS: tuple[NoiseKind, ...] = ("drop", "double", "swap", "replace")
 DROP, DOUBLE, SWAP, REPLACE = range(4)

@@ -1,4 +1,4 @@
-"""The program that trains a SentencePiece model; `sentencepiece_training` runs it as a script, so it imports nothing of ours.
+"""The program that trains a SentencePiece model; `sentencepiece.py` runs it as a script, so it imports nothing of ours.
 
 stdin: the trainer's options as a line of JSON, then the text, line by line. stdout: the model. What the trainer refuses
 goes to stderr in its own words, with exit code 1. The argument is the process that wants the model: without it, this ends.

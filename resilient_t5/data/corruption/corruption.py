@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
-from resilient_t5.data.masking import Masks, Occurrences, choose_masks
-from resilient_t5.data.noise import Noise, make_noise, within_length
+from resilient_t5.data.corruption.masking import Masks, Occurrences, choose_masks
+from resilient_t5.data.corruption.noise import Noise, make_noise, within_length
+from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.ragged import RowKeys, Rows, lay_out, runs
-from resilient_t5.data.token_table import TokenTable
 from resilient_t5.errors import DataError
 
 # Slots that are worked on at once: bounds the memory of a large window and keeps its arrays in the processor's caches.

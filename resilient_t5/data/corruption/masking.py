@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.config.schema import CorruptionConfig
+from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, bits, keys, uniform
 from resilient_t5.data.ragged import RowKeys, Rows, cumulated, firsts, in_random_order, runs
-from resilient_t5.data.token_table import TokenTable
 
 # Cells at the end of a run come out shorter than drawn; drawing for this much more makes up for them.
 CELL_LOSS = 1.25

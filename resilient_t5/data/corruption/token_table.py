@@ -1,16 +1,102 @@
-"""What corruption must know of the vocabulary, in active ids: marks, classes of tokens, look-alikes."""
+"""What corruption must know of the vocabulary, in active ids: marks, classes of tokens, look-alikes.
+
+Look-alikes are what a careless eye, a scanner or an input method confuses. The built-in groups are our own: characters of
+alike shape as medical text has them, letters and digits as scanners confuse them, and the full-width forms. A user's file
+extends them.
+"""
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from resilient_t5.config.schema import CorruptionConfig
-from resilient_t5.data.confusions import built_in_confusions, read_confusions
-from resilient_t5.data.gap_encoding import GapEncoding, build_gap_encoding
-from resilient_t5.data.tokenizer import TextTokenizer
+from resilient_t5.data.corruption.gap_encoding import GapEncoding, build_gap_encoding
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import ConfigError, DataError
+
+# Each word is a group; every character of it may stand for every other one.
+_CHINESE_GROUPS = """
+己已巳 未末 土士 日曰 人入八 干千于 大太犬 木本术 刀力 午牛 田由甲申 目自 王玉主 血皿 肓盲 炙灸 瘀淤 痢痫 清请情晴睛 渴喝竭揭
+抱泡炮饱跑胞 拔拨 狠狼 候侯 辨辩辫 辛幸 哀衰衷 戊戌戍成 崇祟 冶治 师帅 住往佳 折拆析 抓爪瓜 兔免 鸟乌 风凤 贝见 今令 历厉
+旦且 臼白 叉又 乞气 汁汗 汤烫荡 沫抹 沾沽 泌沁 消削硝 深探 湿温 漫慢 绕浇饶 执热 焦蕉 燥躁操澡噪 曝瀑爆 旺枉狂 廿甘 痔痣
+痿萎 摊滩瘫 搔骚瘙 眩炫弦 睑脸捡险检 瞳膧 碗腕婉 复腹覆 膜模漠 臂臀 肝肘肚 肋胁 汤场扬肠 枝技肢歧 肾贤 肿种钟 胃冒 担坦胆
+抬怡胎 脏赃桩 挤济脐剂 恼脑 脱说悦锐 裨碑脾婢 裂烈 诊珍疹趁 贪贫 遗遣 僻避壁璧臂 纳钠呐 押钾 铁跌 组阻祖租 顶颈项 颅颇
+额颜 饥肌讥 银龈 侍待持 厂广 仅仪 休体 传转 侧测则 倍培陪 偏遍编 借惜措 代伐 刊刑 卷券 原源 吸级 咳咬 哺捕 噎咽 困因 坏环
+堵睹 增赠 夭天夫无 妊妒 孑子 宫官 密蜜 小少 尿屎 屑肩 幼幻 弱溺 径经轻 微徽 念含 忌忘 性姓 恶晋 惊凉 挛孪 振震 损捐 撒撤 放故
+斤斥 晕晖 暑署 杆秆 枚牧 栓拴 桔枯 欠久 毫亳 汲吸 沉沈 沙砂 注住 洗冼 浓脓 涨胀 淡谈 滴摘 潮嘲 灰恢 炎谈 烦顿 照熙 牙邪
+竟竞 管菅 粘沾 紧累 红江 缓暖 罐灌 耐酎 背肯 膏育 苔笞 茎径 荼茶 蔬疏 蛰蜇 衣农 角甬 赏尝 辐幅 迁迂 适话 逆遂 部陪
+酒洒 里野 门问间 陷馅 鬼兔 麻床
+"""
+_WESTERN_GROUPS = """
+0Oo 1lI| 2Zz 5Ss 6b 8B 9gq ce uv nh rn ao kK cC wW xX vV pP ft ij αa βß μu γy ρp κk νv
+.。 ,，、 ;:： -–—一 '’` "“” (（[ )）] +十 ×x ~～ %％
+"""
+# Confusions of more than one character work where the vocabulary has such a piece.
+_SEQUENCES = (("rn", "m"), ("cl", "d"), ("vv", "w"), ("ii", "u"))
+_FULL_WIDTH_SHIFT = 0xFEE0
+_HALF_WIDTH_FORMS = range(0x21, 0x7F)
+
+
+def built_in_confusions() -> dict[str, set[str]]:
+    """text -> its look-alikes; symmetric."""
+    table: dict[str, set[str]] = {}
+    for group in (_CHINESE_GROUPS + _WESTERN_GROUPS).split():
+        _join(table, group)
+    for half_width in map(chr, _HALF_WIDTH_FORMS):
+        _join(table, (half_width, chr(ord(half_width) + _FULL_WIDTH_SHIFT)))
+    for sequence in _SEQUENCES:
+        _join(table, sequence)
+    return table
+
+
+def read_confusions(path: Path) -> dict[str, set[str]]:
+    """character -> its look-alikes, from a UTF-8 file of lines `character TAB look-alikes`.
+
+    Every character of the second column is a look-alike, white space between them aside; the table is directed. Empty
+    lines and lines that start with `#` and have no tab are skipped.
+
+    Raises:
+        DataError: the file is missing, is not UTF-8, or has a line of another form; the message names the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the confusion table cannot be read: {error.strerror}", where=str(path), mend="Check corruption.confusions."
+        ) from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad_line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"the confusion table is not UTF-8 at byte {error.start}", where=f"{path}:{bad_line}", mend="Save it as UTF-8."
+        ) from error
+    table: dict[str, set[str]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line.strip() or (line.startswith("#") and "\t" not in line):
+            continue
+        character, tab, others = line.partition("\t")
+        look_alikes = {other for other in others if not other.isspace()} - {character}
+        if not tab or len(character) != 1 or not look_alikes:
+            raise DataError(
+                "not a line of a confusion table",
+                where=f"{path}:{number}",
+                mend="Write one character, a tab and its look-alikes.",
+            )
+        table.setdefault(character, set()).update(look_alikes)
+    return table
+
+
+def _join(table: dict[str, set[str]], group: Iterable[str]) -> None:
+    """Make all members of a group look-alikes of one another."""
+    members = set(group)
+    for member in members:
+        table.setdefault(member, set()).update(members - {member})
+
 
 METASPACE = "\u2581"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.corpus import find_inputs
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.store import FORMAT, sha256_of
-from resilient_t5.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_files
+from resilient_t5.data.corpus.documents import find_inputs
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.store.store import FORMAT, sha256_of
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer, tokenizer_files
 from resilient_t5.errors import DataError
 
 BUILTIN = "builtin:clinical"

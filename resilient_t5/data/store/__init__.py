@@ -1,0 +1,1 @@
+"""The prepared corpus on disk: built once, read by memory map, known by its fingerprint."""

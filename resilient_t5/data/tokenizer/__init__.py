@@ -1,0 +1,1 @@
+"""Tokenizers: loaded, read from what others published, or trained."""

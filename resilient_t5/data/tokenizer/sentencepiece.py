@@ -1,0 +1,257 @@
+"""SentencePiece unigram models: the model -> the `tokenizers` document (`tokenizer.json`) that encodes like it; and training.
+
+Used for the models that we train and for a model file that stands alone. A published directory is read by
+`published`, because its reference is AutoTokenizer.
+
+Order of work, as in SentencePiece: the model's character map, white space, one dummy space before the text, the Viterbi
+search, bytes for unknown characters where the model has byte pieces. Ids are the model's own. T5's 100 sentinels follow,
+`<extra_id_0>` last, unless the model has sentinel pieces.
+
+Text with gaps: the dummy space stands before the text only, never after a sentinel, so that the tokens after a gap are
+those of the undamaged text. Spaces at the end of a text, or directly before a sentinel, are dropped.
+
+A model is trained on a sample of the corpus, in a process of its own: the training is one call into C++ that no signal can
+interrupt, for seconds to a minute; a process can be ended at any time, and gives its memory back.
+"""
+
+import errno
+import hashlib
+import heapq
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from resilient_t5.errors import DataError, DiskFull
+
+SPACE = "\u2581"
+SENTINELS = 100
+SENTINEL_PIECE = re.compile(rf"\A{SPACE}?<extra_id_(0|[1-9]\d*)>\Z")
+TRAILING_SPACES = r" +\z"  # in the syntax of the backend (Oniguruma), where $ also matches at line ends
+UNIGRAM = 1
+# Piece types of the SentencePiece format.
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+
+
+def document_from_sentencepiece(model: bytes, where: str) -> dict[str, Any]:
+    """The `tokenizer.json` content that encodes as the SentencePiece model does.
+
+    Args:
+        model: content of a `spiece.model`.
+        where: its path, for messages.
+
+    Raises:
+        DataError: not a SentencePiece unigram model, or one without pad, end mark and unknown piece.
+    """
+    proto = parse_sentencepiece(model, where)
+    pieces = [piece.piece for piece in proto.pieces]
+    unknown_id = proto.trainer_spec.unk_id
+    specials = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    vocabulary, own_sentinels = plain_sentinel_names([(piece.piece, piece.score) for piece in proto.pieces])
+    try:
+        backend = Tokenizer(models.Unigram(vocabulary, unk_id=unknown_id, byte_fallback=proto.trainer_spec.byte_fallback))
+    except Exception as error:  # noqa: BLE001  the backend raises bare Exception for a vocabulary it cannot use
+        raise DataError(f"this SentencePiece model cannot be used: {error}", where=where) from error
+    backend.add_tokens([AddedToken(p, normalized=False) for p in user_defined if SENTINEL_PIECE.fullmatch(p) is None])
+    backend.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in specials])
+    sentinels = own_sentinels or [f"<extra_id_{k}>" for k in reversed(range(SENTINELS))]
+    backend.add_special_tokens([AddedToken(sentinel, normalized=False, special=True) for sentinel in sentinels])
+    backend.normalizer = _normalizer(proto)
+    scheme: Literal["first", "never"] = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=True)
+    spaces = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *spaces])
+    end = pieces[proto.trainer_spec.eos_id]
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, proto.trainer_spec.eos_id)]
+    )
+    document: dict[str, Any] = json.loads(backend.to_str())
+    return document
+
+
+def parse_sentencepiece(model: bytes, where: str) -> Any:
+    """The `ModelProto` of a unigram model with an unknown piece and an end mark.
+
+    Raises:
+        DataError: anything else.
+    """
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(model)
+    except Exception as error:  # noqa: BLE001  protobuf's DecodeError; its module is no dependency of ours
+        raise DataError("this is no SentencePiece model", where=where, mend="Fetch the file again.") from error
+    spec = proto.trainer_spec
+    if not proto.pieces or spec.model_type != UNIGRAM:
+        raise DataError("this is no SentencePiece unigram model, which T5 and mT5 use", where=where)
+    if not (0 <= spec.unk_id < len(proto.pieces) and 0 <= spec.eos_id < len(proto.pieces)):
+        raise DataError("this SentencePiece model has no unknown piece or no end mark", where=where)
+    return proto
+
+
+def _normalizer(proto: Any) -> normalizers.Normalizer:
+    spec = proto.normalizer_spec
+    parts: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        parts.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        parts.append(normalizers.Replace(Regex(" {2,}"), " "))
+    # Each stretch of text between two sentinels is normalised by itself: this also drops the spaces before a gap.
+    return normalizers.Sequence([*parts, normalizers.Replace(Regex(TRAILING_SPACES), "")])
+
+
+def added_token(number: int, content: str, *, special: bool) -> dict[str, Any]:
+    """An entry of `added_tokens` that is found in running text, whatever stands around it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": number, "content": content, **flags, "special": special}
+
+
+def plain_sentinel_names(vocabulary: list[tuple[str, float]]) -> tuple[list[tuple[str, float]], list[str]]:
+    """The vocabulary with mT5's pieces U+2581 + `<extra_id_k>` renamed to `<extra_id_k>`, and the names of all sentinels in it.
+
+    Under the plain name the piece can be an added token of a `tokenizer.json`, which is found in running text.
+    """
+    renamed = [(SENTINEL_PIECE.sub(r"<extra_id_\1>", piece), score) for piece, score in vocabulary]
+    return renamed, [piece for piece, _ in renamed if SENTINEL_PIECE.fullmatch(piece)]
+
+
+PROGRAM = Path(__file__).with_name("sentencepiece_program.py")
+POLL_S = 0.1
+POLL_LINES = 1000
+# Three million characters give the same tokens per character as a corpus of nine (within 0.5 %) in a quarter of the time.
+TRAINING_CHARACTERS = 3_000_000
+TRAINING_LINE_CHARACTERS = 1000
+TRAINING_THREADS = 4  # fixed: the sums of the training, and so the model, depend on it
+TOO_FEW_PIECES = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, character_coverage: float, poll: Callable[[], None] = lambda: None
+) -> bytes:
+    """Train a unigram model with byte fallback and T5's ids (pad 0, end mark 1, unknown 2); the same text, the same model.
+
+    Text is kept as it is (no normalisation, no lower case, white space kept), so that decoding gives it back. Of a larger
+    corpus a fixed sample of `TRAINING_CHARACTERS` is read, chosen by content.
+
+    Args:
+        texts: documents, read once.
+        vocab_size: pieces, bytes and specials included; a small corpus may give fewer.
+        character_coverage: share of the corpus' characters with a piece of their own.
+        poll: called several times a second; what it raises ends the work.
+
+    Raises:
+        DataError: the text is too little to train on.
+        DiskFull: the sample does not fit where temporary files go.
+    """
+    lines = _sample(texts, poll)
+    if not lines:
+        raise DataError("there is no text to train a tokenizer on", mend="Give a corpus, or set tokenizer.name_or_path.")
+    options = {
+        "model_type": "unigram",
+        "vocab_size": vocab_size,
+        "hard_vocab_limit": False,
+        "character_coverage": character_coverage,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": True,
+        "max_sentence_length": 8 * TRAINING_LINE_CHARACTERS,
+        "pad_id": 0,
+        "eos_id": 1,
+        "unk_id": 2,
+        "bos_id": -1,
+        "pad_piece": "<pad>",
+        "eos_piece": "</s>",
+        "unk_piece": "<unk>",
+        "num_threads": TRAINING_THREADS,
+        "minloglevel": 2,
+    }
+    code, model, said = _run(options, lines, poll)
+    if code != 0:
+        raise _refusal(vocab_size, code, said)
+    return model
+
+
+def _run(options: dict[str, Any], lines: list[str], poll: Callable[[], None]) -> tuple[int, bytes, str]:
+    """Exit code, output and last words of the program; it is killed when `poll` raises."""
+    command = [sys.executable, "-P", str(PROGRAM), str(os.getpid())]
+    try:
+        with tempfile.TemporaryFile() as handed:  # a pipe that fills while nobody reads would have to be fed and polled at once
+            handed.write("\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass"))
+            handed.seek(0)
+            program = subprocess.Popen(command, stdin=handed, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            "there is no room for the text that the tokenizer is trained on",
+            where=tempfile.gettempdir(),
+            mend="Make room, or name a folder on another disk with TMPDIR",
+        ) from error
+    try:
+        while True:
+            try:
+                model, said = program.communicate(timeout=POLL_S)
+            except subprocess.TimeoutExpired:
+                poll()
+                continue
+            poll()  # a signal to the whole group ends the program too, and is what counts
+            return program.returncode, model, said.decode("utf-8", "replace")
+    finally:
+        program.kill()
+        program.wait()
+
+
+def _refusal(vocab_size: int, code: int, said: str) -> DataError:
+    """What SentencePiece said, in the words of our settings where it is the mistake that many make."""
+    where = "tokenizer.train_vocab_size"
+    if code < 0:
+        return DataError(
+            f"the training of the tokenizer was ended by signal {-code}",
+            where=where,
+            mend="Start it again; signal 9 is mostly sent where memory runs out",
+        )
+    if (needed := TOO_FEW_PIECES.search(said)) is not None:
+        return DataError(
+            f"no tokenizer of {vocab_size} pieces can be trained on this text: its characters alone need {needed[1]}",
+            where=where,
+            mend=f"Set it above {needed[1]}, or lower tokenizer.character_coverage, which spells the rarest in bytes",
+        )
+    last_words = said.strip().splitlines()[-1:] or [f"the training ended with code {code}"]
+    return DataError(
+        f"no tokenizer of {vocab_size} pieces can be trained on this text: {last_words[0].strip()}",
+        where=where,
+        mend="Give more text, or another number of pieces.",
+    )
+
+
+def _sample(texts: Iterable[str], poll: Callable[[], None]) -> list[str]:
+    """Lines of at most `TRAINING_CHARACTERS` characters together, those of smallest hash, in the order of the corpus."""
+    kept: list[tuple[int, int, str]] = []  # a heap whose top is the largest hash
+    characters = 0
+    for number, line in enumerate(_lines(texts)):
+        if number % POLL_LINES == 0:
+            poll()
+        order = int.from_bytes(hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=7).digest())
+        if characters >= TRAINING_CHARACTERS and order >= -kept[0][0]:
+            continue
+        heapq.heappush(kept, (-order, -number, line))
+        characters += len(line)
+        while characters - len(kept[0][2]) >= TRAINING_CHARACTERS:
+            characters -= len(heapq.heappop(kept)[2])
+    return [line for _, _, line in sorted(kept, key=lambda entry: -entry[1])]
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
+                yield line[start : start + TRAINING_LINE_CHARACTERS]

@@ -46,9 +46,9 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
     from resilient_t5.config.data import ModelConfig
     from resilient_t5.config.training import OptimConfig
     from resilient_t5.data.batches import MicroBatch
-    from resilient_t5.model.lean import install_lean_layers
+    from resilient_t5.model.layers import install_lean_layers
     from resilient_t5.model.load import SpecialIds, build_model
-    from resilient_t5.model.optim import build_optimizer, named_state
+    from resilient_t5.model.optimizer import build_optimizer, named_state
     from resilient_t5.training.sharding import Layers
     from resilient_t5.training.update import Updater
 
@@ -100,9 +100,8 @@ def resident(case: Sequence[Any]) -> float:
 
 def predicted(case: Sequence[Any]) -> float:
     """The planner's peak for the same update."""
-    from resilient_t5.model.activations import Execution, MicroBatchShape
-    from resilient_t5.model.memory import training_peak
-    from resilient_t5.model.presets import PRESETS
+    from resilient_t5.model.load import PRESETS
+    from resilient_t5.model.memory import Execution, MicroBatchShape, training_peak
     from resilient_t5.model.shapes import sizes_of_shape
 
     preset, rows, precision, name, checkpointing, examples, source, target = case

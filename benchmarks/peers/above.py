@@ -13,9 +13,9 @@ from resilient_t5.config.data import ModelConfig
 from resilient_t5.config.schema import Config
 from resilient_t5.config.training import HardwareConfig
 from resilient_t5.data.batches import MicroBatch
+from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import SpecialIds, build_model
-from resilient_t5.model.optim import build_optimizer
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.optimizer import build_optimizer
 from resilient_t5.training.device import build_device
 from resilient_t5.training.host import MIB, choose_device
 from resilient_t5.training.run import made_trainable

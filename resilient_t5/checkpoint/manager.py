@@ -59,6 +59,8 @@ from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, closing, make_directories
 
+__all__ = ["Committed", "Loaded", "Parts", "Vault"]
+
 BALLAST = ".ballast"
 
 
@@ -102,8 +104,6 @@ class Ballast:
     def _is_there(self) -> bool:
         return self._path.name in self._fs.names(self._path.parent)
 
-
-__all__ = ["Committed", "Loaded", "Parts", "Vault"]
 
 RESERVE_BYTES = 32 * 2**20
 PINNED_COMMITS = 2

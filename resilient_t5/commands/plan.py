@@ -134,7 +134,7 @@ def _memory_and_precision(config: Any) -> tuple[Any, Any]:
     import torch
 
     from resilient_t5.model.memory import GIB, Memory
-    from resilient_t5.model.numerics import choose_precision
+    from resilient_t5.model.precision import choose_precision
     from resilient_t5.training.fitting import memory_of
     from resilient_t5.training.host import choose_device
 
@@ -196,8 +196,8 @@ def _line(choice: dict[str, Any]) -> str:
 
 def _table(arguments: Arguments) -> Iterator[str]:
     """Every mT5 size at every card, in Markdown: the most exact way that fits."""
+    from resilient_t5.model.load import PRESETS
     from resilient_t5.model.memory import GIB, OPTIMIZERS, Memory, Task, choices, first_fit
-    from resilient_t5.model.presets import PRESETS
     from resilient_t5.model.shapes import MT5_ROWS, sizes_of_shape
 
     config = arguments.config

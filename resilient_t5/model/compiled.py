@@ -12,7 +12,7 @@ import shutil
 import torch
 
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.embeddings import T5Model
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
 

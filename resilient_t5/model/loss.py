@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from resilient_t5.errors import DataError
-from resilient_t5.model.tables import SpecialIds, T5Model, scales_decoder_output, special_ids
+from resilient_t5.model.embeddings import SpecialIds, T5Model, scales_decoder_output, special_ids
 from resilient_t5.model.vocabulary_gradients import EmbeddingInPlace, HeadLossInPlace, LossTerms
 
 IGNORED = -100

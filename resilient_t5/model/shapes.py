@@ -9,9 +9,8 @@ from pathlib import Path
 from resilient_t5 import hub
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
-from resilient_t5.model.load import read_config
-from resilient_t5.model.presets import PRESETS, Shape, shape_of
-from resilient_t5.model.tables import HEAD
+from resilient_t5.model.embeddings import HEAD
+from resilient_t5.model.load import PRESETS, Shape, read_config, shape_of
 from resilient_t5.model.weights import find_weights
 
 MT5_ROWS = 250_112

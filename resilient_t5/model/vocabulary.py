@@ -19,8 +19,8 @@ from torch import nn
 from resilient_t5 import hub
 from resilient_t5.errors import DataError
 from resilient_t5.hub import CONFIG_FILE, read_json
+from resilient_t5.model.embeddings import HEAD, SHARED, T5Model, is_tied, set_tables
 from resilient_t5.model.load import SPECIAL_IDS, config_of, generation_of, read_tables
-from resilient_t5.model.tables import HEAD, SHARED, T5Model, is_tied, set_tables
 from resilient_t5.model.weights import find_weights, write_directory
 
 

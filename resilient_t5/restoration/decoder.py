@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from resilient_t5.model.tables import scales_decoder_output
+from resilient_t5.model.embeddings import scales_decoder_output
 
 
 class TokenDecoder:

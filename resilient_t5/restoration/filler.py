@@ -18,8 +18,8 @@ from resilient_t5 import hub
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
+from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
-from resilient_t5.model.tables import T5Model
 from resilient_t5.restoration.answers import answer_rules
 from resilient_t5.restoration.asking import Answer, Asking, ask
 from resilient_t5.restoration.marks import Gap, document_ranges

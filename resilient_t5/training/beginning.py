@@ -8,8 +8,8 @@ from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.config.schema import Config, mathematics_sha256
 from resilient_t5.data.cooccurrence import count_neighbours
 from resilient_t5.data.store.store import Split
-from resilient_t5.model.first_vectors import MOST_IDS, RANK, factored, put_first_vectors
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.initial_weights import MOST_IDS, RANK, factored, put_first_vectors
 from resilient_t5.training.equal import begin_equal
 from resilient_t5.training.ranks import Ranks
 from resilient_t5.training.saving import Saver

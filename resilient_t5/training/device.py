@@ -11,7 +11,8 @@ from accelerate.utils import AutocastKwargs, GradScalerKwargs
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.numerics import (
+from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.precision import (
     FIRST_LOSS_SCALE,
     Precision,
     check_attention,
@@ -19,7 +20,6 @@ from resilient_t5.model.numerics import (
     keep_cudnn_attention_out,
     probe_overflow,
 )
-from resilient_t5.model.tables import T5Model
 from resilient_t5.training.host import choose_device
 
 PROBE_MICRO_BATCHES = 4

@@ -22,8 +22,8 @@ from resilient_t5.data.dataset import Corpus, in_full_ids
 from resilient_t5.data.store.prepare import prepare, store_directory
 from resilient_t5.data.store.store import Split, Store
 from resilient_t5.errors import DataError
+from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
-from resilient_t5.model.tables import T5Model
 from resilient_t5.model.vocabulary import cut_vocabulary
 from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.measure import Restorer, measure_restoration

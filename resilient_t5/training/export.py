@@ -22,7 +22,7 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import DataError
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.vocabulary import FullTables, write_back
 from resilient_t5.restoration.fill import generate
 from resilient_t5.restoration.usage import Usage

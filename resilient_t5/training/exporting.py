@@ -15,7 +15,7 @@ from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.prepare import store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DataError, NoValidCheckpoint, RunDirectoryError
-from resilient_t5.model.numerics import Precision
+from resilient_t5.model.precision import Precision
 from resilient_t5.training.card import CardFacts, model_card
 from resilient_t5.training.directory import ENVIRONMENT
 from resilient_t5.training.export import exported, write_export

@@ -15,9 +15,8 @@ import torch
 from resilient_t5.config.schema import Config
 from resilient_t5.data.store.store import Split, Store
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.activations import Execution
-from resilient_t5.model.memory import GIB, Choice, Memory, Task, choice_at, choose_micro_tokens
-from resilient_t5.model.numerics import PrecisionName
+from resilient_t5.model.memory import GIB, Choice, Execution, Memory, Task, choice_at, choose_micro_tokens
+from resilient_t5.model.precision import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
 from resilient_t5.training.ranks import ALONE, Ranks
 

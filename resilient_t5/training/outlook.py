@@ -10,7 +10,7 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches
 from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.store import Store
-from resilient_t5.model.numerics import Precision
+from resilient_t5.model.precision import Precision
 from resilient_t5.training.convergence import Rules
 from resilient_t5.training.device import build_device
 from resilient_t5.training.fitting import Fit, fit_run

@@ -15,14 +15,14 @@ from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluati
 from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.store import Store
 from resilient_t5.model.compiled import compile_layers
-from resilient_t5.model.lean import install_lean_layers
+from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
-from resilient_t5.model.numerics import (
+from resilient_t5.model.optimizer import build_optimizer
+from resilient_t5.model.precision import (
     Precision,
     install_float32_islands,
 )
-from resilient_t5.model.optim import build_optimizer
-from resilient_t5.model.tables import T5Model
 from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_from, tables_of
 from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.filler import check_tokenizer_fits

@@ -19,8 +19,8 @@ from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.schema import Config, mathematics, mathematics_sha256
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ResumeMismatch
-from resilient_t5.model.optim import load_named_state, named_state
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence import ConvergenceMachine
 from resilient_t5.training.directory import changed_keys, changed_mathematics
 from resilient_t5.training.guard import Guard

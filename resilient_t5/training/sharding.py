@@ -29,8 +29,8 @@ from torch.distributed.tensor import DTensor
 from resilient_t5.checkpoint.snapshot import TensorFiles, take_snapshot
 from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.numerics import PrecisionName
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.precision import PrecisionName
 from resilient_t5.training.equal import follow
 from resilient_t5.training.host import give_large_blocks_back
 from resilient_t5.training.ranks import ALONE, Ranks

@@ -19,9 +19,9 @@ from resilient_t5.config.schema import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
 from resilient_t5.errors import ConfigError, OutOfMemory
 from resilient_t5.model.adafactor import AdafactorInBackward
+from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import LossParts, forward_loss
-from resilient_t5.model.numerics import seed_dropout
-from resilient_t5.model.tables import T5Model
+from resilient_t5.model.precision import seed_dropout
 from resilient_t5.model.vocabulary_gradients import gradient_of
 from resilient_t5.training.host import is_out_of_memory
 from resilient_t5.training.ranks import Ranks

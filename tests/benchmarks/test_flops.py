@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.flops import MicroShape, our_flops, peer_flops
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.model.lean import install_lean_layers
+from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.vocabulary_gradients import BLOCK_VALUES

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from resilient_t5.config.data import ModelConfig
+from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import SpecialIds, build_model
-from resilient_t5.model.tables import T5Model
 
 SPECIAL = SpecialIds(pad_id=0, eos_id=1, decoder_start_id=0)
 SIZES: dict[str, Any] = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2}

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.model.first_vectors import factored, put_first_vectors
-from resilient_t5.model.first_weights import STREAM_SCALE
+from resilient_t5.model.initial_weights import STREAM_SCALE, factored, put_first_vectors
 from resilient_t5.model.load import SpecialIds, build_model
 
 

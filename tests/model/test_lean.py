@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from resilient_t5.model.lean import LeanLinear, install_lean_layers
+from resilient_t5.model.layers import LeanLinear, install_lean_layers
 from resilient_t5.model.loss import forward_loss, token_nll
-from resilient_t5.model.numerics import Precision, install_float32_islands, seed_dropout
+from resilient_t5.model.precision import Precision, install_float32_islands, seed_dropout
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, MT5Config, MT5ForConditionalGene
 
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import ConfigError, DataError, RunDirectoryError
-from resilient_t5.model.load import SpecialIds, build_model, load_model, save_model
-from resilient_t5.model.presets import PRESETS
-from resilient_t5.model.tables import is_tied, scales_decoder_output
+from resilient_t5.model.embeddings import is_tied, scales_decoder_output
+from resilient_t5.model.load import PRESETS, SpecialIds, build_model, load_model, save_model
 
 SPECIAL = SpecialIds(0, 1, 0)
 ANY = ModelConfig()

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from resilient_t5.errors import DataError
+from resilient_t5.model.embeddings import SpecialIds
 from resilient_t5.model.loss import forward_loss, shift_right, token_nll
-from resilient_t5.model.tables import SpecialIds
 
 PRECISION = [(torch.float32, 1e-6), (torch.float64, 1e-12)]
 KINDS = ["t5", "mt5"]

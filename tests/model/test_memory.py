@@ -13,24 +13,26 @@ from torch.profiler import ProfilerActivity, profile
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.activations import Execution, MicroBatchShape, kept_bytes, walk
-from resilient_t5.model.lean import install_lean_layers
-from resilient_t5.model.load import SpecialIds, build_model, save_model
+from resilient_t5.model.layers import install_lean_layers
+from resilient_t5.model.load import PRESETS, Shape, SpecialIds, build_model, save_model
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.memory import (
     GIB,
     OPTIMIZERS,
+    Execution,
     Memory,
+    MicroBatchShape,
     Task,
     choices,
     first_fit,
+    kept_bytes,
     optimizer_bytes,
     smallest_card_gib,
     training_peak,
+    walk,
 )
 from resilient_t5.model.muon import BLOCK_VALUES, MOVE_BYTES, Muon
-from resilient_t5.model.optim import build_optimizer, named_state
-from resilient_t5.model.presets import PRESETS, Shape
+from resilient_t5.model.optimizer import build_optimizer, named_state
 from resilient_t5.model.shapes import sizes_of_checkpoint, sizes_of_settings, sizes_of_shape
 
 SHAPES = {"t5": Shape(40, 72, 3, 2), "mt5": Shape(40, 72, 3, 2, mt5=True)}

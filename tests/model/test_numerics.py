@@ -7,10 +7,10 @@ import torch
 
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.lean import install_lean_layers
+from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.loss import forward_loss, token_nll
-from resilient_t5.model.numerics import (
+from resilient_t5.model.precision import (
     Precision,
     attention_backward_offset,
     choose_precision,
@@ -131,11 +131,11 @@ def test_what_a_cpu_can_do_in_bf16_is_said_and_not_done_unasked(flags, native, t
     facts.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="ascii")
     assert cpu_multiplies_bf16(facts) is native
     assert cpu_multiplies_bf16(tmp_path / "nowhere") is None
-    monkeypatch.setattr("resilient_t5.model.numerics.cpu_multiplies_bf16", lambda: native)
+    monkeypatch.setattr("resilient_t5.model.precision.cpu_multiplies_bf16", lambda: native)
     assert choose_precision("auto", CPU).name == "fp32"
     assert ("hardware.precision" in choose_precision("auto", CPU).why) is native
     assert ("emulates" in choose_precision("bf16", CPU).why) is not native
-    monkeypatch.setattr("resilient_t5.model.numerics.cpu_multiplies_bf16", lambda: None)
+    monkeypatch.setattr("resilient_t5.model.precision.cpu_multiplies_bf16", lambda: None)
     assert choose_precision("bf16", CPU).why == "as configured"
 
 

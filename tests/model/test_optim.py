@@ -12,7 +12,7 @@ from resilient_t5.errors import ConfigError, ResumeMismatch
 from resilient_t5.model.adafactor import Adafactor, adafactor_update
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.muon import orthogonal
-from resilient_t5.model.optim import build_optimizer, load_named_state, named_state
+from resilient_t5.model.optimizer import build_optimizer, load_named_state, named_state
 
 CPU = torch.device("cpu")
 NAMES = ["adamw", "adafactor", "muon"]

@@ -9,10 +9,10 @@ from transformers import AutoModelForSeq2SeqLM
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import DataError
+from resilient_t5.model.embeddings import is_tied
 from resilient_t5.model.load import load_model, save_model
 from resilient_t5.model.loss import forward_loss
-from resilient_t5.model.optim import build_optimizer
-from resilient_t5.model.tables import is_tied
+from resilient_t5.model.optimizer import build_optimizer
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_from, tables_of, write_back
 
 KINDS = ["t5", "mt5"]

@@ -20,9 +20,9 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from resilient_t5 import hub
 from resilient_t5.config.data import ModelConfig
 from resilient_t5.errors import DataError
+from resilient_t5.model.embeddings import is_tied
 from resilient_t5.model.load import build_model, load_model, save_model
 from resilient_t5.model.shapes import sizes_of_checkpoint
-from resilient_t5.model.tables import is_tied
 from resilient_t5.model.vocabulary import tables_from
 from tests.model.conftest import SPECIAL
 

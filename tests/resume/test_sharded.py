@@ -7,8 +7,8 @@ import pytest
 
 from resilient_t5.config.schema import Config, HardwareConfig
 from resilient_t5.errors import ConfigError
+from resilient_t5.model.load import PRESETS
 from resilient_t5.model.memory import optimizer_bytes
-from resilient_t5.model.presets import PRESETS
 from resilient_t5.model.shapes import sizes_of_shape
 from resilient_t5.training.ranks import Ranks, join
 from resilient_t5.training.sharding import cut_layers

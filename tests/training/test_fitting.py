@@ -13,8 +13,8 @@ from resilient_t5.data.batches import Batches
 from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.errors import ConfigError
+from resilient_t5.model.load import PRESETS
 from resilient_t5.model.memory import GIB, Memory, Task
-from resilient_t5.model.presets import PRESETS
 from resilient_t5.model.shapes import sizes_of_shape
 from resilient_t5.training.fitting import fit, fit_run, host_memory_bytes, task_of
 

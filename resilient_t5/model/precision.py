@@ -18,9 +18,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.lean import LeanLinear
+from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.layers import LeanLinear
 from resilient_t5.model.loss import token_nll
-from resilient_t5.model.tables import T5Model
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -33,12 +33,12 @@ from resilient_t5.config.data import ModelConfig  # noqa: E402
 from resilient_t5.data.corpus.sample import generate_notes  # noqa: E402
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer  # noqa: E402
 from resilient_t5.model.load import SpecialIds, build_model, save_model  # noqa: E402
-from resilient_t5.restoration.asking import Asking  # noqa: E402
-from resilient_t5.restoration.fill import parse_fills  # noqa: E402
+from resilient_t5.restoration.decode import Asking  # noqa: E402
 from resilient_t5.restoration.filler import local_directory, open_filler  # noqa: E402
-from resilient_t5.restoration.marks import find_gaps  # noqa: E402
+from resilient_t5.restoration.gaps import find_gaps  # noqa: E402
+from resilient_t5.restoration.restoration_config import Usage  # noqa: E402
+from resilient_t5.restoration.sentinels import parse_fills  # noqa: E402
 from resilient_t5.restoration.sheet import make_draft, read_sheets, windows_of  # noqa: E402
-from resilient_t5.restoration.usage import Usage  # noqa: E402
 
 PLAIN_BATCH = 16
 SIZES = {"d_model": 256, "d_ff": 512, "num_layers": 4, "num_heads": 4}

@@ -21,9 +21,9 @@ from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.tokenizer.tokenizer import SPACE, load_tokenizer
-from resilient_t5.restoration.asking import Asking
+from resilient_t5.restoration.decode import Asking
 from resilient_t5.restoration.filler import open_filler
-from resilient_t5.restoration.marks import find_gaps
+from resilient_t5.restoration.gaps import find_gaps
 from tests.published import LAYOUTS, SPARE_ROWS, Weights, piece_count, random_weights, write_layout
 
 pytestmark = pytest.mark.slow

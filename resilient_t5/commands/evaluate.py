@@ -44,7 +44,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise ConfigError("--tensorboard draws the resilience curve, and --curve_examples 0 leaves it out")
     configs = {path: _config_of(Path(path)) for path in arguments.run}
     # Imported late: --help and a wrong path must not wait for torch.
-    from resilient_t5.restoration.resilience import Curve, table_lines
+    from resilient_t5.restoration.scoring.resilience import Curve, table_lines
     from resilient_t5.training.examination import as_json, open_examination
 
     documents: list[dict[str, Any]] = []

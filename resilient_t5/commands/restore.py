@@ -13,7 +13,7 @@ from resilient_t5.errors import DataError, ExitCode, ResilientError, StorageErro
 
 if TYPE_CHECKING:
     from resilient_t5.restoration.filler import Filler, Tally
-    from resilient_t5.restoration.text_bytes import TextBytes
+    from resilient_t5.restoration.text_encoding import TextBytes
 
 DESCRIPTION = """Fill the gaps of a text with a trained model, or correct it with one that was trained so.
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _restore(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     # Imported late: --help and a typo must not wait for torch.
-    from resilient_t5.restoration.asking import Asking
+    from resilient_t5.restoration.decode import Asking
     from resilient_t5.restoration.filler import Tally, open_filler
-    from resilient_t5.restoration.marks import DEFAULT_MARK, find_gaps
-    from resilient_t5.restoration.text_bytes import TextBytes
+    from resilient_t5.restoration.gaps import DEFAULT_MARK, find_gaps
+    from resilient_t5.restoration.text_encoding import TextBytes
     from resilient_t5.training.host import choose_device
 
     target = None if arguments.output is None else _target(arguments.output)
@@ -79,7 +79,7 @@ def _told(error: ResilientError) -> dict[str, str]:
 def _filled(
     filler: "Filler", text: "TextBytes", marks: list[str], asking: Any, tally: "Tally"
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, str]]]:
-    from resilient_t5.restoration.marks import find_gaps, other_marks
+    from resilient_t5.restoration.gaps import find_gaps, other_marks
 
     gaps = find_gaps(text.text, marks)
     if not gaps and text.text.strip("\ufeff"):
@@ -105,7 +105,7 @@ def _filled(
 def _corrected(
     filler: "Filler", text: "TextBytes", asking: Any, tally: "Tally"
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, str]]]:
-    from resilient_t5.restoration.correcting import correct
+    from resilient_t5.restoration.correction import correct
 
     edits = correct(filler, text.text, asking, tally) or []
     rows = [

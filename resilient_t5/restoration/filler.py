@@ -20,12 +20,11 @@ from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tok
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
-from resilient_t5.restoration.answers import answer_rules
-from resilient_t5.restoration.asking import Answer, Asking, ask
-from resilient_t5.restoration.marks import Gap, document_ranges
-from resilient_t5.restoration.search import Searcher
+from resilient_t5.restoration.answer_rules import answer_rules
+from resilient_t5.restoration.decode import Answer, Asking, Searcher, ask
+from resilient_t5.restoration.gaps import Gap, document_ranges
+from resilient_t5.restoration.restoration_config import DocumentMode, Usage, read_usage
 from resilient_t5.restoration.sheet import Draft, Sheet, Vocabulary, Window, make_draft, read_sheets, windows_of
-from resilient_t5.restoration.usage import DocumentMode, Usage, read_usage
 
 SHORTEST_SOURCE = 8
 

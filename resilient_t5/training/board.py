@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from resilient_t5.restoration.resilience import Curve
+from resilient_t5.restoration.scoring.resilience import Curve
 
 GROUPS = {
     "train": ("train", "performance"),

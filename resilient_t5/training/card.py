@@ -8,7 +8,7 @@ from typing import Any
 
 from resilient_t5.config.schema import Config, flat
 from resilient_t5.data.store.corpus_report import SHARE
-from resilient_t5.restoration.usage import Usage
+from resilient_t5.restoration.restoration_config import Usage
 
 FIGURES = (
     ("term restoration rate, exact", "term_rate"),

@@ -25,11 +25,11 @@ from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
 from resilient_t5.model.vocabulary import cut_vocabulary
-from resilient_t5.restoration.baselines import MajorityBaseline
-from resilient_t5.restoration.measure import Restorer, measure_restoration
-from resilient_t5.restoration.metrics import BandBy, Glossary, count_terms, term_restoration_by
-from resilient_t5.restoration.report import RestorationReport
-from resilient_t5.restoration.resilience import DAMAGES, Curve, measure_curve
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline
+from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration
+from resilient_t5.restoration.scoring.metrics import BandBy, Glossary, count_terms, term_restoration_by
+from resilient_t5.restoration.scoring.resilience import DAMAGES, Curve, measure_curve
+from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.device import build_device
 from resilient_t5.training.run import batch_sizes
 

@@ -10,7 +10,7 @@ from typing import Any
 from resilient_t5.config.schema import flat
 from resilient_t5.errors import DataError, StorageError
 from resilient_t5.files import write_whole
-from resilient_t5.restoration.report import RestorationReport, Sample
+from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample
 from resilient_t5.training.curve_files import read_curves
 from resilient_t5.training.directory import ENVIRONMENT
 from resilient_t5.training.host import memory_mib

@@ -24,8 +24,8 @@ from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.vocabulary import FullTables, write_back
-from resilient_t5.restoration.fill import generate
-from resilient_t5.restoration.usage import Usage
+from resilient_t5.restoration.decode import generate
+from resilient_t5.restoration.restoration_config import Usage
 
 PROBE_TOKENS = 48
 PROBE_ANSWER_TOKENS = 24

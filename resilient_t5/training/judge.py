@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from resilient_t5.restoration.report import RestorationReport
+from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.convergence import Verdict, Window
 from resilient_t5.training.evaluate import Evaluation, evaluate, restore_terms
 from resilient_t5.training.exhibits import show_events, show_samples

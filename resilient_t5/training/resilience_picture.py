@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient_t5.restoration.resilience import Curve, Point
+from resilient_t5.restoration.scoring.resilience import Curve, Point
 from resilient_t5.training.drawing import INK, MUTED, Axes, Canvas, Color, text_width
 
 COLORS: tuple[Color, ...] = ((28, 85, 158), (192, 28, 40), (24, 122, 62), (106, 76, 147), (200, 110, 20), (90, 90, 90))

@@ -24,10 +24,10 @@ from resilient_t5.model.precision import (
     install_float32_islands,
 )
 from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_from, tables_of
-from resilient_t5.restoration.baselines import MajorityBaseline
 from resilient_t5.restoration.filler import check_tokenizer_fits
-from resilient_t5.restoration.measure import Restorer
-from resilient_t5.restoration.metrics import Glossary, count_terms
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline
+from resilient_t5.restoration.scoring.measure import Restorer
+from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 from resilient_t5.training.beginning import begun_together
 from resilient_t5.training.convergence import ConvergenceMachine, Rules, cooldown_factor
 from resilient_t5.training.device import build_accelerator, build_device, settle_precision

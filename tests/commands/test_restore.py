@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from resilient_t5.commands.export import main as export
 from resilient_t5.commands.restore import main as restore
-from resilient_t5.restoration.usage import read_usage
+from resilient_t5.restoration.restoration_config import read_usage
 from tests.conftest import read_summary
 
 TEXT = "诊断：抑郁症。处方：[?]；剂量：每次50毫克。\r\nDiagnosis: [?]. Course: [?][?]\n"

@@ -7,7 +7,7 @@ from resilient_t5.config.data import ModelConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.model.load import SpecialIds, build_model, save_model
-from resilient_t5.restoration.usage import Usage
+from resilient_t5.restoration.restoration_config import Usage
 
 SIZES = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 

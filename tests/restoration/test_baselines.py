@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from resilient_t5.restoration.baselines import (
+from resilient_t5.restoration.scoring.baselines import (
     CONTEXTS,
     OUTSIDE,
     REACH,
@@ -20,8 +20,8 @@ from resilient_t5.restoration.baselines import (
     score_majority,
     terms_of_example,
 )
-from resilient_t5.restoration.fill import parse_fills
-from resilient_t5.restoration.metrics import Answers, Glossary
+from resilient_t5.restoration.scoring.metrics import Answers, Glossary
+from resilient_t5.restoration.sentinels import parse_fills
 
 
 @dataclass

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
+from resilient_t5.restoration.decode import generate
 from resilient_t5.restoration.decoder import TokenDecoder
-from resilient_t5.restoration.fill import generate
 
 VOCABULARY, PAD, EOS = 64, 0, 1
 SIZES = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_t5.restoration.fill import align_fills, bracketed, parse_fills, sentinel_numbers, stitch
+from resilient_t5.restoration.sentinels import align_fills, bracketed, parse_fills, sentinel_numbers, stitch
 
 PAD, EOS = 0, 1
 SENTINELS = np.arange(99, 89, -1, dtype=np.int32)  # sentinel k is 99 - k, as in T5

@@ -10,13 +10,13 @@ import torch
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import ConfigError, DataError
-from resilient_t5.restoration.asking import Asking
-from resilient_t5.restoration.correcting import correct
+from resilient_t5.restoration.correction import correct
+from resilient_t5.restoration.decode import Asking
 from resilient_t5.restoration.filler import Tally, open_filler
-from resilient_t5.restoration.marks import document_ranges, find_gaps, other_marks
+from resilient_t5.restoration.gaps import document_ranges, find_gaps, other_marks
+from resilient_t5.restoration.restoration_config import Usage, read_usage
 from resilient_t5.restoration.sheet import Vocabulary, clean, make_draft, read_sheets, windows_of
-from resilient_t5.restoration.text_bytes import TextBytes
-from resilient_t5.restoration.usage import Usage, read_usage
+from resilient_t5.restoration.text_encoding import TextBytes
 
 ENCODINGS = [
     "utf-8",

@@ -15,9 +15,9 @@ from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted, corrupt
 from resilient_t5.data.corruption.token_table import TokenTable
-from resilient_t5.restoration.baselines import MajorityBaseline
-from resilient_t5.restoration.measure import Restorer, measure_restoration, score_generated
-from resilient_t5.restoration.metrics import Glossary, count_terms
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline
+from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration, score_generated
+from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 
 PAD, EOS, FIRST_TERM, FIRST_WORD, SIZE = 0, 1, 10, 20, 160
 SENTINELS = np.arange(SIZE - 1, SIZE - 101, -1, dtype=np.int32)

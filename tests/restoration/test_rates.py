@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from resilient_t5.restoration import rates
-from resilient_t5.restoration.rates import RESAMPLES, document_weights, macro_rate, rate_over_documents
+from resilient_t5.restoration.scoring import metrics
+from resilient_t5.restoration.scoring.metrics import RESAMPLES, document_weights, macro_rate, rate_over_documents
 
 
 def clustered(documents: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +51,7 @@ def test_macro_interval_equals_that_of_a_plain_loop(monkeypatch):
     low, high = reference_interval(success, documents, mean_over_terms)
     assert rate.rate == pytest.approx(mean_over_terms(np.arange(len(success)))) and rate.n == len(np.unique(terms))
     assert rate.low == pytest.approx(low, abs=1e-12) and rate.high == pytest.approx(high, abs=1e-12)
-    monkeypatch.setattr(rates, "BLOCK_NUMBERS", 7 * len(success))
+    monkeypatch.setattr(metrics, "BLOCK_NUMBERS", 7 * len(success))
     blocked = macro_rate(success, documents, terms)
     assert (blocked.low, blocked.high) == (rate.low, rate.high)
 

@@ -7,8 +7,8 @@ import pytest
 
 from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.corruption.corruption import corrupt
-from resilient_t5.restoration.rates import Rate
-from resilient_t5.restoration.resilience import LEVELS, Curve, Point, ratios, table_lines
+from resilient_t5.restoration.scoring.metrics import Rate
+from resilient_t5.restoration.scoring.resilience import LEVELS, Curve, Point, ratios, table_lines
 from tests.restoration.test_measure import make_split, make_table
 
 

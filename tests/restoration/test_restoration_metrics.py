@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_t5.restoration.fill import parse_fills
-from resilient_t5.restoration.metrics import (
+from resilient_t5.restoration.scoring.metrics import (
     Answers,
     Glossary,
     cer_reduction,
@@ -29,6 +28,7 @@ from resilient_t5.restoration.metrics import (
     term_restoration_by,
     term_restoration_macro,
 )
+from resilient_t5.restoration.sentinels import parse_fills
 
 PAD, EOS = 0, 1
 SENTINELS = np.arange(199, 99, -1)

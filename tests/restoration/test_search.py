@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.restoration.answers import BEGUN, SEEN, answer_rules
-from resilient_t5.restoration.asking import answers_of
-from resilient_t5.restoration.search import Question, Searcher
+from resilient_t5.restoration.answer_rules import BEGUN, SEEN, answer_rules
+from resilient_t5.restoration.decode import Question, Searcher, answers_of
 from tests.restoration.test_decoder import KINDS, build
 
 PAD, EOS, UNKNOWN = 0, 1, 2

@@ -12,7 +12,7 @@ from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_of
-from resilient_t5.restoration.usage import Usage, read_usage
+from resilient_t5.restoration.restoration_config import Usage, read_usage
 from resilient_t5.training.export import Exported, write_export
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from resilient_t5.data.batches import EvaluationBatch
-from resilient_t5.restoration.measure import Restorer, measure_restoration
-from resilient_t5.restoration.metrics import term_restoration
-from resilient_t5.restoration.rates import Rate
+from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration
+from resilient_t5.restoration.scoring.metrics import Rate, term_restoration
 
 Damage = Literal["masks", "noise", "both"]
 DAMAGES: tuple[Damage, ...] = ("masks", "noise", "both")

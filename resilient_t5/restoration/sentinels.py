@@ -1,24 +1,14 @@
-"""Fill gaps: generate answers, read them by sentinel, stitch them into the text.
+"""Sentinels: answers read by sentinel, and stitched into the text.
 
 Everything here works on ids, never on text: a model may write a malformed sentinel as text, and text loses what ids
 keep. Shapes: B rows, S source tokens, T generated tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from rapidfuzz.distance import Levenshtein
-
-from resilient_t5.restoration.decoder import TokenDecoder
-
-# Rows that have ended are dropped from the batch when at most this share is still alive.
-ALIVE_SHARE = 0.75
-# On a GPU asking whether rows have ended waits for the device; that many tokens share one question.
-TOKENS_PER_QUESTION = 8
 
 
 class Alignment:
@@ -155,59 +145,6 @@ def sentinel_numbers(ids: np.ndarray, sentinel_ids: np.ndarray) -> np.ndarray:
     return np.where(np.asarray(sentinel_ids)[k] == ids, k, -1)
 
 
-def generate(
-    model: Any,
-    source_BS: torch.Tensor,
-    source_mask_BS: torch.Tensor,
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
-    should_stop: Callable[[], bool] | None = None,
-) -> np.ndarray | None:
-    """Greedy answers: int64 (B, T), each row ended by `eos_id` and padded with `pad_id`, without the start token.
-
-    The encoder runs once; rows that have ended leave the batch. Touches no random state and leaves every module's mode
-    as it was; precision is that of the caller's autocast context.
-
-    Args:
-        model: a T5 or mT5 for conditional generation.
-        source_BS: int64 ids on the model's device, padded on the right.
-        source_mask_BS: 1 where a source token stands, else 0.
-        max_new_tokens: longest answer, end mark included.
-        eos_id: ends a row.
-        pad_id: fills up a row that has ended; also the decoder's start when the model names none.
-        should_stop: asked before every token.
-
-    Returns:
-        The ids, or None when `should_stop` said so.
-    """
-    rows, device = source_BS.shape[0], source_BS.device
-    start = model.config.decoder_start_token_id
-    ids_BT = torch.full((rows, max_new_tokens), pad_id, dtype=torch.int64, device=device)
-    token = torch.full((rows,), pad_id if start is None else start, dtype=torch.int64, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)
-    every = 1 if device.type == "cpu" else TOKENS_PER_QUESTION
-    with torch.no_grad(), evaluating(model):
-        decoder = TokenDecoder(model, source_BS, source_mask_BS, max_new_tokens)
-        for position in range(max_new_tokens):
-            if should_stop is not None and should_stop():
-                return None
-            token = torch.where(ended, pad_id, decoder.logits(token).argmax(-1))
-            ids_BT[alive, position] = token
-            ended = ended | (token == eos_id)
-            if (position + 1) % every:
-                continue
-            going = torch.nonzero(~ended)[:, 0]  # host sync
-            if len(going) == 0:
-                break
-            if len(going) <= ALIVE_SHARE * len(alive):
-                decoder.keep(going)
-                alive, token, ended = alive[going], token[going], ended[going]
-    return _trimmed(ids_BT.cpu().numpy(), eos_id)
-
-
 def stitch(source_ids: np.ndarray, fills: Fills, *, sentinel_ids: np.ndarray, eos_id: int, pad_id: int) -> np.ndarray:
     """Ids of the whole restored text: the source with each sentinel replaced by its answer, without end mark and pads.
 
@@ -248,22 +185,3 @@ def bracketed(pieces: Sequence[tuple[np.ndarray | None, bool]], decode: Callable
             added = f"{added[: len(added) - len(added.lstrip())]}[{body}]"
         shown += added
     return shown
-
-
-def _trimmed(ids_BT: np.ndarray, eos_id: int) -> np.ndarray:
-    """Without the columns behind the longest row."""
-    is_end = ids_BT == eos_id
-    lengths = np.where(is_end.any(1), is_end.argmax(1) + 1, ids_BT.shape[1])
-    return ids_BT[:, : int(lengths.max(initial=0))]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards, frozen parts included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,4 +1,7 @@
-"""Beam search under answer rules: every gap gets its sentinel, in order, and an answer.
+"""Decoding: greedy answers for scoring, and beam search under answer rules for filling gaps.
+
+`generate` writes greedy answers. `Searcher` gives every gap its sentinel, in order, and an answer. `ask` goes from windows
+to answers: batches by length, the best output of each window, and other answers for its own gaps.
 
 Hypotheses are ranked by the sum of their log probabilities, each token's taken among the tokens that the rules allow
 there. A source's search ends when no live hypothesis can overtake the worst of its W finished ones: sums only fall, so
@@ -12,16 +15,25 @@ many gaps, or on T5's own targets, expects one there; if its probability were on
 Shapes: B sources, W beams, R = B * W hypotheses, S source tokens, T target tokens, A output ids.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from resilient_t5.restoration.answers import BEGUN, FORBIDDEN, SEEN, AnswerRules
+from resilient_t5.errors import ConfigError
+from resilient_t5.restoration.answer_rules import BEGUN, FORBIDDEN, SEEN, AnswerRules
 from resilient_t5.restoration.decoder import TokenDecoder
-from resilient_t5.restoration.fill import ALIVE_SHARE, TOKENS_PER_QUESTION, evaluating
+from resilient_t5.restoration.sheet import Window
+
+# Rows that have ended are dropped from the batch when at most this share is still alive.
+ALIVE_SHARE = 0.75
+# On a GPU asking whether rows have ended waits for the device; that many tokens share one question.
+TOKENS_PER_QUESTION = 8
+
 
 NEVER = -torch.inf
 
@@ -303,3 +315,220 @@ class _Beam:
             ]
             for row in range(len(self.questions))
         ]
+
+
+LARGEST_BATCH = 64
+"""Most questions in one batch: beyond it a longer batch is no faster, and the caches only grow."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked."""
+
+    beams: int = 1
+    """Hypotheses that are kept; 1 is greedy."""
+    alternatives: int = 0
+    """Other answers that are looked for at each gap."""
+    batch_tokens: int = 4096
+    """Most padded source tokens, times beams, in one batch; speed and memory only."""
+    encoding: str = "utf-8"
+    """Codec that every answer must fit into."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"--{name}: {value} is not from {low} to {high}"
+            for name, value, low, high in (
+                ("beams", self.beams, 1, 64),
+                ("alternatives", self.alternatives, 0, 63),
+                ("batch_tokens", self.batch_tokens, 1, 2**24),
+            )
+            if not low <= value <= high
+        ]
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The answer to one gap and the others that were found, likeliest first: full ids and probabilities."""
+
+    best: tuple[np.ndarray, float]
+    others: tuple[tuple[np.ndarray, float], ...] = ()
+
+
+def ask(
+    searcher: Searcher,
+    windows: Sequence[Window],
+    asking: Asking,
+    limit_tokens: int,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[dict[int, Answer]] | None:
+    """For each window the answers to its own gaps, by their places; None when `should_stop` said so.
+
+    Args:
+        limit_tokens: longest output, end mark included.
+    """
+    first_mark = searcher.first_mark()
+    questions = [Question(window.source, len(window.asked), first_mark, stops_at=len(window.asked)) for window in windows]
+    found = in_batches(searcher, questions, asking.beams, asking, limit_tokens, should_stop)
+    if found is None:
+        return None
+    best = [hypotheses[0] for hypotheses in found]
+    others = _others(searcher, list(zip(windows, best, strict=True)), asking, limit_tokens, should_stop)
+    if others is None:
+        return None
+    answers: list[dict[int, Answer]] = []
+    for number, (window, hypothesis) in enumerate(zip(windows, best, strict=True)):
+        parts = answers_of(hypothesis, searcher.mark_ids())
+        answers.append(
+            {
+                place: Answer(parts[k], others.get((number, k), ()))
+                for k, place in enumerate(window.asked)
+                if place in window.own
+            }
+        )
+    return answers
+
+
+def answers_of(hypothesis: Hypothesis, mark_ids: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """The answers in an output that follows the rules: ids, and the probability of them and of the mark that ends them."""
+    marks = np.flatnonzero(np.isin(hypothesis.ids, mark_ids)).tolist()
+    return [
+        (hypothesis.ids[a + 1 : b], math.exp(hypothesis.log_probabilities[a + 1 : b + 1].sum()))
+        for a, b in zip(marks[:-1], marks[1:], strict=True)
+    ]
+
+
+def _others(
+    searcher: Searcher,
+    answered: Sequence[tuple[Window, Hypothesis]],
+    asking: Asking,
+    limit_tokens: int,
+    should_stop: Callable[[], bool] | None,
+) -> dict[tuple[int, int], tuple[tuple[np.ndarray, float], ...]] | None:
+    """Answers to (window, k-th gap), the answers before it as they are."""
+    if not asking.alternatives:
+        return {}
+    keys, questions = [], []
+    for number, (window, hypothesis) in enumerate(answered):
+        marks = np.flatnonzero(np.isin(hypothesis.ids, searcher.mark_ids())).tolist()
+        for k, place in enumerate(window.asked):
+            if place in window.own:
+                keys.append((number, k))
+                prefix = hypothesis.ids[: marks[k] + 1]
+                questions.append(Question(window.source, len(window.asked), prefix, stops_at=k + 1))
+    beams = max(asking.beams, asking.alternatives + 1)
+    found = in_batches(searcher, questions, beams, asking, limit_tokens, should_stop)
+    if found is None:
+        return None
+    return {
+        key: tuple((h.ids[len(question.prefix) : -1], math.exp(h.score)) for h in hypotheses)
+        for key, question, hypotheses in zip(keys, questions, found, strict=True)
+    }
+
+
+def in_batches(
+    searcher: Searcher,
+    questions: Sequence[Question],
+    beams: int,
+    asking: Asking,
+    limit_tokens: int,
+    should_stop: Callable[[], bool] | None,
+) -> list[list[Hypothesis]] | None:
+    """The outputs for every question, in the order of the questions; None when `should_stop` said so."""
+    results: list[list[Hypothesis]] = [[] for _ in questions]
+    for batch in _batches(questions, beams, asking.batch_tokens):
+        found = searcher.search([questions[i] for i in batch], limit_tokens, beams=beams, should_stop=should_stop)
+        if found is None:
+            return None
+        for i, hypotheses in zip(batch, found, strict=True):
+            results[i] = hypotheses
+    return results
+
+
+def _batches(questions: Sequence[Question], beams: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of questions, those of like length together; ties by prefix, gaps and order, so that it is repeatable."""
+    order = sorted(
+        range(len(questions)), key=lambda i: (len(questions[i].source), len(questions[i].prefix), questions[i].gaps, i)
+    )
+    batch: list[int] = []
+    for number in order:
+        longest = len(questions[number].source)  # ascending: the newest is the longest
+        if batch and (longest * (len(batch) + 1) * beams > batch_tokens or (len(batch) + 1) * beams > LARGEST_BATCH):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def generate(
+    model: Any,
+    source_BS: torch.Tensor,
+    source_mask_BS: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    should_stop: Callable[[], bool] | None = None,
+) -> np.ndarray | None:
+    """Greedy answers: int64 (B, T), each row ended by `eos_id` and padded with `pad_id`, without the start token.
+
+    The encoder runs once; rows that have ended leave the batch. Touches no random state and leaves every module's mode
+    as it was; precision is that of the caller's autocast context.
+
+    Args:
+        model: a T5 or mT5 for conditional generation.
+        source_BS: int64 ids on the model's device, padded on the right.
+        source_mask_BS: 1 where a source token stands, else 0.
+        max_new_tokens: longest answer, end mark included.
+        eos_id: ends a row.
+        pad_id: fills up a row that has ended; also the decoder's start when the model names none.
+        should_stop: asked before every token.
+
+    Returns:
+        The ids, or None when `should_stop` said so.
+    """
+    rows, device = source_BS.shape[0], source_BS.device
+    start = model.config.decoder_start_token_id
+    ids_BT = torch.full((rows, max_new_tokens), pad_id, dtype=torch.int64, device=device)
+    token = torch.full((rows,), pad_id if start is None else start, dtype=torch.int64, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    alive = torch.arange(rows, device=device)
+    every = 1 if device.type == "cpu" else TOKENS_PER_QUESTION
+    with torch.no_grad(), evaluating(model):
+        decoder = TokenDecoder(model, source_BS, source_mask_BS, max_new_tokens)
+        for position in range(max_new_tokens):
+            if should_stop is not None and should_stop():
+                return None
+            token = torch.where(ended, pad_id, decoder.logits(token).argmax(-1))
+            ids_BT[alive, position] = token
+            ended = ended | (token == eos_id)
+            if (position + 1) % every:
+                continue
+            going = torch.nonzero(~ended)[:, 0]  # host sync
+            if len(going) == 0:
+                break
+            if len(going) <= ALIVE_SHARE * len(alive):
+                decoder.keep(going)
+                alive, token, ended = alive[going], token[going], ended[going]
+    return _trimmed(ids_BT.cpu().numpy(), eos_id)
+
+
+def _trimmed(ids_BT: np.ndarray, eos_id: int) -> np.ndarray:
+    """Without the columns behind the longest row."""
+    is_end = ids_BT == eos_id
+    lengths = np.where(is_end.any(1), is_end.argmax(1) + 1, ids_BT.shape[1])
+    return ids_BT[:, : int(lengths.max(initial=0))]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode again afterwards, frozen parts included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from resilient_t5.restoration.metrics import (
+from resilient_t5.restoration.scoring.metrics import (
     FormatHealth,
+    Rate,
     SpanOutcome,
     TermOutcome,
     masked_character_error_rate,
@@ -13,7 +14,6 @@ from resilient_t5.restoration.metrics import (
     term_restoration_by,
     term_restoration_macro,
 )
-from resilient_t5.restoration.rates import Rate
 
 
 @dataclass(frozen=True)

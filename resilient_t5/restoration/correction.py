@@ -13,12 +13,11 @@ import numpy as np
 
 from resilient_t5.data.examples import cut_chunks
 from resilient_t5.data.tokenizer.tokenizer import SPACE, Encoded
-from resilient_t5.restoration.answers import answer_rules
-from resilient_t5.restoration.asking import Asking, in_batches
-from resilient_t5.restoration.fill import Alignment
+from resilient_t5.restoration.answer_rules import answer_rules
+from resilient_t5.restoration.decode import Asking, Hypothesis, Question, Searcher, in_batches
 from resilient_t5.restoration.filler import Filler, Tally
-from resilient_t5.restoration.marks import document_ranges
-from resilient_t5.restoration.search import Hypothesis, Question, Searcher
+from resilient_t5.restoration.gaps import document_ranges
+from resilient_t5.restoration.sentinels import Alignment
 
 
 @dataclass(frozen=True)

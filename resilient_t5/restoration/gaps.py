@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resilient_t5.errors import ConfigError
-from resilient_t5.restoration.usage import DocumentMode
+from resilient_t5.restoration.restoration_config import DocumentMode
 
 DEFAULT_MARK = "[?]"
 KNOWN_MARKS = ("[?]", "\u25a1\u25a1", "___", "<extra_id_0>")

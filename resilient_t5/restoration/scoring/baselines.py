@@ -14,7 +14,7 @@ import numpy as np
 
 from resilient_t5.data.cooccurrence import TokenSplit
 from resilient_t5.data.counter_rng import GOLDEN, mix
-from resilient_t5.restoration.metrics import Answers, Glossary, TermOutcome, gold_text, term_outcome
+from resilient_t5.restoration.scoring.metrics import Answers, Glossary, TermOutcome, gold_text, term_outcome
 
 # Tokens looked at (left, right of the gap), from the most telling context to none. Of the orders that were tried this
 # one guesses best: on 3 MB of Chinese medical dialogue 0.32, against 0.29 for equal sides only and 0.08 without context.

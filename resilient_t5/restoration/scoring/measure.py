@@ -19,19 +19,9 @@ import numpy as np
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted
 from resilient_t5.data.corruption.token_table import TokenTable
-from resilient_t5.restoration.baselines import MajorityBaseline, TermSplit, score_copy, score_majority, terms_of_example
-from resilient_t5.restoration.fill import (
-    Alignment,
-    Fills,
-    align_fills,
-    bracketed,
-    generate,
-    parse_fills,
-    sentinel_numbers,
-    stitch,
-    until_end,
-)
-from resilient_t5.restoration.metrics import (
+from resilient_t5.restoration.decode import generate
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, score_copy, score_majority, terms_of_example
+from resilient_t5.restoration.scoring.metrics import (
     Answers,
     Glossary,
     TermOutcome,
@@ -43,7 +33,17 @@ from resilient_t5.restoration.metrics import (
     score_terms,
     term_restoration,
 )
-from resilient_t5.restoration.report import RestorationReport, Sample, TextFigures
+from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample, TextFigures
+from resilient_t5.restoration.sentinels import (
+    Alignment,
+    Fills,
+    align_fills,
+    bracketed,
+    parse_fills,
+    sentinel_numbers,
+    stitch,
+    until_end,
+)
 
 # Tokens that an answer may be longer than the longest gold target of its batch; bounds what an untrained model costs.
 SLACK_TOKENS = 16

@@ -1,0 +1,1 @@
+"""How well a model restores: terms, spans, characters, baselines, and the curve over damage."""

@@ -26,7 +26,7 @@ from resilient_t5.checkpoint.manager import Loaded, Parts, Vault
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.model.optimizer import load_named_state, named_state
-from resilient_t5.training.saving import model_tensors, put_model_tensors
+from resilient_t5.training.saver import model_tensors, put_model_tensors
 
 RUN_ID = "0" * 32
 FOREVER = 10**9

@@ -9,10 +9,11 @@ from benchmarks.peers.setup import Setup
 from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.data.store.store import Store
+from resilient_t5.training.build import build_run
 from resilient_t5.training.host import choose_device
 from resilient_t5.training.progress import Display
-from resilient_t5.training.run import Run, build_run
-from resilient_t5.training.saving import AuditTrail
+from resilient_t5.training.run import Run
+from resilient_t5.training.saver import AuditTrail
 
 
 def run_ours(setup: Setup, seed: int) -> dict[str, Any]:

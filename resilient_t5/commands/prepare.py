@@ -8,8 +8,7 @@ from resilient_t5.commands.failure import reported
 from resilient_t5.config.parse import Arguments, parse_arguments
 from resilient_t5.config.schema import check_preparable
 from resilient_t5.errors import ConfigError, ExitCode
-from resilient_t5.training.preparing import progress_teller
-from resilient_t5.training.signals import Stopped, StopSignal
+from resilient_t5.training.signals import Stopped, StopSignal, progress_teller
 
 DESCRIPTION = "Prepare a corpus: tokens, term occurrences and a report, once, for any number of runs."
 SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")

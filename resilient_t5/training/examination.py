@@ -30,8 +30,8 @@ from resilient_t5.restoration.scoring.measure import Restorer, measure_restorati
 from resilient_t5.restoration.scoring.metrics import BandBy, Glossary, count_terms, term_restoration_by
 from resilient_t5.restoration.scoring.resilience import DAMAGES, Curve, measure_curve
 from resilient_t5.restoration.scoring.score_report import RestorationReport
+from resilient_t5.training.build import batch_sizes
 from resilient_t5.training.device import build_device
-from resilient_t5.training.run import batch_sizes
 
 FILLER = "A store has two sides; this line is the other one.\n"
 BANDS: tuple[BandBy, ...] = ("training", "length", "sentinel", "frequency", "digits")

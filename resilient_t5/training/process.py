@@ -22,19 +22,19 @@ from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
 from resilient_t5.model.load import check_checkpoint
 from resilient_t5.training.banner import banner_lines, process_lines
-from resilient_t5.training.directory import RunDirectory, claim, inspect, refuse_foreign_files
+from resilient_t5.training.build import build_run
 from resilient_t5.training.ending import attend, conclude, conclude_failure, is_concluded, save_what_stands
 from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train
 from resilient_t5.training.outlook import outlook_of
-from resilient_t5.training.preparing import progress_teller
 from resilient_t5.training.progress import Display
 from resilient_t5.training.ranks import Ranks, join
 from resilient_t5.training.recovery import load_together
-from resilient_t5.training.run import Run, build_run
-from resilient_t5.training.saving import AuditTrail
-from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by
+from resilient_t5.training.run import Run
+from resilient_t5.training.run_directory import RunDirectory, claim, inspect, refuse_foreign_files
+from resilient_t5.training.saver import AuditTrail
+from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
 
 Given = Mapping[str, tuple[Any, str]]
 """{"section.key": (value, where it came from)} of the settings that differ from the defaults."""

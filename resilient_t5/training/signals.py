@@ -3,6 +3,7 @@
 A handler writes no file and no log line. It notes the first signal that asks the run to stop and when it came; what is
 running polls `requested`. Only a second SIGINT leaves at once, which is safe because a save survives even SIGKILL. From a
 SIGTERM or SIGHUP on, a thread watches the deadline: whoever sent it will send SIGKILL soon, and the last commit stands.
+While a corpus is prepared, its progress callback is what looks for a stop request.
 """
 
 import contextlib
@@ -155,3 +156,32 @@ def die_by(number: signal.Signals) -> None:
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+PROGRESS_EVERY_S = 5.0
+
+
+def progress_teller(stop: StopSignal, tell: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A callback for `data.prepare` that says now and then how far it is, in bytes, and ends the work at a stop request.
+
+    Raises (the callback):
+        Stopped: the process was asked to stop.
+    """
+    told_s = time.monotonic()
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal told_s
+        if stop.requested:
+            raise Stopped
+        if time.monotonic() - told_s >= PROGRESS_EVERY_S:
+            told_s = time.monotonic()
+            if done_bytes == total_bytes == 0:
+                tell("prepare waits for another process that makes the same store")
+            elif done_bytes == 0:
+                tell("prepare trains the tokenizer on a sample of the text")
+            elif total_bytes == 0:
+                tell(f"prepare {done_bytes / 1e6:.1f} MB of the built-in corpus")
+            else:
+                tell(f"prepare {100 * done_bytes / total_bytes:5.1f}% of {total_bytes / 1e6:.1f} MB")
+
+    return on_progress

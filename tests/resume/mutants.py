@@ -82,7 +82,7 @@ def install(name):
 
 def _after_restore(change):
     """Let `change(saver, state)` spoil what `Saver.restore` gave back."""
-    from resilient_t5.training.saving import Saver
+    from resilient_t5.training.saver import Saver
 
     inner = Saver.restore
 
@@ -95,28 +95,28 @@ def _after_restore(change):
 
 
 def _parameters():
-    from resilient_t5.training import saving
+    from resilient_t5.training import saver
 
-    inner = saving.put_model_tensors
+    inner = saver.put_model_tensors
 
     def put(model, tensors):
         own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         first = next(iter(own.keys() & tensors.keys() - {"shared.weight"}))
         inner(model, {**tensors, first: own[first]})
 
-    saving.put_model_tensors = put
+    saver.put_model_tensors = put
 
 
 def _optimizer():
-    from resilient_t5.training import saving
+    from resilient_t5.training import saver
 
-    inner = saving.load_named_state
+    inner = saver.load_named_state
 
     def load(optimizer, model, tensors, description):
         first = next(iter(tensors)).rpartition("/")[0]
         inner(optimizer, model, {n: t for n, t in tensors.items() if not n.startswith(first + "/")}, description)
 
-    saving.load_named_state = load
+    saver.load_named_state = load
 
 
 def _learning_rate():
@@ -127,16 +127,16 @@ def _scaler_on_cpu():
     """A loss scaler where none is needed, so that its state can be missed on a CPU."""
     import torch
 
-    from resilient_t5.training import run
+    from resilient_t5.training import build
 
-    inner = run.build_device
+    inner = build.build_device
 
     def build_device(config):
         device, precision, accelerator = inner(config)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
         return device, precision, accelerator
 
-    run.build_device = build_device
+    build.build_device = build_device
 
 
 def _scaler():
@@ -217,16 +217,16 @@ def _log_rows():
 
 
 def _guard_history():
-    from resilient_t5.training.guard import Guard
+    from resilient_t5.training.spike_guard import Guard
 
     Guard.restore = lambda self, values: None
 
 
 def _without(part):
-    from resilient_t5.training import run
+    from resilient_t5.training import build
 
-    inner = run.numeric_conditions
-    run.numeric_conditions = lambda device: {name: value for name, value in inner(device).items() if part not in name}
+    inner = build.numeric_conditions
+    build.numeric_conditions = lambda device: {name: value for name, value in inner(device).items() if part not in name}
 
 
 def _flags():
@@ -244,10 +244,10 @@ def _other_torch_unseen():
 
 def _other_torch():
     """A process of another version of torch."""
-    from resilient_t5.training import run
+    from resilient_t5.training import build
 
-    inner = run.numeric_conditions
-    run.numeric_conditions = lambda device: {**inner(device), "version of torch": "0.0.0"}
+    inner = build.numeric_conditions
+    build.numeric_conditions = lambda device: {**inner(device), "version of torch": "0.0.0"}
 
 
 MUTANTS = {

@@ -43,9 +43,9 @@ def signal_at(place, number, call=1, stamp=None, times=1):
 
 def forget_setting(key):
     """This process writes down its settings as a version did that had no setting `key` yet."""
-    from resilient_t5.training import directory, saving
+    from resilient_t5.training import run_directory, saver
 
-    for module in (directory, saving):
+    for module in (run_directory, saver):
         settings = module.mathematics
         module.mathematics = lambda config, settings=settings: {k: v for k, v in settings(config).items() if k != key}
 
@@ -69,9 +69,9 @@ def _preparing():
 
 
 def _starting():
-    from resilient_t5.training import run
+    from resilient_t5.training import build
 
-    return run, "build_optimizer"
+    return build, "build_optimizer"
 
 
 def _micro_batch():
@@ -81,9 +81,9 @@ def _micro_batch():
 
 
 def _evaluation():
-    from resilient_t5.training import evaluate
+    from resilient_t5.training import evaluator
 
-    return evaluate, "token_nll"
+    return evaluator, "token_nll"
 
 
 def _generation():
@@ -293,15 +293,15 @@ def _spoil_optimizer(attempts, number):
 
 
 def _spoil_metric(attempts, number):
-    from resilient_t5.training import judge
+    from resilient_t5.training import run_evaluation
 
-    inner, counter = judge.evaluate, iter(range(1, 1 << 60))
+    inner, counter = run_evaluation.evaluate, iter(range(1, 1 << 60))
 
     def evaluate(*arguments):
         found = inner(*arguments)
         return found if next(counter) not in attempts else type(found)(**{**vars(found), "loss": number})
 
-    judge.evaluate = evaluate
+    run_evaluation.evaluate = evaluate
 
 
 def _spoil_batch(attempts, change):
@@ -345,10 +345,10 @@ def short_memory():
     """Let the guard call something a spike after three updates, so that a run of a few seconds can see one."""
     from dataclasses import replace
 
-    from resilient_t5.training import guard
+    from resilient_t5.training import spike_guard
 
-    inner = guard.Limits
-    guard.Limits = lambda: replace(inner(), spike_window_fewest=3)
+    inner = spike_guard.Limits
+    spike_guard.Limits = lambda: replace(inner(), spike_window_fewest=3)
 
 
 def _spike_gradient(attempts, number):

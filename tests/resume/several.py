@@ -108,7 +108,7 @@ def begin_otherwise(shift):
     """This process builds its layers with other first weights."""
     import torch
 
-    from resilient_t5.training import run
+    from resilient_t5.training import build
     from tests.resume.placing import before
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ def begin_otherwise(shift):
         for parameter in model.decoder.block.parameters():
             parameter.add_(shift)
 
-    before(run, "cut_layers", move)
+    before(build, "cut_layers", move)
 
 
 def held_bytes(tensors):

@@ -9,10 +9,10 @@ import weakref
 from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
+from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
 from resilient_t5.training.progress import Display
-from resilient_t5.training.run import build_run
-from resilient_t5.training.saving import AuditTrail
+from resilient_t5.training.saver import AuditTrail
 from resilient_t5.training.signals import StopSignal
 
 

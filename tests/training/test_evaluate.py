@@ -12,10 +12,10 @@ import torch
 from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
-from resilient_t5.training.evaluate import ExampleSums, evaluate, restore_terms, summarise
+from resilient_t5.training.build import build_run
+from resilient_t5.training.evaluator import ExampleSums, evaluate, restore_terms, summarise
 from resilient_t5.training.progress import Display
-from resilient_t5.training.run import build_run
-from resilient_t5.training.saving import AuditTrail, model_tensors
+from resilient_t5.training.saver import AuditTrail, model_tensors
 
 
 @pytest.fixture(scope="module")

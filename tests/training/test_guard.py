@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from resilient_t5.training.guard import Action, Guard, Limits
+from resilient_t5.training.spike_guard import Action, Guard, Limits
 
 LIMITS = Limits()
 

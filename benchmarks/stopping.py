@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resilient_t5.training.curve_files import read_curves
-from resilient_t5.training.curves import Curve
-from resilient_t5.training.rivals import FIRST_JUDGED, THRESHOLD, Outcome, anchored_patience, lowest
-from resilient_t5.training.scoring import Score, against_frontier, score, summary, sweep
-from resilient_t5.training.trend import Direction, judge_trend, median, noise_sigma
+from resilient_t5.training.convergence.recordings import read_curves
+from resilient_t5.training.convergence.replay import Curve, Outcome, lowest
+from resilient_t5.training.convergence.rivals import FIRST_JUDGED, THRESHOLD, anchored_patience
+from resilient_t5.training.convergence.scoring import Score, against_frontier, score, summary, sweep
+from resilient_t5.training.convergence.trend import Direction, judge_trend, median, noise_sigma
 
 BASES = (4, 5, 6, 8, 10, 12, 15)
 

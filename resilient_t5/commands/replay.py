@@ -10,10 +10,9 @@ from resilient_t5.commands.failure import reported
 from resilient_t5.config.parse import parse_config
 from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.errors import ConfigError, DataError, ExitCode
-from resilient_t5.training.curve_files import read_curves
-from resilient_t5.training.curves import Curve
-from resilient_t5.training.presets import Rules
-from resilient_t5.training.replay import Beside, differences, replay, replay_rules, story
+from resilient_t5.training.convergence.recordings import read_curves
+from resilient_t5.training.convergence.replay import Beside, Curve, differences, replay, replay_rules, story
+from resilient_t5.training.convergence.rules import Rules
 
 DESCRIPTION = """Replay recorded losses through the convergence machine.
 
@@ -72,7 +71,7 @@ def _tell(curve: Curve, rules: Rules, beside: Beside | None, arguments: argparse
 
 
 def _compare(curves: list[Curve], section: ConvergenceConfig | None, arguments: argparse.Namespace) -> int:
-    from resilient_t5.training.scoring import compare, document, table
+    from resilient_t5.training.convergence.scoring import compare, document, table
 
     comparison = compare(curves, {"given": section} if section else None, arguments.clock)
     if not comparison.curves:

@@ -28,7 +28,7 @@ from resilient_t5.restoration.filler import check_tokenizer_fits
 from resilient_t5.restoration.scoring.baselines import MajorityBaseline
 from resilient_t5.restoration.scoring.measure import Restorer
 from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
-from resilient_t5.training.convergence import ConvergenceMachine, Rules
+from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules
 from resilient_t5.training.device import build_accelerator, build_device, settle_precision
 from resilient_t5.training.equal import begin_equal
 from resilient_t5.training.evaluator import Evaluator

@@ -11,10 +11,10 @@ from resilient_t5.config.schema import flat
 from resilient_t5.errors import DataError, StorageError
 from resilient_t5.files import write_whole
 from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample
-from resilient_t5.training.curve_files import read_curves
+from resilient_t5.training.convergence.recordings import read_curves
+from resilient_t5.training.convergence.replay import replay
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.picture import draw_replay
-from resilient_t5.training.replay import replay
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import ENVIRONMENT
 from resilient_t5.training.telemetry import read_rows

@@ -12,7 +12,7 @@ from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.store import Store
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import batch_sizes, planned
-from resilient_t5.training.convergence import Rules
+from resilient_t5.training.convergence.machine import Rules
 from resilient_t5.training.device import build_device
 from resilient_t5.training.fitting import Fit, fit_run
 from resilient_t5.training.run import Run

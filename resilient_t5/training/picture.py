@@ -4,12 +4,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from resilient_t5.training.convergence.phases import Phase
+from resilient_t5.training.convergence.replay import Beside, Replay, lowest
+from resilient_t5.training.convergence.scoring import Comparison, Summary, summary
+from resilient_t5.training.convergence.trend import HORIZON_WINDOWS
 from resilient_t5.training.drawing import INK, MUTED, Axes, Canvas, Color, text_width
-from resilient_t5.training.phases import Phase
-from resilient_t5.training.replay import Beside, Replay
-from resilient_t5.training.rivals import lowest
-from resilient_t5.training.scoring import Comparison, Summary, summary
-from resilient_t5.training.trend import HORIZON_WINDOWS
 
 WIDTH, HEIGHT, LEFT, RIGHT = 1500, 980, 90, 1465
 BAND: dict[Phase, Color] = {

@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
-from resilient_t5.training.explanation import told_verdict
+from resilient_t5.training.convergence.machine import told_verdict
+from resilient_t5.training.convergence.phases import Verdict
 from resilient_t5.training.live import LiveView
 from resilient_t5.training.timing import Left, readable
-from resilient_t5.training.window import Verdict
 
 
 class Display:

@@ -11,7 +11,7 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches, Reader
 from resilient_t5.data.store.store import Store
 from resilient_t5.model.precision import Precision
-from resilient_t5.training.convergence import ConvergenceMachine, cooldown_factor
+from resilient_t5.training.convergence.machine import ConvergenceMachine, cooldown_factor
 from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.fitting import Fit
 from resilient_t5.training.progress import Display

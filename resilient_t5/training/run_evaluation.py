@@ -4,7 +4,7 @@ import dataclasses
 import time
 
 from resilient_t5.restoration.scoring.score_report import RestorationReport
-from resilient_t5.training.convergence import Verdict, Window
+from resilient_t5.training.convergence.machine import Verdict, Window
 from resilient_t5.training.evaluator import Evaluation, evaluate, restore_terms
 from resilient_t5.training.exhibits import show_events, show_samples
 from resilient_t5.training.progress import evaluation_line, phase_line, restoration_line

@@ -199,7 +199,7 @@ def _remainder():
 
 
 def _convergence():
-    from resilient_t5.training.convergence import ConvergenceMachine
+    from resilient_t5.training.convergence.machine import ConvergenceMachine
 
     ConvergenceMachine.restore = lambda self, values: None
 

@@ -12,9 +12,9 @@ import pytest
 from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
 from resilient_t5.config.values import updates_at
 from resilient_t5.errors import DataError
-from resilient_t5.training.convergence import ConvergenceMachine, Phase, Reason, Rules, Window, cooldown_factor
-from resilient_t5.training.phases import NEXT, Sign
-from resilient_t5.training.presets import PRESETS
+from resilient_t5.training.convergence.machine import ConvergenceMachine, Phase, Reason, Rules, Window, cooldown_factor
+from resilient_t5.training.convergence.phases import NEXT, Sign
+from resilient_t5.training.convergence.rules import PRESETS
 
 RULES = Rules(
     start=10,

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
 from resilient_t5.config.values import updates_at
-from resilient_t5.training.convergence import ConvergenceMachine, Phase, Reason, Rules, Verdict, Window
+from resilient_t5.training.convergence.machine import ConvergenceMachine, Phase, Reason, Rules, Verdict, Window
 
 ROOT = Path(__file__).parents[2]
 CURVES = Path(os.environ.get("RESILIENT_T5_SHARED", ROOT.parent / "shared")) / "curves" / "curves.jsonl.gz"
@@ -274,7 +274,7 @@ def test_the_machine_touches_no_torch_no_file_no_clock_and_no_random_state():
     """12. In a process where opening, timing and drawing raise, a whole run decides as ever."""
     program = """
 import sys
-from resilient_t5.training.convergence import ConvergenceMachine, Rules, Window
+from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules, Window
 loaded = {name for name in ("torch", "numpy", "transformers", "tensorboard") if name in sys.modules}
 assert not loaded, loaded
 import builtins, os, random, time

@@ -10,7 +10,7 @@ import pytest
 from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
 from resilient_t5.config.values import updates_at
 from resilient_t5.errors import ConfigError
-from resilient_t5.training.presets import PRESETS, Rules, unreachable
+from resilient_t5.training.convergence.rules import PRESETS, Rules, unreachable
 
 
 def test_the_earliest_stops_of_the_presets_are_the_documented_ones():

@@ -17,14 +17,11 @@ from PIL import Image
 from resilient_t5.commands.replay import main
 from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.errors import DataError
-from resilient_t5.training.convergence import ConvergenceMachine, Phase, Rules, Window
-from resilient_t5.training.curve_files import read_curves
-from resilient_t5.training.curves import Curve, windows_of
-from resilient_t5.training.drawing import round_ticks
-from resilient_t5.training.replay import differences, replay, replay_rules, story
-from resilient_t5.training.rivals import (
+from resilient_t5.training.convergence.machine import ConvergenceMachine, Phase, Rules, Window
+from resilient_t5.training.convergence.recordings import read_curves
+from resilient_t5.training.convergence.replay import Curve, Outcome, differences, replay, replay_rules, story, windows_of
+from resilient_t5.training.convergence.rivals import (
     RIVALS,
-    Outcome,
     anchored_patience,
     hugging_face,
     keras,
@@ -34,7 +31,8 @@ from resilient_t5.training.rivals import (
     prechelt_up,
     ray_plateau,
 )
-from resilient_t5.training.scoring import against_frontier, compare, document, score, summary, sweep
+from resilient_t5.training.convergence.scoring import against_frontier, compare, document, score, summary, sweep
+from resilient_t5.training.drawing import round_ticks
 
 ROOT = Path(__file__).parents[2]
 CURVES = Path(os.environ.get("RESILIENT_T5_SHARED", ROOT.parent / "shared")) / "curves" / "curves.jsonl.gz"
@@ -166,7 +164,7 @@ def test_a_recording_that_is_not_one_is_refused_with_its_place(tmp_path, name, c
 
 def test_a_packed_file_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
     """The bound is on what comes out."""
-    monkeypatch.setattr("resilient_t5.training.curve_files.LINE_BYTES_MAX", 1 << 16)
+    monkeypatch.setattr("resilient_t5.training.convergence.recordings.LINE_BYTES_MAX", 1 << 16)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * (1 << 20)))
     with pytest.raises(DataError, match="too large"):
         read_curves(tmp_path / "bomb.jsonl.gz")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient_t5.training.trend import (
+from resilient_t5.training.convergence.trend import (
     CUSUM_ALARM,
     Direction,
     cusum_after,

@@ -9,28 +9,14 @@ so that the rules are compared and not their settings.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-Losses = Sequence[float]
+from resilient_t5.training.convergence.replay import Losses, Outcome, lowest
+
 Training = Sequence[float | None]
 PATIENCE, THRESHOLD, FIRST_JUDGED = 5, 0.001, 12
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`windows` that were trained, and the index of the `kept` one."""
-
-    windows: int
-    kept: int
-
-
 Rule = Callable[[Losses, Training], Outcome]
-
-
-def lowest(losses: Losses, begin: int, end: int) -> int:
-    """Index of the lowest finite loss in [begin, end); the last one where there is none. The oldest of equals."""
-    finite = [index for index in range(begin, end) if math.isfinite(losses[index])]
-    return min(finite, key=lambda index: losses[index]) if finite else end - 1
 
 
 def never(losses: Losses, training: Training) -> Outcome:

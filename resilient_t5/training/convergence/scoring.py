@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from resilient_t5.config.training import ConvergenceConfig
-from resilient_t5.training.curves import Curve
-from resilient_t5.training.presets import PRESETS
-from resilient_t5.training.replay import replay, replay_rules
-from resilient_t5.training.rivals import FIRST_JUDGED, RIVALS, Outcome, anchored_patience
+from resilient_t5.training.convergence.replay import Curve, Outcome, replay, replay_rules
+from resilient_t5.training.convergence.rivals import FIRST_JUDGED, RIVALS, anchored_patience
+from resilient_t5.training.convergence.rules import PRESETS
 
 SWEEP = tuple(range(1, 31))
 """Patiences, in windows, that draw the frontier."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from resilient_t5.errors import DataError
-from resilient_t5.training.curves import Curve, Recorded
-from resilient_t5.training.presets import Rules
-from resilient_t5.training.window import Window
+from resilient_t5.training.convergence.phases import Window
+from resilient_t5.training.convergence.replay import Curve, Recorded
+from resilient_t5.training.convergence.rules import Rules
 
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -72,7 +72,7 @@ class ForkServer:
 
 def serve():
     """Answer requests on stdin until it closes."""
-    import resilient_t5.training.process  # noqa: F401  the import that every child is to find done
+    import resilient_t5.training.entrypoints.train  # noqa: F401  the import that every child is to find done
     from resilient_t5.commands.train import main
 
     # A shell starts what goes to the background with SIGINT ignored, and nohup SIGHUP; a run keeps to that, and no attack

@@ -45,7 +45,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     configs = {path: _config_of(Path(path)) for path in arguments.run}
     # Imported late: --help and a wrong path must not wait for torch.
     from resilient_t5.restoration.scoring.resilience import Curve, table_lines
-    from resilient_t5.training.examination import as_json, open_examination
+    from resilient_t5.training.entrypoints.evaluate import as_json, open_examination
 
     documents: list[dict[str, Any]] = []
     drawn: list[tuple[str, Sequence[Curve]]] = []

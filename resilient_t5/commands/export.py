@@ -37,7 +37,7 @@ def _export(argv: Sequence[str]) -> int:
         raise RunDirectoryError(f"{directory} is not empty", mend="Choose another --to")
     # Imported late: --help and a typo must not wait for torch.
     from resilient_t5.checkpoint.lock import RunLock
-    from resilient_t5.training.exporting import export_run
+    from resilient_t5.training.entrypoints.export import export_run
 
     # A live run writes there itself at its end; any other place may be written while it trains.
     with RunLock(Path(arguments.run)) if arguments.to is None else contextlib.nullcontext():

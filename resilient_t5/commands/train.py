@@ -60,7 +60,7 @@ def _init(arguments: Arguments) -> ExitCode:
 def _dry_run(arguments: Arguments) -> ExitCode:
     if arguments.flags["dry_run"] not in ("plan", "update"):
         raise ConfigError(f"--dry_run is plan or update, not {arguments.flags['dry_run']!r}")
-    from resilient_t5.training.rehearsal import rehearse, show_plan
+    from resilient_t5.training.entrypoints.dry_run import rehearse, show_plan
 
     if arguments.flags["dry_run"] == "update":
         return rehearse(arguments.config, _given(arguments))
@@ -71,7 +71,7 @@ def _dry_run(arguments: Arguments) -> ExitCode:
 
 def _run(arguments: Arguments) -> ExitCode:
     # Imported late: torch and transformers take seconds, and --help and a typo must not wait for them.
-    from resilient_t5.training.process import train_in_directory
+    from resilient_t5.training.entrypoints.train import train_in_directory
 
     return train_in_directory(arguments.config, config_text(arguments.config), _given(arguments))
 

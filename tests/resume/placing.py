@@ -112,9 +112,9 @@ def _disk_wait():
 
 
 def _export():
-    from resilient_t5.training import ending
+    from resilient_t5.training.entrypoints import finish
 
-    return ending, "write_export"
+    return finish, "write_export"
 
 
 def _rows():

@@ -12,7 +12,7 @@ import yaml
 
 from resilient_t5.config.schema import Config, EvaluationConfig, ModelConfig, RunConfig
 from resilient_t5.restoration.restoration_config import Usage
-from resilient_t5.training.card import CHINESE_EXAMPLE, ENGLISH_EXAMPLE, CardFacts, model_card, snippet
+from resilient_t5.training.entrypoints.model_card import CHINESE_EXAMPLE, ENGLISH_EXAMPLE, CardFacts, model_card, snippet
 
 DOCS = Path(__file__).parents[2] / "docs"
 REPORT = {

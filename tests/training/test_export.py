@@ -13,7 +13,7 @@ from resilient_t5.errors import DataError
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_of
 from resilient_t5.restoration.restoration_config import Usage, read_usage
-from resilient_t5.training.export import Exported, write_export
+from resilient_t5.training.entrypoints.model_directory import Exported, write_export
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_an_export_of_a_cut_model_never_answers_with_an_untrained_id(parts, tmp_
 def test_an_export_that_answers_otherwise_is_refused_and_the_former_one_stays(parts, tmp_path, monkeypatch):
     """Without the suppressed ids the check fails: an error, no temporary directory, the former export as it was."""
     write_export(parts, "the first", tmp_path / "best")
-    monkeypatch.setattr("resilient_t5.training.export._extend_generation", lambda *arguments: None)
-    monkeypatch.setattr("resilient_t5.training.export._is_tie", lambda *arguments: False)
+    monkeypatch.setattr("resilient_t5.training.entrypoints.model_directory._extend_generation", lambda *arguments: None)
+    monkeypatch.setattr("resilient_t5.training.entrypoints.model_directory._is_tie", lambda *arguments: False)
     with pytest.raises(DataError, match="probe"):
         write_export(parts, "the second", tmp_path / "best")
     assert (tmp_path / "best" / "README.md").read_text() == "the first"

@@ -23,7 +23,7 @@ from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, Process
 from resilient_t5.model.load import check_checkpoint
 from resilient_t5.training.banner import banner_lines, process_lines
 from resilient_t5.training.build import build_run
-from resilient_t5.training.ending import attend, conclude, conclude_failure, is_concluded, save_what_stands
+from resilient_t5.training.entrypoints.finish import attend, conclude, conclude_failure, is_concluded, save_what_stands
 from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.host import choose_device, describe
 from resilient_t5.training.loop import train

@@ -17,8 +17,8 @@ from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DataError, NoValidCheckpoint, RunDirectoryError
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import build_trained_model, original_tables, trained_ids
-from resilient_t5.training.card import CardFacts, model_card
-from resilient_t5.training.export import exported, write_export
+from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
+from resilient_t5.training.entrypoints.model_directory import exported, write_export
 from resilient_t5.training.run_directory import ENVIRONMENT
 from resilient_t5.training.saver import put_model_tensors
 from resilient_t5.training.telemetry import read_rows

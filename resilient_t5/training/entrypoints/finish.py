@@ -7,11 +7,11 @@ from typing import Any
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.files import write_whole
 from resilient_t5.training.build import original_tables
-from resilient_t5.training.card import CardFacts, model_card
+from resilient_t5.training.entrypoints.export import facts_of, restoration_row
+from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
+from resilient_t5.training.entrypoints.model_directory import Exported, exported, write_export
 from resilient_t5.training.evaluator import restore_terms
 from resilient_t5.training.exhibits import show_outcome
-from resilient_t5.training.export import Exported, exported, write_export
-from resilient_t5.training.exporting import facts_of, restoration_row
 from resilient_t5.training.host import memory_mib
 from resilient_t5.training.loop import StopReason
 from resilient_t5.training.ranks import ALONE

@@ -1,0 +1,1 @@
+"""What each command does: train, finish, dry run, evaluate, export."""

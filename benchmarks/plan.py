@@ -49,7 +49,7 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
     from resilient_t5.model.layers import install_lean_layers
     from resilient_t5.model.load import SpecialIds, build_model
     from resilient_t5.model.optimizer import build_optimizer, named_state
-    from resilient_t5.training.sharding import Layers
+    from resilient_t5.training.hardware.sharding import Layers
     from resilient_t5.training.update import Updater
 
     preset, rows, precision, name, checkpointing, examples, source, target = case

@@ -84,7 +84,7 @@ def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
     """Corpus, store and model directory of all sides; runs in a process of its own."""
     from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MT5_ROWS, Setup, make_model, make_store
     from resilient_t5.config.data import DataConfig, ModelConfig, TokenizerConfig
-    from resilient_t5.training.host import choose_device
+    from resilient_t5.training.hardware.machine import choose_device
 
     if options.quick:
         data = DataConfig(train="builtin:clinical", sample_notes=200, max_source_tokens=128, max_target_tokens=64)

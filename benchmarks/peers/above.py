@@ -17,9 +17,9 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.optimizer import build_optimizer
 from resilient_t5.training.build import made_trainable
-from resilient_t5.training.device import build_device
-from resilient_t5.training.host import MIB, choose_device
-from resilient_t5.training.sharding import Layers
+from resilient_t5.training.hardware.device import build_device
+from resilient_t5.training.hardware.machine import MIB, choose_device
+from resilient_t5.training.hardware.sharding import Layers
 from resilient_t5.training.update import Updater
 
 EXAMPLES = 2

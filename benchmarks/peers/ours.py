@@ -10,7 +10,7 @@ from resilient_t5.checkpoint.manager import Vault
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.data.store.store import Store
 from resilient_t5.training.build import build_run
-from resilient_t5.training.host import choose_device
+from resilient_t5.training.hardware.machine import choose_device
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run
 from resilient_t5.training.saver import AuditTrail

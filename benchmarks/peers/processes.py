@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resilient_t5.training.host import MIB, memory_mib
+from resilient_t5.training.hardware.machine import MIB, memory_mib
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 PRELOADED = ["torch", "transformers.trainer_seq2seq", "resilient_t5.training.run", "benchmarks.peers.trainers"]

@@ -106,7 +106,7 @@ def environment(device: str, memory_gib: float | None) -> dict[str, Any]:
     """What it ran on and with: no name and no path of the machine."""
     import torch
 
-    from resilient_t5.training.host import choose_device, describe
+    from resilient_t5.training.hardware.machine import choose_device, describe
 
     return {
         "device": describe(choose_device(device)),

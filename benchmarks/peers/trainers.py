@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from benchmarks.peers.flops import MicroShape, peer_flops, useful_flops
 from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, Setup, masked_epoch
-from resilient_t5.training.host import choose_device
+from resilient_t5.training.hardware.machine import choose_device
 
 MEGABATCH_UPDATES = 50  # transformers sorts this many batches by length together
 Features = list[dict[str, Any]]

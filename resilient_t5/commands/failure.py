@@ -47,6 +47,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     """As `training.host` says, which is imported only where torch is loaded already and may be what refused."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from resilient_t5.training.host import is_out_of_memory
+    from resilient_t5.training.hardware.machine import is_out_of_memory
 
     return is_out_of_memory(error)

@@ -53,7 +53,7 @@ def _found(arguments: Arguments) -> dict[str, Any]:
     # Imported late: --help and a typo must not wait for torch.
     from resilient_t5.model.memory import GIB, OPTIMIZERS, choices, first_fit, smallest_card_gib
     from resilient_t5.model.shapes import sizes_of_settings
-    from resilient_t5.training.fitting import fit
+    from resilient_t5.training.hardware.memory_fit import fit
 
     config = arguments.config
     if config.model.name_or_path is None and config.model.preset is None:
@@ -106,7 +106,7 @@ def _store_and_task(arguments: Arguments) -> tuple[Any, Any]:
     from resilient_t5.data.store.prepare import store_directory
     from resilient_t5.data.store.store import Store, store_state
     from resilient_t5.model.memory import Task
-    from resilient_t5.training.fitting import task_of
+    from resilient_t5.training.hardware.memory_fit import task_of
 
     config, directory = arguments.config, store_directory(arguments.config)
     if store_state(directory) == "store":
@@ -135,8 +135,8 @@ def _memory_and_precision(config: Any) -> tuple[Any, Any]:
 
     from resilient_t5.model.memory import GIB, Memory
     from resilient_t5.model.precision import choose_precision
-    from resilient_t5.training.fitting import memory_of
-    from resilient_t5.training.host import choose_device
+    from resilient_t5.training.hardware.machine import choose_device
+    from resilient_t5.training.hardware.memory_fit import memory_of
 
     asked, wanted = config.hardware.memory_gib, config.hardware.device
     device = choose_device(wanted) if wanted != "cuda" or torch.cuda.is_available() else torch.device("cuda")

@@ -38,7 +38,7 @@ def _restore(argv: Sequence[str]) -> int:
     from resilient_t5.restoration.filler import Tally, open_filler
     from resilient_t5.restoration.gaps import DEFAULT_MARK, find_gaps
     from resilient_t5.restoration.text_encoding import TextBytes
-    from resilient_t5.training.host import choose_device
+    from resilient_t5.training.hardware.machine import choose_device
 
     target = None if arguments.output is None else _target(arguments.output)
     marks = arguments.mark or [DEFAULT_MARK]

@@ -8,7 +8,7 @@ from resilient_t5.checkpoint.retention import most_kept
 from resilient_t5.data.store.corpus_report import SHARE, WORTH_SHOWING, percent, unknown_warning
 from resilient_t5.model.memory import WIDE, optimizer_bytes
 from resilient_t5.training.convergence.machine import unreachable
-from resilient_t5.training.host import describe
+from resilient_t5.training.hardware.machine import describe
 from resilient_t5.training.outlook import Outlook, nearest_existing
 from resilient_t5.training.run import Run
 

@@ -16,7 +16,6 @@ from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluati
 from resilient_t5.data.cooccurrence import count_neighbours
 from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.store import Split, Store
-from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.initial_weights import MOST_IDS, RANK, factored, put_first_vectors
 from resilient_t5.model.layers import install_lean_layers
@@ -29,20 +28,18 @@ from resilient_t5.restoration.scoring.baselines import MajorityBaseline
 from resilient_t5.restoration.scoring.measure import Restorer
 from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules
-from resilient_t5.training.device import build_accelerator, build_device, settle_precision
-from resilient_t5.training.equal import begin_equal
 from resilient_t5.training.evaluator import Evaluator
-from resilient_t5.training.fitting import Fit, fit_run
-from resilient_t5.training.host import give_large_blocks_back, numeric_conditions
+from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
+from resilient_t5.training.hardware.machine import give_large_blocks_back, numeric_conditions, slept_s
+from resilient_t5.training.hardware.memory_fit import Fit, fit_run
+from resilient_t5.training.hardware.process_group import ALONE, Ranks, begin_equal
+from resilient_t5.training.hardware.sharding import Layers, cut_layers
 from resilient_t5.training.progress import Display
-from resilient_t5.training.ranks import ALONE, Ranks
 from resilient_t5.training.run import Run, telemetry_from
 from resilient_t5.training.saver import AuditTrail, Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, make_plan
-from resilient_t5.training.sharding import Layers, cut_layers
 from resilient_t5.training.spike_guard import Guard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.suspend import slept_s
 from resilient_t5.training.timing import Timing
 from resilient_t5.training.update import Updater
 

@@ -20,9 +20,8 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import ExampleNll, token_nll
 from resilient_t5.restoration.scoring.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.scoring.score_report import RestorationReport
-from resilient_t5.training.equal import weights_mark
-from resilient_t5.training.ranks import ALONE, Ranks
-from resilient_t5.training.sharding import Layers
+from resilient_t5.training.hardware.process_group import ALONE, Ranks, weights_mark
+from resilient_t5.training.hardware.sharding import Layers
 
 
 @dataclass(frozen=True)

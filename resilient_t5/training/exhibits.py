@@ -13,7 +13,7 @@ from resilient_t5.files import write_whole
 from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample
 from resilient_t5.training.convergence.recordings import read_curves
 from resilient_t5.training.convergence.replay import replay
-from resilient_t5.training.host import memory_mib
+from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.picture import draw_replay
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import ENVIRONMENT

@@ -13,8 +13,8 @@ from resilient_t5.data.store.store import Store
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import batch_sizes, planned
 from resilient_t5.training.convergence.machine import Rules
-from resilient_t5.training.device import build_device
-from resilient_t5.training.fitting import Fit, fit_run
+from resilient_t5.training.hardware.device import build_device
+from resilient_t5.training.hardware.memory_fit import Fit, fit_run
 from resilient_t5.training.run import Run
 from resilient_t5.training.schedule import Plan
 

@@ -12,12 +12,12 @@ from resilient_t5.checkpoint.snapshot import NonFiniteState
 from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.errors import DeviceLost, Diverged, NoValidCheckpoint
 from resilient_t5.files import write_whole
-from resilient_t5.training.ranks import Ranks
+from resilient_t5.training.hardware.machine import slept_s
+from resilient_t5.training.hardware.process_group import Ranks
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import Action, Verdict
 from resilient_t5.training.state import UpdateResult
-from resilient_t5.training.suspend import slept_s
 from resilient_t5.training.telemetry import plain, read_rows
 
 DIAGNOSIS = "diagnosis.json"

@@ -5,7 +5,7 @@ import os
 from datetime import datetime
 
 from resilient_t5.files import write_whole
-from resilient_t5.training.host import memory_mib
+from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.progress import train_line
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal

@@ -13,9 +13,9 @@ from resilient_t5.data.store.store import Store
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.convergence.machine import ConvergenceMachine, cooldown_factor
 from resilient_t5.training.evaluator import Evaluator
-from resilient_t5.training.fitting import Fit
+from resilient_t5.training.hardware.memory_fit import Fit
+from resilient_t5.training.hardware.process_group import Ranks
 from resilient_t5.training.progress import Display
-from resilient_t5.training.ranks import Ranks
 from resilient_t5.training.saver import AuditTrail, Saver
 from resilient_t5.training.schedule import Plan, lr_at
 from resilient_t5.training.spike_guard import Guard

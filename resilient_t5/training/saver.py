@@ -22,9 +22,9 @@ from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
+from resilient_t5.training.hardware.sharding import local, own_rows
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run_directory import changed_keys, changed_mathematics
-from resilient_t5.training.sharding import local, own_rows
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import Guard
 from resilient_t5.training.state import RunState

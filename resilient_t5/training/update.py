@@ -23,9 +23,9 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import LossParts, forward_loss
 from resilient_t5.model.precision import seed_dropout
 from resilient_t5.model.vocabulary_gradients import gradient_of
-from resilient_t5.training.host import is_out_of_memory
-from resilient_t5.training.ranks import Ranks
-from resilient_t5.training.sharding import Layers
+from resilient_t5.training.hardware.machine import is_out_of_memory
+from resilient_t5.training.hardware.process_group import Ranks
+from resilient_t5.training.hardware.sharding import Layers
 from resilient_t5.training.state import UpdateResult
 
 

@@ -7,9 +7,9 @@ import torch
 
 from resilient_t5.config.schema import Config, HardwareConfig, ModelConfig
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.compiled import compile_layers
 from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.loss import forward_loss
+from resilient_t5.training.hardware.device import compile_layers
 
 
 def test_nothing_is_compiled_unless_asked_for():

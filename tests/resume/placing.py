@@ -118,7 +118,7 @@ def _export():
 
 
 def _rows():
-    from resilient_t5.training.ranks import Ranks
+    from resilient_t5.training.hardware.process_group import Ranks
 
     return Ranks, "joined"
 

@@ -58,12 +58,12 @@ def run_out_of_memory(call):
 
 def fall_silent(call, patience_s):
     """Micro-batch number `call` of this process lasts for minutes; no process waits longer than `patience_s` for another."""
-    from resilient_t5.training import ranks
+    from resilient_t5.training.hardware import process_group
     from resilient_t5.training.update import Updater
     from tests.resume.placing import before
 
     counter = iter(range(1, 1 << 60))
-    ranks.PATIENCE_S = patience_s
+    process_group.PATIENCE_S = patience_s
     before(Updater, "accumulate", lambda *_: time.sleep(600) if next(counter) == call else None)
 
 
@@ -92,7 +92,7 @@ def weigh(place, update):
 
 def spoil_rows(update):
     """In attempted update `update` the first value of the gradients that only this process holds is not a number."""
-    from resilient_t5.training.sharding import Layers
+    from resilient_t5.training.hardware.sharding import Layers
     from tests.resume.placing import before
 
     counter = iter(range(1 << 60))

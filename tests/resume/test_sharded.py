@@ -10,8 +10,8 @@ from resilient_t5.errors import ConfigError
 from resilient_t5.model.load import PRESETS
 from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.model.shapes import sizes_of_shape
-from resilient_t5.training.ranks import Ranks, join
-from resilient_t5.training.sharding import cut_layers
+from resilient_t5.training.hardware.process_group import Ranks, join
+from resilient_t5.training.hardware.sharding import cut_layers
 from tests.resume.harness import Arena, committed_update, differences, metric_rows, newest_checkpoint, tensor_sha256, whole_rows
 from tests.resume.several import attack_lost, console, damage, run_together, start_together, summary, wait_for_both
 from tests.resume.test_several import UPDATES, assert_close, order

@@ -10,7 +10,7 @@ from resilient_t5.data.dataset import Corpus
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import fitted
-from resilient_t5.training.device import settle_precision
+from resilient_t5.training.hardware.device import settle_precision
 
 CPU = torch.device("cpu")
 CANDIDATE = Precision("bf16", "the device does it natively")

@@ -16,7 +16,8 @@ from resilient_t5.errors import ConfigError
 from resilient_t5.model.load import PRESETS
 from resilient_t5.model.memory import GIB, Memory, Task
 from resilient_t5.model.shapes import sizes_of_shape
-from resilient_t5.training.fitting import fit, fit_run, host_memory_bytes, task_of
+from resilient_t5.training.hardware.machine import host_memory_bytes
+from resilient_t5.training.hardware.memory_fit import fit, fit_run, task_of
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 HOLES = """
 import resource
 import torch
-from resilient_t5.training.host import give_large_blocks_back
+from resilient_t5.training.hardware.machine import give_large_blocks_back
 
 def resident_mib():
     with open("/proc/self/statm", encoding="ascii") as statm:

@@ -26,7 +26,7 @@ from resilient_t5.training.banner import GIB, banner_lines, free_bytes
 from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint
 from resilient_t5.training.evaluator import evaluate, restore_terms
-from resilient_t5.training.host import MIB, memory_mib
+from resilient_t5.training.hardware.machine import MIB, memory_mib
 from resilient_t5.training.outlook import nearest_existing, outlook_of, outlook_over
 from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run

@@ -31,7 +31,7 @@ from resilient_t5.restoration.scoring.metrics import BandBy, Glossary, count_ter
 from resilient_t5.restoration.scoring.resilience import DAMAGES, Curve, measure_curve
 from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.build import batch_sizes
-from resilient_t5.training.device import build_device
+from resilient_t5.training.hardware.device import build_device
 
 FILLER = "A store has two sides; this line is the other one.\n"
 BANDS: tuple[BandBy, ...] = ("training", "length", "sentinel", "frequency", "digits")

@@ -7,7 +7,6 @@ undisturbed one in its dropout; a number in `batch.micro_tokens` rules that out.
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from resilient_t5.errors import ConfigError
 from resilient_t5.model.memory import GIB, Choice, Execution, Memory, Task, choice_at, choose_micro_tokens
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
-from resilient_t5.training.ranks import ALONE, Ranks
-
-GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+from resilient_t5.training.hardware.machine import host_memory_bytes
+from resilient_t5.training.hardware.process_group import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -144,21 +142,3 @@ def memory_of(config: Config, device: torch.device, sharing: int = 1) -> Memory:
     if on_gpu:
         return Memory(float(torch.cuda.mem_get_info(device)[0]), on_gpu, context_counted=False)
     return Memory(host_memory_bytes() / sharing, on_gpu)
-
-
-def host_memory_bytes() -> float:
-    """Bytes of main memory that this process may still use: what is available, within the limit of its group."""
-    limits = []
-    for path in GROUP_LIMITS:
-        try:
-            limits.append(int(Path(path).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration):
-        import psutil  # comes with accelerate; where there is no /proc
-
-        limits.append(psutil.virtual_memory().available)
-    return float(min(limits))

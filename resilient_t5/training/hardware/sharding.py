@@ -31,9 +31,8 @@ from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.precision import PrecisionName
-from resilient_t5.training.equal import follow
-from resilient_t5.training.host import give_large_blocks_back
-from resilient_t5.training.ranks import ALONE, Ranks
+from resilient_t5.training.hardware.machine import give_large_blocks_back
+from resilient_t5.training.hardware.process_group import ALONE, Ranks, follow
 
 
 @dataclass(eq=False)

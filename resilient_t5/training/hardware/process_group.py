@@ -7,8 +7,12 @@ decided by it. Process 0 is the only writer. With one process every method here 
 
 A process that ends, however it ends, is noticed by the others in the exchange that they are in or come to next, since its
 connections close. One that fails tells why in its last exchange.
+
+That the processes hold the same is seen to at the start, where it is given to all and compared, and at every evaluation.
+Of layers that are cut (`sharding.py`) there is one copy in all the processes together, so nothing of them can differ.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from resilient_t5.errors import ConfigError, ExitCode, ProcessFailed, ProcessLost, ResilientError
 from resilient_t5.training.signals import Stopped, StopSignal
@@ -341,3 +347,42 @@ def _lost(error: RuntimeError) -> ProcessLost:
 
 def _host() -> str:
     return os.uname().nodename[:80]
+
+
+def begin_equal(ranks: Ranks, model: nn.Module, values: Mapping[str, str], *, is_new: bool) -> None:
+    """Give a new run the first weights of process 0 everywhere, and make sure that all hold the same weights and values.
+
+    Raises:
+        ConfigError: they do not; every name and both values are told.
+    """
+    if ranks.count == 1:
+        return
+    if is_new:
+        follow(ranks, _whole(model))
+    notes = ranks.exchange("ready", {**values, "weights": weights_mark(model)})
+    for index, told in enumerate(notes):
+        odd = [f"{name} {notes[0][name]} and {told[name]}" for name in (*values, "weights") if notes[0][name] != told[name]]
+        if odd:
+            raise ConfigError(
+                f"processes 0 and {index} differ: {'; '.join(odd)}. All of them need the same text, model files, settings"
+                " and kind of card"
+            )
+
+
+@torch.no_grad()
+def follow(ranks: Ranks, tensors: Sequence[torch.Tensor]) -> None:
+    """Give every process the tensors of process 0; afterwards their bits are the same in each of them."""
+    if not ranks.is_writer:
+        for tensor in tensors:
+            tensor.zero_()
+    ranks.add_up(tensors)
+
+
+def weights_mark(model: nn.Module) -> str:
+    """A hash of the bits of all parameters that are not cut, summed where they lie: 16 hexadecimal digits."""
+    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in _whole(model)]
+    return hashlib.sha256(repr(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
+
+
+def _whole(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]

@@ -1,4 +1,4 @@
-"""The machine under the run: device, memory in use, and what its bits depend on."""
+"""The machine under the run: device, memory in use and free, time suspended, and what its bits depend on."""
 
 import ctypes
 import importlib.metadata
@@ -6,9 +6,14 @@ import os
 import platform
 import resource
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+
+GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
 
 MIB = 1 << 20
 CPU_SIGNS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
@@ -85,3 +90,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS)
+
+
+def slept_s() -> float:
+    """Seconds that this machine has spent suspended since it was booted; 0 where the system does not tell."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def host_memory_bytes() -> float:
+    """Bytes of main memory that this process may still use: what is available, within the limit of its group."""
+    limits = []
+    for path in GROUP_LIMITS:
+        try:
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration):
+        import psutil  # comes with accelerate; where there is no /proc
+
+        limits.append(psutil.virtual_memory().available)
+    return float(min(limits))

@@ -1,0 +1,1 @@
+"""The machine under a run: device, memory, processes, layers sharded over them."""

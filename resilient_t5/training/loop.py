@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from resilient_t5.training.out_of_memory import update_within_memory
 from resilient_t5.training.recovery import guard_update, notice_suspend, save_if_due
-from resilient_t5.training.report import log_updates, report_status
+from resilient_t5.training.reports.update_log import log_updates, report_status
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_evaluation import judge
 from resilient_t5.training.signals import StopSignal

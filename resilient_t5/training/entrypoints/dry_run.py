@@ -22,13 +22,12 @@ from resilient_t5.data.store.fingerprint import identify
 from resilient_t5.data.store.prepare import prepare, standing_store, store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
-from resilient_t5.training.banner import GIB, banner_lines, free_bytes
 from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint
 from resilient_t5.training.evaluator import evaluate, restore_terms
 from resilient_t5.training.hardware.machine import MIB, memory_mib
-from resilient_t5.training.outlook import nearest_existing, outlook_of, outlook_over
 from resilient_t5.training.progress import Display
+from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, outlook_of, outlook_over
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import inspect
 from resilient_t5.training.saver import AuditTrail

@@ -11,10 +11,10 @@ from resilient_t5.training.entrypoints.export import facts_of, restoration_row
 from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
 from resilient_t5.training.entrypoints.model_directory import Exported, exported, write_export
 from resilient_t5.training.evaluator import restore_terms
-from resilient_t5.training.exhibits import show_outcome
 from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.hardware.process_group import ALONE
 from resilient_t5.training.loop import StopReason
+from resilient_t5.training.reports.artifacts import show_outcome
 from resilient_t5.training.run import Run
 from resilient_t5.training.saver import put_model_tensors
 from resilient_t5.training.signals import StopSignal

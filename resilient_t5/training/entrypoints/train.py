@@ -21,16 +21,15 @@ from resilient_t5.data.store.prepare import prepare, store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
 from resilient_t5.model.load import check_checkpoint
-from resilient_t5.training.banner import banner_lines, process_lines
 from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.finish import attend, conclude, conclude_failure, is_concluded, save_what_stands
-from resilient_t5.training.exhibits import show_start
 from resilient_t5.training.hardware.machine import choose_device, describe
 from resilient_t5.training.hardware.process_group import Ranks, join
 from resilient_t5.training.loop import train
-from resilient_t5.training.outlook import outlook_of
 from resilient_t5.training.progress import Display
 from resilient_t5.training.recovery import load_together
+from resilient_t5.training.reports.artifacts import show_start
+from resilient_t5.training.reports.preview import banner_lines, outlook_of, process_lines
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import RunDirectory, claim, inspect, refuse_foreign_files
 from resilient_t5.training.saver import AuditTrail

@@ -1,0 +1,1 @@
+"""What a run writes for people: the preview, the lines of its updates, samples and summaries."""

@@ -40,10 +40,10 @@ from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
-from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run
-from resilient_t5.training.saver import AuditTrail
 from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

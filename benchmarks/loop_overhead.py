@@ -22,10 +22,10 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
-from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run
-from resilient_t5.training.saver import AuditTrail
 from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 ROUNDS = 7
 UPDATES = 20

@@ -28,7 +28,7 @@ from circumstances import circumstances
 from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.training.convergence.recordings import read_curves
 from resilient_t5.training.convergence.replay import Beside, replay, replay_rules
-from resilient_t5.training.picture import draw_replay
+from resilient_t5.training.telemetry.plots import draw_replay
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "second-descent.yaml"

@@ -11,9 +11,9 @@ from resilient_t5.data.batches import MicroBatch, Reader
 from resilient_t5.data.store.store import Store
 from resilient_t5.training.build import build_run
 from resilient_t5.training.hardware.machine import choose_device
-from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run
-from resilient_t5.training.saver import AuditTrail
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 
 def run_ours(setup: Setup, seed: int) -> dict[str, Any]:

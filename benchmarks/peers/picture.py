@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.training.drawing import INK, MUTED, Canvas, Color, text_width
+from resilient_t5.training.telemetry.plots import INK, MUTED, Canvas, Color, text_width
 
 WIDTH, LEFT, RIGHT, BAR = 1200, 210, 1010, 30
 OURS, PEER = (24, 122, 62), (150, 178, 212)

@@ -63,7 +63,7 @@ def _evaluate(argv: Sequence[str]) -> int:
             _say(f"source    {sample.source}", f"gold      {sample.gold}", f"restored  {sample.restored}")
     _say("", *_table(documents))
     if arguments.png and arguments.curve_examples:
-        from resilient_t5.training.resilience_picture import draw_resilience
+        from resilient_t5.training.telemetry.plots import draw_resilience
 
         draw_resilience(drawn, Path(arguments.png))
         _say(f"picture: {arguments.png}")
@@ -78,8 +78,8 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 def _draw_boards(drawn: Sequence[tuple[str, Any]]) -> None:
     """The curves of each run in its own TensorBoard."""
-    from resilient_t5.training.board import draw_resilience_board
-    from resilient_t5.training.resilience_picture import draw_resilience
+    from resilient_t5.training.telemetry.plots import draw_resilience
+    from resilient_t5.training.telemetry.tensorboard import draw_resilience_board
 
     for path, curves in drawn:
         picture = Path(path) / "resilience.png"

@@ -62,7 +62,7 @@ def _tell(curve: Curve, rules: Rules, beside: Beside | None, arguments: argparse
         lines += differing or [f"agrees with the run's own verdicts at all {len(curve.recorded)} evaluations"]
     if arguments.png != "none":
         # Imported late: a story needs no imaging library.
-        from resilient_t5.training.picture import draw_replay
+        from resilient_t5.training.telemetry.plots import draw_replay
 
         draw_replay(result, Path(arguments.png), beside)
         lines.append(f"picture: {arguments.png}")
@@ -78,7 +78,7 @@ def _compare(curves: list[Curve], section: ConvergenceConfig | None, arguments: 
         raise DataError("no curve holds a finite loss", where=", ".join(arguments.input))
     print("\n".join(table(comparison)))
     if arguments.png != "none":
-        from resilient_t5.training.picture import draw_frontier
+        from resilient_t5.training.telemetry.plots import draw_frontier
 
         draw_frontier(comparison, Path(arguments.png))
         print(f"picture: {arguments.png}")

@@ -34,13 +34,14 @@ from resilient_t5.training.hardware.machine import give_large_blocks_back, numer
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
 from resilient_t5.training.hardware.process_group import ALONE, Ranks, begin_equal
 from resilient_t5.training.hardware.sharding import Layers, cut_layers
-from resilient_t5.training.progress import Display
 from resilient_t5.training.run import Run, telemetry_from
-from resilient_t5.training.saver import AuditTrail, Saver, fingerprints_of
+from resilient_t5.training.saver import Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, make_plan
 from resilient_t5.training.spike_guard import Guard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.timing import Timing
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.timing import Timing
 from resilient_t5.training.update import Updater
 
 

@@ -18,7 +18,7 @@ from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import Action, Verdict
 from resilient_t5.training.state import UpdateResult
-from resilient_t5.training.telemetry import plain, read_rows
+from resilient_t5.training.telemetry.metrics_log import plain, read_rows
 
 DIAGNOSIS = "diagnosis.json"
 ROWS_IN_DIAGNOSIS = 20

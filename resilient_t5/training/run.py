@@ -15,13 +15,13 @@ from resilient_t5.training.convergence.machine import ConvergenceMachine, cooldo
 from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.hardware.memory_fit import Fit
 from resilient_t5.training.hardware.process_group import Ranks
-from resilient_t5.training.progress import Display
-from resilient_t5.training.saver import AuditTrail, Saver
+from resilient_t5.training.saver import Saver
 from resilient_t5.training.schedule import Plan, lr_at
 from resilient_t5.training.spike_guard import Guard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.telemetry import Telemetry
-from resilient_t5.training.timing import Left, Timing
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail, Telemetry
+from resilient_t5.training.telemetry.timing import Left, Timing
 from resilient_t5.training.update import Updater
 
 

@@ -6,10 +6,10 @@ import time
 from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.convergence.machine import Verdict, Window
 from resilient_t5.training.evaluator import Evaluation, evaluate, restore_terms
-from resilient_t5.training.progress import evaluation_line, phase_line, restoration_line
 from resilient_t5.training.reports.artifacts import show_events, show_samples
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.telemetry.console import evaluation_line, phase_line, restoration_line
 
 
 def judge(run: Run, stop: StopSignal) -> None:

@@ -23,16 +23,12 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
 from resilient_t5.training.hardware.sharding import local, own_rows
-from resilient_t5.training.progress import Display
 from resilient_t5.training.run_directory import changed_keys, changed_mathematics
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import Guard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.telemetry import Telemetry
-from resilient_t5.training.timing import Timing
+from resilient_t5.training.telemetry.timing import Timing
 from resilient_t5.training.update import Updater
-
-QUIET_EVENTS = ("delete", "sweep")
 
 
 @dataclass
@@ -232,48 +228,6 @@ def fingerprints_of(config: Config, store: Store, ids: np.ndarray) -> dict[str, 
 def is_best(state: RunState) -> bool:
     """Whether the state is the best of its run, as far as it is known."""
     return state.best is not None and state.best["update"] == state.update == state.evaluated_update
-
-
-class AuditTrail:
-    """What the vault did, as `save` rows and console lines; kept until there is a log to write it to.
-
-    Args:
-        deadline_s: seconds that a SIGTERM leaves for a save; one that takes longer is warned of, once.
-    """
-
-    def __init__(self, deadline_s: float = float("inf")) -> None:
-        self._deadline_s = deadline_s
-        self._kept: list[tuple[str, dict[str, Any]]] = []
-        self._log: tuple[Telemetry, Display] | None = None
-
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        """Note one event of the vault."""
-        if self._log is None:
-            self._kept.append((event, fields))
-            return
-        telemetry, display = self._log
-        update = fields.get("update", 0)
-        telemetry.row("save", update, event=event, **{key: value for key, value in fields.items() if key != "update"})
-        if event == "save":
-            size_mib = fields["bytes"] / (1 << 20)
-            display.line(
-                f"saved  {update:>6} {fields['name']} ({fields['reason']}) {size_mib:.1f} MiB in {fields['save_s']:.2f} s"
-            )
-            if fields["save_s"] > self._deadline_s:
-                display.line(
-                    f"save   warning: a save takes longer than run.deadline_s {self._deadline_s:g}: after SIGTERM the newest"
-                    " state may not be saved; raise it, and the time that whoever sends the signal waits"
-                )
-                self._deadline_s = float("inf")
-        elif event not in QUIET_EVENTS:
-            display.line(f"checkpoint {event}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
-
-    def attach(self, telemetry: Telemetry, display: Display) -> None:
-        """Open the log, and tell what was kept."""
-        self._log = (telemetry, display)
-        kept, self._kept = self._kept, []
-        for event, fields in kept:
-            self(event, fields)
 
 
 def model_tensors(model: T5Model) -> dict[str, torch.Tensor]:

@@ -211,9 +211,9 @@ def _running_sums():
 
 
 def _log_rows():
-    from resilient_t5.training import telemetry
+    from resilient_t5.training.telemetry import metrics_log
 
-    telemetry.drop_rows_beyond = lambda path, update, evaluated_update: None
+    metrics_log.drop_rows_beyond = lambda path, update, evaluated_update: None
 
 
 def _guard_history():

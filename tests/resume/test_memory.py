@@ -11,9 +11,9 @@ from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
-from resilient_t5.training.progress import Display
-from resilient_t5.training.saver import AuditTrail
 from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 
 def test_a_restored_checkpoint_is_not_held_in_memory_a_second_time(tiny_config, tmp_path):

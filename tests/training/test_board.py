@@ -5,7 +5,7 @@ import re
 import pytest
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from resilient_t5.training.board import LAYOUT
+from resilient_t5.training.telemetry.tensorboard import LAYOUT
 
 TAGS = {
     "train/loss",

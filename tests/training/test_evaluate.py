@@ -14,8 +14,9 @@ from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.evaluator import ExampleSums, evaluate, restore_terms, summarise
-from resilient_t5.training.progress import Display
-from resilient_t5.training.saver import AuditTrail, model_tensors
+from resilient_t5.training.saver import model_tensors
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 
 @pytest.fixture(scope="module")

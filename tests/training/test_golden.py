@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resilient_t5.training.telemetry import read_rows
+from resilient_t5.training.telemetry.metrics_log import read_rows
 
 GOLDEN = Path(__file__).with_name("golden.json")
 # Another processor rounds in another order; over twenty updates that stays far below a real change.

@@ -6,9 +6,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from resilient_t5.training.live import LiveView
-from resilient_t5.training.progress import Display
-from resilient_t5.training.timing import Left, Timing
+from resilient_t5.training.telemetry.console import Display, LiveView
+from resilient_t5.training.telemetry.timing import Left, Timing
 
 
 def painted(view, width):

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resilient_t5.commands.replay import main
-from resilient_t5.training.telemetry import read_rows
+from resilient_t5.training.telemetry.metrics_log import read_rows
 from tests.conftest import read_summary
 
 VERDICT = re.compile(

@@ -32,7 +32,7 @@ from resilient_t5.training.convergence.rivals import (
     ray_plateau,
 )
 from resilient_t5.training.convergence.scoring import against_frontier, compare, document, score, summary, sweep
-from resilient_t5.training.drawing import round_ticks
+from resilient_t5.training.telemetry.plots import round_ticks
 
 ROOT = Path(__file__).parents[2]
 CURVES = Path(os.environ.get("RESILIENT_T5_SHARED", ROOT.parent / "shared")) / "curves" / "curves.jsonl.gz"
@@ -292,7 +292,7 @@ def test_settings_and_choices_on_the_command_line(tmp_path, capsys):
 
 def test_the_picture_shows_every_phase_the_stop_and_what_was_not_trained(tmp_path):
     """Colours of the bands, of the stop line and of the rest are on the page."""
-    from resilient_t5.training.picture import BAND, SECOND, STOP, UNTRAINED, draw_replay
+    from resilient_t5.training.telemetry.plots import BAND, SECOND, STOP, UNTRAINED, draw_replay
 
     losses = [5.0, 4.0, 3.0, 3.0, 3.0, 3.0, 2.0, *[2.0] * 9, 1.5, 1.4]
     windows = tuple(Window(100 * number, 0, 0.0, loss) for number, loss in enumerate(losses, 1))
@@ -309,7 +309,7 @@ def test_the_picture_shows_every_phase_the_stop_and_what_was_not_trained(tmp_pat
 
 def test_another_rule_is_told_and_drawn_beside_the_runs_own(tmp_path, capsys):
     """The run keeps its own rules and its agreement; the other's stop is in the story and in the picture."""
-    from resilient_t5.training.picture import OTHER, STOP
+    from resilient_t5.training.telemetry.plots import OTHER, STOP
 
     run, picture = write_run(tmp_path / "run", LOSSES, replace(RULES, patience=8)), tmp_path / "both.png"
     other = ["--beside", "--convergence.preset", "seed-code", "--convergence.start", "200", "--convergence.judge_from", "200"]

@@ -5,7 +5,7 @@ import math
 
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from resilient_t5.training.telemetry import Telemetry, read_rows
+from resilient_t5.training.telemetry.metrics_log import Telemetry, read_rows
 
 
 def write(directory, updates, from_update=0):

@@ -26,14 +26,14 @@ from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint
 from resilient_t5.training.evaluator import evaluate, restore_terms
 from resilient_t5.training.hardware.machine import MIB, memory_mib
-from resilient_t5.training.progress import Display
 from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, outlook_of, outlook_over
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import inspect
-from resilient_t5.training.saver import AuditTrail
 from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
 from resilient_t5.training.state import RunState
-from resilient_t5.training.timing import readable
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.timing import readable
 
 WORKSHOP = ".dry_run-"
 

@@ -21,7 +21,7 @@ from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
 from resilient_t5.training.entrypoints.model_directory import exported, write_export
 from resilient_t5.training.run_directory import ENVIRONMENT
 from resilient_t5.training.saver import put_model_tensors
-from resilient_t5.training.telemetry import read_rows
+from resilient_t5.training.telemetry.metrics_log import read_rows
 
 Which = Literal["best", "last"]
 

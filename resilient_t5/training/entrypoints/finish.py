@@ -18,7 +18,7 @@ from resilient_t5.training.reports.artifacts import show_outcome
 from resilient_t5.training.run import Run
 from resilient_t5.training.saver import put_model_tensors
 from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.timing import readable
+from resilient_t5.training.telemetry.timing import readable
 
 STATUS = {
     StopReason.MAX_UPDATES: "finished",

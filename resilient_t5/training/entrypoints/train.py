@@ -26,14 +26,14 @@ from resilient_t5.training.entrypoints.finish import attend, conclude, conclude_
 from resilient_t5.training.hardware.machine import choose_device, describe
 from resilient_t5.training.hardware.process_group import Ranks, join
 from resilient_t5.training.loop import train
-from resilient_t5.training.progress import Display
 from resilient_t5.training.recovery import load_together
 from resilient_t5.training.reports.artifacts import show_start
 from resilient_t5.training.reports.preview import banner_lines, outlook_of, process_lines
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import RunDirectory, claim, inspect, refuse_foreign_files
-from resilient_t5.training.saver import AuditTrail
 from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 Given = Mapping[str, tuple[Any, str]]
 """{"section.key": (value, where it came from)} of the settings that differ from the defaults."""

@@ -14,10 +14,10 @@ from resilient_t5.restoration.scoring.score_report import RestorationReport, Sam
 from resilient_t5.training.convergence.recordings import read_curves
 from resilient_t5.training.convergence.replay import replay
 from resilient_t5.training.hardware.machine import memory_mib
-from resilient_t5.training.picture import draw_replay
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import ENVIRONMENT
-from resilient_t5.training.telemetry import read_rows
+from resilient_t5.training.telemetry.metrics_log import read_rows
+from resilient_t5.training.telemetry.plots import draw_replay
 
 WINDOWS_PICTURE = "windows.png"
 SETTINGS_SHOWN = (

@@ -6,10 +6,10 @@ from datetime import datetime
 
 from resilient_t5.files import write_whole
 from resilient_t5.training.hardware.machine import memory_mib
-from resilient_t5.training.progress import train_line
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.state import SinceLog
+from resilient_t5.training.telemetry.console import train_line
 
 STATUS = "status.json"
 

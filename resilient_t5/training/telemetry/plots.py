@@ -1,14 +1,160 @@
-"""Pictures of a replay, in which a person sees windows, phases, second descent and stop, and of a comparison's frontier."""
+"""Pictures as PNG: of a replay, of the frontier of a comparison, and of the resilience curves of models.
+
+A replay shows windows, phases, second descent and stop. Resilience curves have one panel for each kind of damage.
+
+`Canvas` is a small canvas for diagrams: axes with round ticks, lines, bands, marks and text. Everything is drawn at twice
+its size and scaled down, which smooths the lines. Pillow comes along with tensorboard; its built-in font covers Latin text,
+so names in other scripts are shown as question marks.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from PIL import Image, ImageDraw, ImageFont
+
+from resilient_t5.errors import StorageError
 from resilient_t5.training.convergence.phases import Phase
 from resilient_t5.training.convergence.replay import Beside, Replay, lowest
 from resilient_t5.training.convergence.scoring import Comparison, Summary, summary
 from resilient_t5.training.convergence.trend import HORIZON_WINDOWS
-from resilient_t5.training.drawing import INK, MUTED, Axes, Canvas, Color, text_width
+
+if TYPE_CHECKING:
+    from resilient_t5.restoration.scoring.resilience import Curve, Point
+
+SCALE = 2
+INK, MUTED, GRID, PAPER = (33, 37, 41), (108, 117, 125), (228, 231, 235), (255, 255, 255)
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A rectangle on the canvas, in pixels, and the data range that it shows."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        """Pixels of `value`; outside the range it lies outside the rectangle."""
+        low, high = self.x_range
+        return self.left + (value - low) / ((high - low) or 1.0) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        """Pixels of `value`, held within the rectangle."""
+        low, high = self.y_range
+        share = (value - low) / ((high - low) or 1.0)
+        return self.bottom - min(max(share, 0.0), 1.0) * (self.bottom - self.top)
+
+    def shows(self, value: float) -> bool:
+        """Whether `value` lies within the range drawn."""
+        return self.y_range[0] <= value <= self.y_range[1]
+
+
+class Canvas:
+    """A white page of `width` x `height` pixels."""
+
+    def __init__(self, width: int, height: int):
+        self.size = (width, height)
+        self._image = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
+        self._draw = ImageDraw.Draw(self._image)
+
+    def line(self, points: Sequence[tuple[float, float]], color: Color, width: float = 1.5, dash: float = 0.0) -> None:
+        """A line through `points`; with `dash` pixels on and off."""
+        scaled = [(x * SCALE, y * SCALE) for x, y in points]
+        pixels = max(1, round(width * SCALE))
+        if not dash:
+            self._draw.line(scaled, fill=color, width=pixels, joint="curve")
+            return
+        for (x1, y1), (x2, y2) in zip(scaled[:-1], scaled[1:], strict=True):
+            length = math.hypot(x2 - x1, y2 - y1)
+            for number in range(math.ceil(length / (2 * dash * SCALE))):
+                begin = 2 * dash * SCALE * number / length
+                end = min(1.0, begin + dash * SCALE / length)
+                ends = [(x1 + (x2 - x1) * share, y1 + (y2 - y1) * share) for share in (begin, end)]
+                self._draw.line(ends, fill=color, width=pixels)
+
+    def area(self, points: Sequence[tuple[float, float]], color: Color) -> None:
+        """A filled polygon."""
+        self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points], fill=color)
+
+    def box(self, left: float, top: float, right: float, bottom: float, color: Color) -> None:
+        """A filled rectangle."""
+        self._draw.rectangle((left * SCALE, top * SCALE, right * SCALE, bottom * SCALE), fill=color)
+
+    def dot(self, x: float, y: float, radius: float, color: Color, hollow: bool = False) -> None:
+        """A disc, or a ring with a white middle."""
+        where = ((x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE)
+        self._draw.ellipse(where, fill=PAPER if hollow else color, outline=color, width=2 * SCALE)
+
+    def text(self, x: float, y: float, text: str, color: Color = INK, size: int = 14, *, anchor: str = "lm") -> None:
+        """One line; `anchor` is Pillow's: horizontal l, m, r and vertical t, m, b."""
+        self._draw.text((x * SCALE, y * SCALE), _latin(text), fill=color, font=_font(size), anchor=anchor)
+
+    def tag(self, x: float, y: float, text: str, color: Color, size: int = 13, *, anchor: str = "lm") -> None:
+        """Text on a white label, legible above lines; kept on the page."""
+        width = text_width(text, size)
+        left = x - {"l": 0.0, "m": width / 2, "r": width}[anchor[0]]
+        left = min(max(left, 6.0), self.size[0] - width - 6.0)
+        self.box(left - 4, y - size * 0.75, left + width + 4, y + size * 0.75, PAPER)
+        self.text(left, y, text, color, size)
+
+    def frame(self, axes: Axes, title: str = "", ticks: int = 5) -> None:
+        """Horizontal grid with numbers on the left, a title above, and the bottom line."""
+        for value in round_ticks(*axes.y_range, ticks):
+            self.line([(axes.left, axes.y(value)), (axes.right, axes.y(value))], GRID, 1)
+            self.text(axes.left - 8, axes.y(value), f"{value:.6g}", MUTED, 13, anchor="rm")
+        self.line([(axes.left, axes.bottom), (axes.right, axes.bottom)], MUTED, 1)
+        self.text(axes.left, axes.top - 12, title, MUTED, 13)
+
+    def x_numbers(self, axes: Axes, title: str, ticks: int = 10) -> None:
+        """Numbers and a title below."""
+        for value in round_ticks(*axes.x_range, ticks):
+            self.line([(axes.x(value), axes.bottom), (axes.x(value), axes.bottom + 5)], MUTED, 1)
+            self.text(axes.x(value), axes.bottom + 9, f"{value:,.6g}", MUTED, 13, anchor="mt")
+        self.text((axes.left + axes.right) / 2, axes.bottom + 30, title, MUTED, 13, anchor="mt")
+
+    def save(self, path: Path) -> None:
+        """Write the PNG.
+
+        Raises:
+            StorageError: it cannot be written there.
+        """
+        try:
+            self._image.resize(self.size, Image.Resampling.LANCZOS).save(path, format="PNG", optimize=True)
+        except OSError as error:
+            raise StorageError(f"cannot write the picture: {error.strerror}", where=str(path), mend="Name it: --png") from None
+
+
+def text_width(text: str, size: int) -> float:
+    """Width of one line in pixels."""
+    return _font(size).getlength(_latin(text)) / SCALE
+
+
+def round_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers from `low` to `high`."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    raw = span / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    gap = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9)
+    return [number * gap for number in range(first, last + 1)]
+
+
+def _latin(text: str) -> str:
+    return text.encode("latin-1", errors="replace").decode("latin-1")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size * SCALE)
+
 
 WIDTH, HEIGHT, LEFT, RIGHT = 1500, 980, 90, 1465
 BAND: dict[Phase, Color] = {
@@ -268,3 +414,54 @@ def _rule_dots(canvas: Canvas, axes: Axes, rules: dict[str, Summary]) -> None:
         taken.append((at, left, left + width))
         canvas.line([(x, y), (left, at + 4)], color, 0.8)
         canvas.text(left, at, name, color, 14)
+
+
+COLORS: tuple[Color, ...] = ((28, 85, 158), (192, 28, 40), (24, 122, 62), (106, 76, 147), (200, 110, 20), (90, 90, 90))
+PANEL, PANEL_GAP, PANEL_LEFT, PANEL_TOP, PANEL_HEIGHT = 430, 70, 80, 130, 380
+NAMES = {"masks": "tokens masked, %", "noise": "visible tokens noised, % (masks as trained)", "both": "masked and noised, %"}
+
+
+def draw_resilience(models: "Sequence[tuple[str, Sequence[Curve]]]", path: Path) -> None:
+    """Draw the term restoration rate over the damage, with its 95 % interval; the majority guess is dashed.
+
+    Args:
+        models: (name, curves) of each model; all have the same kinds of damage in the same order.
+        path: the PNG.
+
+    Raises:
+        StorageError: it cannot be written there.
+    """
+    panels = max(len(curves) for _, curves in models)
+    canvas = Canvas(PANEL_LEFT + panels * (PANEL + PANEL_GAP), PANEL_TOP + PANEL_HEIGHT + 70 + 24 * len(models))
+    canvas.text(PANEL_LEFT, 34, "Resilience: masked terms written back exactly, on unseen documents", INK, 22)
+    legend = "bars: 95 % interval over documents; dashed: majority guess from the neighbouring words"
+    canvas.text(PANEL_LEFT, 66, legend, MUTED, 15)
+    for number in range(panels):
+        left = PANEL_LEFT + number * (PANEL + PANEL_GAP)
+        shown = [(name, curves[number]) for name, curves in models if number < len(curves)]
+        highest = max(point.level for _, curve in shown for point in curve.points)
+        axes = Axes(left, PANEL_TOP, left + PANEL, PANEL_TOP + PANEL_HEIGHT, (0.0, 100 * highest), (0.0, 1.0))
+        canvas.frame(axes, "term restoration rate" if number == 0 else "", 5)
+        canvas.x_numbers(axes, NAMES[shown[0][1].damage], 5)
+        for index, (_, curve) in enumerate(shown):
+            _draw_curve(canvas, axes, curve, COLORS[index % len(COLORS)])
+    for index, (name, curves) in enumerate(models):
+        y, color = PANEL_TOP + PANEL_HEIGHT + 72 + 24 * index, COLORS[index % len(COLORS)]
+        canvas.line([(PANEL_LEFT, y), (PANEL_LEFT + 30, y)], color, 3)
+        areas = ", ".join(f"{curve.damage} {curve.area:.3f}" for curve in curves)
+        label = f"{name}   area: {areas}"
+        canvas.text(PANEL_LEFT + 40, y, label if text_width(label, 15) < panels * PANEL else name, INK, 15)
+    canvas.save(path)
+
+
+def _draw_curve(canvas: Canvas, axes: Axes, curve: "Curve", color: Color) -> None:
+    points: list[Point] = [point for point in curve.points if point.rate.n]
+    guesses = [(axes.x(100 * point.level), axes.y(point.majority.rate)) for point in points if point.majority.n]
+    if len(guesses) > 1:
+        canvas.line(guesses, color, 1.2, dash=5)
+    line = [(axes.x(100 * point.level), axes.y(point.rate.rate)) for point in points]
+    if len(line) > 1:
+        canvas.line(line, color, 2.4)
+    for (x, y), point in zip(line, points, strict=True):
+        canvas.line([(x, axes.y(point.rate.low)), (x, axes.y(point.rate.high))], color, 1.2)
+        canvas.dot(x, y, 4, color)

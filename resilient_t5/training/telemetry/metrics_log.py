@@ -14,7 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.training.board import Board
+from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.tensorboard import Board
+
+QUIET_EVENTS = ("delete", "sweep")
+
 
 AUDIT_KINDS = ("start", "end", "save", "guard", "signal")
 """Rows that stay when a run goes back to an older update; all others beyond it are dropped."""
@@ -137,3 +141,45 @@ def drop_rows_beyond(path: Path, update: int, evaluated_update: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+class AuditTrail:
+    """What the vault did, as `save` rows and console lines; kept until there is a log to write it to.
+
+    Args:
+        deadline_s: seconds that a SIGTERM leaves for a save; one that takes longer is warned of, once.
+    """
+
+    def __init__(self, deadline_s: float = float("inf")) -> None:
+        self._deadline_s = deadline_s
+        self._kept: list[tuple[str, dict[str, Any]]] = []
+        self._log: tuple[Telemetry, Display] | None = None
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """Note one event of the vault."""
+        if self._log is None:
+            self._kept.append((event, fields))
+            return
+        telemetry, display = self._log
+        update = fields.get("update", 0)
+        telemetry.row("save", update, event=event, **{key: value for key, value in fields.items() if key != "update"})
+        if event == "save":
+            size_mib = fields["bytes"] / (1 << 20)
+            display.line(
+                f"saved  {update:>6} {fields['name']} ({fields['reason']}) {size_mib:.1f} MiB in {fields['save_s']:.2f} s"
+            )
+            if fields["save_s"] > self._deadline_s:
+                display.line(
+                    f"save   warning: a save takes longer than run.deadline_s {self._deadline_s:g}: after SIGTERM the newest"
+                    " state may not be saved; raise it, and the time that whoever sends the signal waits"
+                )
+                self._deadline_s = float("inf")
+        elif event not in QUIET_EVENTS:
+            display.line(f"checkpoint {event}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
+
+    def attach(self, telemetry: Telemetry, display: Display) -> None:
+        """Open the log, and tell what was kept."""
+        self._log = (telemetry, display)
+        kept, self._kept = self._kept, []
+        for event, fields in kept:
+            self(event, fields)

@@ -20,13 +20,30 @@ LAYERS = {
     "training": 5,
     "commands": 6,
 }
+ROOMS: dict[str, set[str]] = {
+    "data.corpus": set(),
+    "data.tokenizer": set(),
+    "data.corruption": {"data.tokenizer"},
+    "data.store": {"data.corpus", "data.corruption", "data.tokenizer"},
+    "restoration.scoring": set(),
+    "training.convergence": set(),
+    "training.hardware": set(),
+    "training.telemetry": {"training.convergence"},
+    "training.reports": {"training.convergence", "training.hardware", "training.telemetry"},
+    "training.entrypoints": {"training.hardware", "training.reports", "training.telemetry"},
+}
+"""The folders inside a part, each with the other folders of that part that it may import."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(module: str) -> str:
-    """`resilient_t5.data.corpus.documents` -> `data`; the files of the configuration are one part."""
-    name = module.split(".")[1]
-    return "config" if name.startswith("config") else name
+    """`resilient_t5.data.corpus.documents` -> `data`."""
+    return module.split(".")[1]
+
+
+def room_of(module: str) -> str:
+    """`resilient_t5.data.corpus.documents` -> `data.corpus`; a file that lies beside the rooms is a room by itself."""
+    return ".".join(module.split(".")[1:3])
 
 
 def name_of(path: Path) -> str:
@@ -58,9 +75,37 @@ def test_imports_run_down_the_layers(path):
         assert inside or LAYERS[part_of(there)] < LAYERS[part_of(here)], f"{here} imports {there}"
 
 
+def test_rooms_import_the_rooms_that_they_may():
+    """A folder inside a part imports of the other folders only those named in ROOMS, and every folder is named there."""
+    found: dict[str, set[str]] = {
+        room_of(name_of(path)): set() for path in MODULES if len(path.relative_to(PACKAGE).parts) == 3
+    }
+    for path in MODULES:
+        here = room_of(name_of(path))
+        if here in found:
+            found[here] |= {room_of(there) for there in imported(path)} & found.keys() - {here}
+    inside = {
+        here: {room for room in rooms if room.partition(".")[0] == here.partition(".")[0]} for here, rooms in found.items()
+    }
+    assert inside == ROOMS
+
+
+def test_no_cycles_between_rooms():
+    """Taken as one, the files of a folder still import nothing that imports them."""
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        here = room_of(name_of(path))
+        graph.setdefault(here, set()).update({room_of(there) for there in imported(path)} - {here})
+    assert_no_cycle(graph)
+
+
 def test_no_cycles_between_modules():
     """Following imports never comes back to where it began."""
-    graph = {name_of(path): set(imported(path)) for path in MODULES}
+    assert_no_cycle({name_of(path): set(imported(path)) for path in MODULES})
+
+
+def assert_no_cycle(graph: dict[str, set[str]]) -> None:
+    """Fail with the way round when following the edges comes back to where it began."""
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

@@ -44,7 +44,7 @@ def reported(command: Callable[[], int], interrupted: str = "interrupted") -> in
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """As `training.host` says, which is imported only where torch is loaded already and may be what refused."""
+    """As `training.hardware.machine` says, which is imported only where torch is loaded already and may be what refused."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from resilient_t5.training.hardware.machine import is_out_of_memory

@@ -1,7 +1,7 @@
 """The whole configuration: one frozen dataclass, its sections, the checks across sections, and what a resume may change.
 
-Sections live in `config_data.py` and `config_training.py`; each part of the program receives its own section only.
-Parsing YAML and the command line is `commands/arguments.py`.
+Sections live in `config/data.py` and `config/training.py`; each part of the program receives its own section only.
+Parsing YAML and the command line is `config/parse.py`.
 """
 
 import dataclasses

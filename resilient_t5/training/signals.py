@@ -162,7 +162,7 @@ PROGRESS_EVERY_S = 5.0
 
 
 def progress_teller(stop: StopSignal, tell: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A callback for `data.prepare` that says now and then how far it is, in bytes, and ends the work at a stop request.
+    """A callback for `prepare` that says now and then how far it is, in bytes, and ends the work at a stop request.
 
     Raises (the callback):
         Stopped: the process was asked to stop.

@@ -45,7 +45,7 @@ BUCKET_BYTES = 32 << 20
 GLOO = "gloo"
 """In what gloo says of a connection that closed; its errors have no type of their own."""
 MICRO_BATCH_TOKENS = 64
-"""What a micro-batch costs beside its padded tokens, as in `data.dealing`."""
+"""What a micro-batch costs beside its padded tokens, as in `data.batches`."""
 
 
 @dataclass(eq=False)

@@ -131,7 +131,7 @@ def test_a_gap_inside_a_word_is_encoded_as_a_reader_would_and_stays_within_the_l
     active = np.arange(ours.size, dtype=np.int32)
     encoding = build_gap_encoding(ours, active, ours.sentinel_ids)
     assert encoding is not None and ours.gap_starts_word
-    ids = ours.encode_marked("unquestionably").tolist()
+    ids = ours.encode_marked("consultationelectrocardiography").tolist()
     grown = 0
     for place in range(2, len(ids) - 1):
         row = np.array([*ids[:place], ours.sentinel_ids[0], *ids[place + 1 :], ours.eos_id], np.int32)
@@ -140,7 +140,7 @@ def test_a_gap_inside_a_word_is_encoded_as_a_reader_would_and_stays_within_the_l
         encoded, ends = encoding.encode(row, offsets, longest=100)
         assert encoded.tolist() == [*ours.encode_marked(text).tolist(), ours.eos_id] and ends.tolist() == [0, len(encoded)]
         kept, ends = encoding.encode(row, offsets, longest=len(row))
-        assert len(kept) == len(row) and ends.tolist() == offsets.tolist()
+        assert len(kept) == ends[-1] == min(len(encoded), len(row))
         grown += len(encoded) > len(row) and kept.tolist() == row.tolist()
     assert grown > 2
 

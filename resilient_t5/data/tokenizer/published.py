@@ -39,6 +39,7 @@ SPIECE_FILE = "spiece.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
 MODEL_CONFIG_FILE = "config.json"
 LITERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+NEVER_READ = ("<pad>", "</s>", "<unk>")  # no text of training reaches them
 # What Unicode calls white space; at these characters WhitespaceSplit ends a word.
 WHITE_SPACE = r"[\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
 PROBES = (
@@ -219,6 +220,9 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 
 def _same_ids(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two documents give the same ids for the probe texts, and for texts that hold the added tokens of the first."""
     one, other = (Tokenizer.from_str(json.dumps(document)) for document in (first, second))
     spaced = [f"{probe} {tail}" for probe in PROBES for tail in PROBES[:3]]
-    return all(one.encode(text).ids == other.encode(text).ids for text in (*PROBES, *spaced))
+    names = [token["content"] for token in first["added_tokens"] if SENTINEL_PIECE.fullmatch(token["content"]) is None]
+    added = [f"a{space}{name}{space}b" for name in names if name not in NEVER_READ for space in ("", " ")]
+    return all(one.encode(text).ids == other.encode(text).ids for text in (*PROBES, *spaced, *added))

@@ -99,7 +99,7 @@ class TextTokenizer:
     def __init__(self, document: dict[str, Any], spiece: bytes | None = None, where: str = "tokenizer.json"):
         added = _checked_vocabulary(document, where)
         self.of_an_older_version = _is_of_an_older_version(document)
-        """Whether a version of ours wrote it that put a word start after each gap; its stores were made without."""
+        """Whether version 0.1 wrote it, whose document puts a word start after each gap; its stores were made without one."""
         if self.of_an_older_version:
             document = _renewed(document)
             added = _checked_vocabulary(document, where)
@@ -116,7 +116,7 @@ class TextTokenizer:
         """int32 (sentinels,): id of <extra_id_k> at place k."""
         hidden = {self.pad_id, self.eos_id, self.unk_id, *self.sentinel_ids.tolist()}
         self.added_ids = np.array(sorted({int(token["id"]) for token in added} | hidden), dtype=np.int32)
-        """int32: every id that no piece of text has by the search for pieces: special and added tokens, sentinels."""
+        """int32: special and added tokens and sentinels, which the search for pieces never gives."""
         specials = {int(token["id"]) for token in added if token.get("special")}
         self.special_ids = np.array(sorted(specials | hidden), dtype=np.int32)
         fallback = bool(document["model"].get("byte_fallback"))
@@ -229,10 +229,10 @@ class TextTokenizer:
         """int32: ids of white space that vanishes directly before a sentinel; nothing for a store of an older version."""
         if self.of_an_older_version:
             return np.zeros(0, dtype=np.int32)
-        found = []
+        found, bytes_of = [], set(self.byte_ids.tolist())
         bare = self.encode_marked("a<extra_id_0>").tolist()
         for number, piece in enumerate(self._pieces):
-            byte = BYTE_PIECE.fullmatch(piece) if number in self.byte_ids else None
+            byte = BYTE_PIECE.fullmatch(piece) if number in bytes_of else None
             text = chr(int(byte[1], 16)) if byte and int(byte[1], 16) < 0x80 else piece.replace(SPACE, " ")
             if text and text.isspace() and self.encode_marked(f"a{text}<extra_id_0>").tolist() == bare:
                 found.append(number)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from resilient_t5.data.gap_encoding import build_gap_encoding, reachable_behind_gaps
-from resilient_t5.data.sample import generate_notes
-from resilient_t5.data.tokenizer import SPACE, TextTokenizer, load_tokenizer, train_tokenizer
+from resilient_t5.data.corruption.gap_encoding import build_gap_encoding, reachable_behind_gaps
+from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from tests.published import LAYOUTS, MT5_CONFIG, random_weights, write_layout
 

@@ -155,6 +155,15 @@ def model_kind(config: dict[str, Any]) -> str | None:
     return next((KINDS[name] for name in names if name in KINDS), None)
 
 
+def declared_rows(name_or_path: str) -> int | None:
+    """`vocab_size` in the config.json of a model that is on this machine; None where it does not say."""
+    directory = cached(name_or_path, "model")
+    if directory is None or not (directory / CONFIG_FILE).is_file():
+        return None
+    rows = read_json(directory / CONFIG_FILE).get("vocab_size")
+    return rows if type(rows) is int else None
+
+
 def refuse_pointer(path: Path) -> None:
     """Refuse a file that is only the pointer of Git LFS to the real one.
 

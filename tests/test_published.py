@@ -185,7 +185,8 @@ tokenizer = AutoTokenizer.from_pretrained(request["export"])
 model = AutoModelForSeq2SeqLM.from_pretrained(request["export"], torch_dtype=torch.float32).eval()
 ids = tokenizer(request["texts"])["input_ids"]
 with torch.no_grad():
-    logits = [model(input_ids=torch.tensor([row]), decoder_input_ids=torch.tensor([row[::-1]])).logits[0].tolist() for row in ids[:4]]
+    pairs = [(torch.tensor([row]), torch.tensor([row[::-1]])) for row in ids[:4]]
+    logits = [model(input_ids=source, decoder_input_ids=target).logits[0].tolist() for source, target in pairs]
 json.dump({"ids": ids, "logits": logits}, sys.stdout)
 """
 

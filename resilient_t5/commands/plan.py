@@ -7,7 +7,7 @@ from typing import Any
 
 from resilient_t5.commands.failure import reported
 from resilient_t5.config.parse import Arguments, parse_arguments
-from resilient_t5.config.schema import optimizer_problems
+from resilient_t5.config.schema import Config, optimizer_problems
 from resilient_t5.errors import ConfigError, ExitCode
 
 DESCRIPTION = "Say what fits into a card, and what would: nothing is allocated, nothing is fetched, nothing is written."
@@ -62,6 +62,7 @@ def _found(arguments: Arguments) -> dict[str, Any]:
         raise ConfigError(*problems)
     store, task = _store_and_task(arguments)
     whole = sizes_of_settings(config.model, _trained_rows(config))
+    _check_tokenizer(config, whole.rows)
     rows = arguments.flags.get("rows") or _rows(config, store, whole.rows)
     sizes = whole.with_rows(rows)
     memory, precision = _memory_and_precision(config)
@@ -87,6 +88,20 @@ def _found(arguments: Arguments) -> dict[str, Any]:
         "as_configured": {**own.choice.to_json(), "why": own.why},
         "smallest_card_gib": {name: smallest_card_gib(sizes, task, precision, (name,), own.processes) for name in optimizers},
     }
+
+
+def _check_tokenizer(config: Config, rows: int) -> None:
+    """Refuse what training would refuse: the tokenizer of a model that is on this machine, where it has one."""
+    from resilient_t5 import hub
+    from resilient_t5.data.tokenizer.tokenizer import check_rows, load_tokenizer
+
+    name = config.tokenizer.name_or_path or config.model.name_or_path
+    directory = None if config.model.name_or_path is None or name is None else hub.cached(name, "tokenizer")
+    if directory is None or not any((directory / file).is_file() for file in hub.TOKENIZER_FILES):
+        return
+    assert name is not None and config.model.name_or_path is not None
+    setting = "tokenizer.name_or_path" if config.tokenizer.name_or_path else "model.name_or_path"
+    check_rows(load_tokenizer(name, setting=setting), rows, config.model.name_or_path)
 
 
 def _processes(arguments: Arguments) -> int:

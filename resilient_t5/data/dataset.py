@@ -55,11 +55,17 @@ class Corpus:
         check_sentinels(store.tokenizer, config.corruption)
         confusions = None if config.corruption.confusions is None else Path(config.corruption.confusions)
         if config.model.active_vocabulary == "corpus":
-            table = build_token_table(store.tokenizer, store.active_to_full, confusions)
+            table = build_token_table(store.tokenizer, store.active_to_full, confusions, encodes_gaps=store.encodes_gaps)
             return cls(store, store.train, store.validation, store.active_to_full, table)
-        identity = np.arange(store.tokenizer.size, dtype=np.int32)
+        identity, encodes = np.arange(store.tokenizer.size, dtype=np.int32), store.encodes_gaps
         train, validation = (in_full_ids(split, store.active_to_full) for split in (store.train, store.validation))
-        return cls(store, train, validation, identity, build_token_table(store.tokenizer, identity, confusions))
+        return cls(
+            store,
+            train,
+            validation,
+            identity,
+            build_token_table(store.tokenizer, identity, confusions, encodes_gaps=encodes),
+        )
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of ids of this corpus; marks are left out, and so is an id that no piece has (rows beyond the tokenizer)."""

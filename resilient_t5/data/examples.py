@@ -264,7 +264,7 @@ def cut_examples(
 
 
 def _begun_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTokenizer, max_tokens: int) -> Examples:
-    """The examples, those that continue a text inside a word (in Chinese nearly all) encoded as texts that begin there."""
+    """The examples, those that continue a text inside a word encoded as texts that begin there; unless one grew too long."""
     ends = np.cumsum(examples.lengths, dtype=np.int64)
     lengths, terms = examples.lengths.copy(), examples.terms.copy()
     first_term = np.searchsorted(terms[:, 0], np.arange(len(lengths) + 1))
@@ -272,13 +272,9 @@ def _begun_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTo
     for number in continued.tolist():
         first, last = int(ends[number] - lengths[number]), int(ends[number])
         ids = examples.tokens[first:last]
-        if not tokenizer.continues_word[ids[0]]:
-            continue
-        outside = np.flatnonzero(~tokenizer.inside_word[ids])
-        old = ids[: outside[0] if len(outside) else len(ids)]
-        new = np.array(tokenizer.text_start(tuple(old.tolist())), dtype=np.int32)
-        more = len(new) - len(old)
-        if len(ids) + more > max_tokens:
+        new, replaced = tokenizer.begun_as_text(ids)
+        old, more = ids[:replaced], len(new) - replaced
+        if not len(new) or len(ids) + more > max_tokens:
             continue
         parts += [examples.tokens[done:first], new]
         done = first + len(old)

@@ -16,7 +16,7 @@ import torch
 
 from resilient_t5 import hub
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer
+from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, check_rows, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
@@ -208,12 +208,11 @@ def open_filler(
 
 def check_tokenizer_fits(tokenizer: TextTokenizer, model: T5Model, where: str) -> None:
     """Raise DataError unless the model has a row for every id of the tokenizer, and the same padding and end mark."""
-    rows, config = model.shared.weight.shape[0], model.config
-    ids = (tokenizer.eos_id, tokenizer.pad_id)
-    if tokenizer.size > rows or (config.eos_token_id, config.pad_token_id) != ids:
+    check_rows(tokenizer, model.shared.weight.shape[0], where)
+    ids, wanted = (tokenizer.eos_id, tokenizer.pad_id), (model.config.eos_token_id, model.config.pad_token_id)
+    if ids != wanted:
         raise DataError(
-            f"the tokenizer ({tokenizer.size} ids, end mark {ids[0]}, padding {ids[1]}) is not that of the model "
-            f"({rows} rows, end mark {config.eos_token_id}, padding {config.pad_token_id})",
+            f"the tokenizer has end mark {ids[0]} and padding {ids[1]}, the model has {wanted[0]} and {wanted[1]}",
             where=where,
             mend="Put the model's own tokenizer beside it",
         )

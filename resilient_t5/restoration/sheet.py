@@ -166,12 +166,11 @@ def windows_of(sheet: Sheet, tokenizer: TextTokenizer, source_tokens: int, senti
 
 
 def _begun_as_text(ids: np.ndarray, tokenizer: TextTokenizer, room: int) -> np.ndarray:
-    """The ids of a text that begins here: a window that cuts a word or a line of Chinese gets the mark of a beginning."""
-    if not tokenizer.continues_word[ids[0]] or tokenizer.of_an_older_version:
+    """The ids of a text that begins here, as chunks do in training; unless there is no room for the mark of a beginning."""
+    if tokenizer.of_an_older_version:
         return ids
-    outside = np.flatnonzero(~tokenizer.inside_word[ids])
-    word = ids[: outside[0] if len(outside) else len(ids)]
-    begun = np.concatenate([np.array(tokenizer.text_start(tuple(word.tolist())), np.int64), ids[len(word) :]])
+    word, replaced = tokenizer.begun_as_text(ids)
+    begun = np.concatenate([word, ids[replaced:]])
     return begun if len(begun) <= room else ids
 
 

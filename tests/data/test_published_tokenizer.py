@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from resilient_t5.data.corruption.gap_encoding import build_gap_encoding, reachable_behind_gaps
 from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.corruption.gap_encoding import build_gap_encoding, reachable_behind_gaps
 from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from tests.published import LAYOUTS, MT5_CONFIG, random_weights, write_layout
@@ -170,6 +171,64 @@ def test_a_tokenizer_that_keeps_the_space_before_a_gap_is_asked_with_it():
     assert len(old.ignored_before_gap) == 0 < len(new.ignored_before_gap)
     for text in [*NOTES, *gapped(100, 8)]:
         assert old.encode_marked(text).tolist() == new.encode_marked(text).tolist()
+
+
+def of_the_library(*more):
+    """A unigram tokenizer as recipes for T5 from scratch make it with the tokenizers library, with T5's ids and sentinels."""
+    trained = train_tokenizer(NOTES, 700, 0.999)._document
+    pre = [pre_tokenizers.Metaspace(prepend_scheme="always"), *more]
+    backend = Tokenizer.from_str(json.dumps({**trained, "normalizer": None}))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(pre)
+    backend.decoder = decoders.Metaspace()
+    return json.loads(backend.to_str())
+
+
+@pytest.mark.parametrize("more", [[], [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation()]])
+def test_what_training_reads_is_what_autotokenizer_gives_for_a_tokenizer_of_the_library(tmp_path, more):
+    """Which keeps the space before a gap: its export drops it, as training does. Masks of one token at every place."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(of_the_library(*more)), encoding="utf-8")
+    ours = load_tokenizer(str(tmp_path))
+    ours.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert_same_ids(ours, theirs, gapped(200, 10))
+    encoding = build_gap_encoding(ours, np.arange(ours.size, dtype=np.int32), ours.sentinel_ids)
+    names = {int(ours.sentinel_ids[0]): "<extra_id_0>"}
+    checked = 0
+    for text in NOTES[:40]:
+        ids = ours.encode_batch([text])[0].ids
+        for place in range(len(ids)):
+            row = np.array([*ids[:place], ours.sentinel_ids[0], *ids[place + 1 :], ours.eos_id], np.int32)
+            read, _ = encoding.encode(row, np.array([0, len(row)]), longest=1000)
+            if set(read.tolist()) & {ours.unk_id, *ours.byte_ids.tolist()}:
+                continue  # whose text is not that of their pieces
+            spelled = "".join(names.get(i, ours.pieces()[i]) for i in read[:-1].tolist()).replace(SPACE, " ")
+            assert theirs(spelled)["input_ids"] == read.tolist(), text
+            checked += 1
+    assert checked > 1000
+
+
+def test_a_tokenizer_file_that_appends_nothing_gets_the_end_mark_of_the_training(tmp_path):
+    """Without a post-processor, or with one that puts something in front: the export appends what training appended."""
+    document = of_the_library()
+    document["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    ours = load_tokenizer(str(tmp_path))
+    ours.save(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("a b")["input_ids"] == [*ours.encode_marked("a b").tolist(), 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"extra_ids": 10**9}, "extra_ids"), ({"extra_ids": "many"}, "extra_ids"), ({"eos_token": "<eos>"}, "eos_token")],
+)
+def test_settings_that_no_t5_has_are_refused_before_they_are_followed(tmp_path, settings, message):
+    """A thousand million sentinels would fill the memory; another end mark would never be learned."""
+    directory = write_layout(LAYOUTS["t5-slow-files"], random_weights(False), tmp_path / "model")
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | settings
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(str(directory))
 
 
 def test_custom_code_of_a_repository_never_runs(tmp_path):

@@ -2,7 +2,7 @@
 
 Corruption masks tokens; a tokenizer reads text. The two differ at a gap:
 
-* White space directly before a gap is dropped by every tokenizer here, so a token that is only white space is dropped.
+* White space directly before a gap is not read, so a token that is only white space is dropped there.
 * T5's tokenizers begin a new word behind a gap ("hyper<extra_id_0>sion" continues with U+2581 "sion"). A gap that ends
   inside a word therefore changes the tokens of the word's rest: it is encoded again, as the beginning of a text. mT5's and
   our own tokenizers do not.

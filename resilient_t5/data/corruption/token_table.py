@@ -125,7 +125,9 @@ class TokenTable:
     """How the tokenizer reads a text with gaps; None: the masked tokens as they are."""
 
 
-def build_token_table(tokenizer: TextTokenizer, active_to_full: np.ndarray, confusions_path: Path | None) -> TokenTable:
+def build_token_table(
+    tokenizer: TextTokenizer, active_to_full: np.ndarray, confusions_path: Path | None, *, encodes_gaps: bool = True
+) -> TokenTable:
     """Classify the active pieces and map the look-alikes that are pieces themselves.
 
     A look-alike counts only where both it and what it replaces are whole active pieces, with or without the mark of a
@@ -134,6 +136,7 @@ def build_token_table(tokenizer: TextTokenizer, active_to_full: np.ndarray, conf
     Args:
         active_to_full: int32 (active,), ascending full-vocabulary ids.
         confusions_path: the user's own table, added to the built-in one.
+        encodes_gaps: as in `Store`.
 
     Raises:
         DataError: the end mark, the padding or a sentinel is not active, or the user's table cannot be read.
@@ -158,7 +161,7 @@ def build_token_table(tokenizer: TextTokenizer, active_to_full: np.ndarray, conf
         byte=byte,
         confusions=confusions,
         confusion_offsets=confusion_offsets,
-        gap_encoding=build_gap_encoding(tokenizer, active_to_full, sentinel_ids),
+        gap_encoding=build_gap_encoding(tokenizer, active_to_full, sentinel_ids) if encodes_gaps else None,
     )
 
 

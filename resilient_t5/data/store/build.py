@@ -32,9 +32,9 @@ from resilient_t5.data.store.corpus_report import (
     unknown_figures,
     visible_characters,
 )
-from resilient_t5.data.store.fingerprint import BUILTIN, TOKENIZER_RECORD, Identity, differences, is_builtin
+from resilient_t5.data.store.fingerprint import BUILTIN, Identity, differences, is_builtin
 from resilient_t5.data.store.shards import PART, Part, PartWriter, choose_active, hashed_files, join_parts
-from resilient_t5.data.store.store import FORMAT, META, REPORT, TERMS, TOKENIZER, VOCABULARY
+from resilient_t5.data.store.store import FORMAT, META, REPORT, TERMS, TOKENIZER, TOKENIZER_RECORD, VOCABULARY
 from resilient_t5.data.terms import TermList, TermMatcher
 from resilient_t5.data.tokenizer.tokenizer import EncodedBatch, TextTokenizer
 from resilient_t5.errors import DataError

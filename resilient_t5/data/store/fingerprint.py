@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resilient_t5 import hub
 from resilient_t5.config.schema import Config
 from resilient_t5.data.corpus.documents import find_inputs
 from resilient_t5.data.corpus.sample import generate_notes
-from resilient_t5.data.store.store import FORMAT, sha256_of
-from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer, tokenizer_files
+from resilient_t5.data.store.store import FORMAT, TOKENIZER_RECORD, sha256_of
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, check_rows, load_tokenizer, tokenizer_files
 from resilient_t5.errors import DataError
 
 BUILTIN = "builtin:clinical"
 CONTENT_KEYS = ("data.train", "data.validation", "data.terms")
-TOKENIZER_RECORD = "tokenizer_files"
 
 
 @dataclass
@@ -138,13 +138,16 @@ def _identify_tokenizer(
     entries = [_note_file(identity, "tokenizer", path, known) for path in tokenizer_files(name, setting=setting)]
     recorded = recorded or {}
     before = recorded.get("identity", {}).get("tokenizer")
-    if TOKENIZER_RECORD not in recorded:  # a store of version 0.1, which read and recorded one file only
+    if TOKENIZER_RECORD not in recorded:  # a store of an earlier version, which read and recorded one file only
         entries = [entry for entry in entries if entry["path"] in known] or entries
     same_files = len(entries) == len(recorded.get(TOKENIZER_RECORD, entries))
     if before is not None and same_files and all(known.get(entry["path"]) == entry for entry in entries):
         identity.values["tokenizer"] = before
         return
     identity.tokenizer = load_tokenizer(name, setting=setting)
+    rows = None if config.model.name_or_path is None else hub.declared_rows(config.model.name_or_path)
+    if rows is not None:
+        check_rows(identity.tokenizer, rows, str(config.model.name_or_path))
     identity.values["tokenizer"] = identity.tokenizer.fingerprint()
 
 

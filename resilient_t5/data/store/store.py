@@ -23,6 +23,7 @@ REPORT = "report.json"
 TERMS = "terms.txt"
 VOCABULARY = "vocabulary.npz"
 TOKENIZER = "tokenizer"
+TOKENIZER_RECORD = "tokenizer_files"  # in meta.json: the files that decided the ids
 SPLITS = {"train": "", "validation": "validation"}
 SPLIT_FILES = ("tokens.bin", "offsets.npy", "terms.npy", "documents.npy", "pairs.npy")
 HASH_BLOCK_BYTES = 1 << 20
@@ -82,6 +83,14 @@ class Store:
             raise StorageError(f"cannot read the store: {error.strerror or error}", where=str(directory)) from error
         except (KeyError, ValueError, TypeError) as error:
             raise _damaged(directory, f"{type(error).__name__}: {error}") from error
+
+    @property
+    def encodes_gaps(self) -> bool:
+        """Whether sources are read as the tokenizer writes texts with gaps; False for a store of an earlier version.
+
+        Its active vocabulary lacks ids that only stand behind gaps, and a run over it must go on as it began.
+        """
+        return TOKENIZER_RECORD in self.meta
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

@@ -34,10 +34,11 @@ from resilient_t5.data.tokenizer.sentencepiece import (
 from resilient_t5.errors import DataError
 
 CONFIG_FILE = "tokenizer_config.json"
+MAX_EXTRA_IDS = 10_000
+MAX_CAUSE_CHARACTERS = 200
 DOCUMENT_FILE = "tokenizer.json"
 SPIECE_FILE = "spiece.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
-MODEL_CONFIG_FILE = "config.json"
 LITERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NEVER_READ = ("<pad>", "</s>", "<unk>")  # no text of training reaches them
 # What Unicode calls white space; at these characters WhitespaceSplit ends a word.
@@ -63,9 +64,10 @@ def read_published(directory: Path) -> dict[str, Any]:
     """
     hub.refuse_unsupported(directory)
     _check_files(directory)
+    _check_settings(directory)
     literal = _literal_document(directory)
     if literal is not None:
-        return literal
+        return _without_space_before_gaps(literal)
     tokenizer = _auto_tokenizer(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -84,13 +86,13 @@ def read_published(directory: Path) -> dict[str, Any]:
         )
     document |= {"truncation": None, "padding": None}
     document["added_tokens"] = list({int(token["id"]): token for token in document["added_tokens"]}.values())
-    return _with_sentinels_in_running_text(document, directory)
+    return _without_space_before_gaps(_with_sentinels_in_running_text(document, directory))
 
 
 def _check_files(directory: Path) -> None:
     """Refuse damaged files in our words, before AutoTokenizer does in those of its parts."""
     if (directory / DOCUMENT_FILE).is_file():
-        model = _json_object(directory / DOCUMENT_FILE).get("model")
+        model = hub.read_json(directory / DOCUMENT_FILE).get("model")
         if not isinstance(model, dict) or model.get("type") != "Unigram":
             raise DataError(
                 "this is no unigram tokenizer, which T5 and mT5 use",
@@ -101,6 +103,20 @@ def _check_files(directory: Path) -> None:
         parse_sentencepiece((directory / SPIECE_FILE).read_bytes(), str(directory / SPIECE_FILE))
 
 
+def _check_settings(directory: Path) -> None:
+    """Refuse settings that no T5 has, before AutoTokenizer follows them."""
+    path = directory / CONFIG_FILE
+    config = hub.read_json(path) if path.is_file() else {}
+    extra = config.get("extra_ids", 0)
+    if type(extra) is not int or not 0 <= extra <= MAX_EXTRA_IDS:
+        raise DataError(f"extra_ids is {extra!r}, not from 0 to {MAX_EXTRA_IDS:,}", where=str(path), mend="Correct it")
+    for key, wanted in (("eos_token", "</s>"), ("pad_token", "<pad>")):
+        found = config.get(key) or wanted
+        found = found.get("content") if isinstance(found, dict) else found
+        if found != wanted:
+            raise DataError(f"its {key} is {found!r}, and T5's is {wanted!r}", where=str(path), mend="Name a T5 or mT5")
+
+
 def _literal_document(directory: Path) -> dict[str, Any] | None:
     """`tokenizer.json` as it is, where AutoTokenizer would take it as it is too, or where nothing lies beside it.
 
@@ -108,10 +124,10 @@ def _literal_document(directory: Path) -> dict[str, Any] | None:
     """
     if not (directory / DOCUMENT_FILE).is_file() or (directory / ADDED_TOKENS_FILE).is_file():
         return None
-    document = _json_object(directory / DOCUMENT_FILE)
-    if not any((directory / name).is_file() for name in (CONFIG_FILE, MODEL_CONFIG_FILE)):
+    document = hub.read_json(directory / DOCUMENT_FILE)
+    if not any((directory / name).is_file() for name in (CONFIG_FILE, hub.CONFIG_FILE)):
         return document
-    config = _json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    config = hub.read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
     if config.get("tokenizer_class") not in LITERAL_CLASSES or config.get("added_tokens_decoder"):
         return None
     added = {token.get("content") for token in document.get("added_tokens") or [] if isinstance(token, dict)}
@@ -119,33 +135,23 @@ def _literal_document(directory: Path) -> dict[str, Any] | None:
     return document if isinstance(named, list) and all(name in added for name in named) else None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"the tokenizer is not valid JSON: {error}", where=str(path), mend="Fetch the file again") from error
-    if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path), mend="Fetch the file again")
-    return content
-
-
 def _auto_tokenizer(directory: Path) -> Any:
     # Imported here: it takes seconds, and a tokenizer that we wrote does not need it.
     from transformers import AutoTokenizer, T5Tokenizer
 
     # Where config.json does not say whose it is, or is missing, AutoTokenizer cannot choose the class.
-    config = _json_object(directory / MODEL_CONFIG_FILE) if (directory / MODEL_CONFIG_FILE).is_file() else {}
+    config = hub.read_json(directory / hub.CONFIG_FILE) if (directory / hub.CONFIG_FILE).is_file() else {}
     alone = "model_type" not in config and not (directory / CONFIG_FILE).is_file() and (directory / SPIECE_FILE).is_file()
     reader = T5Tokenizer if alone else AutoTokenizer
     with _quiet():
         try:
             return reader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001  many kinds, the backend's bare Exception among them
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            cause = " ".join(str(error).split())[:MAX_CAUSE_CHARACTERS] or type(error).__name__
             raise DataError(
                 f"{reader.__name__} of transformers cannot read this tokenizer: {cause}",
                 where=str(directory),
-                mend="Fetch its files again",
+                mend="Check its tokenizer_config.json, or fetch its files again",
             ) from error
 
 
@@ -186,6 +192,20 @@ def _with_sentinels_in_running_text(document: dict[str, Any], directory: Path) -
     plain = {**document, "added_tokens": kept, "model": {**document["model"], "vocab": [list(entry) for entry in renamed]}}
     joined = _with_joined_gaps(plain)
     return joined if joined is not None and _same_ids(plain, joined) else plain
+
+
+def _without_space_before_gaps(document: dict[str, Any]) -> dict[str, Any]:
+    """The document, with sentinels that take the white space before them where the tokenizer would keep it.
+
+    Tokenizers of the tokenizers library may turn "dose <extra_id_0>" and "dose<extra_id_0>" into different ids. Masked tokens
+    carry the space before them, so training sees the second form only; the export reads both as the second.
+    """
+    one = Tokenizer.from_str(json.dumps(document))
+    sentinels = [token for token in document["added_tokens"] if SENTINEL_PIECE.fullmatch(token["content"])]
+    if not sentinels or one.encode("a <extra_id_0>").ids == one.encode("a<extra_id_0>").ids:
+        return document
+    changed = [{**token, "lstrip": True} if token in sentinels else token for token in document["added_tokens"]]
+    return {**document, "added_tokens": changed}
 
 
 def _without_second_sentinels(vocabulary: list[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -34,7 +34,8 @@ from resilient_t5.errors import DataError, DiskFull
 
 SPACE = "\u2581"
 SENTINELS = 100
-SENTINEL_PIECE = re.compile(rf"\A{SPACE}?<extra_id_(0|[1-9]\d*)>\Z")
+END = "</s>"
+SENTINEL_PIECE = re.compile(rf"\A{SPACE}?<extra_id_(0|[1-9][0-9]*)>\Z")
 TRAILING_SPACES = r" +\z"  # in the syntax of the backend (Oniguruma), where $ also matches at line ends
 UNIGRAM = 1
 # Piece types of the SentencePiece format.
@@ -112,6 +113,14 @@ def added_token(number: int, content: str, *, special: bool) -> dict[str, Any]:
     """An entry of `added_tokens` that is found in running text, whatever stands around it."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": number, "content": content, **flags, "special": special}
+
+
+def end_mark_template(end_id: int) -> dict[str, Any]:
+    """The `post_processor` of a document that appends T5's end mark to each text."""
+    end = {"SpecialToken": {"id": END, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
+    special = {END: {"id": END, "ids": [end_id], "tokens": [END]}}
+    return {"type": "TemplateProcessing", "single": [first, end], "pair": [first, end, second, end], "special_tokens": special}
 
 
 def plain_sentinel_names(vocabulary: list[tuple[str, float]]) -> tuple[list[tuple[str, float]], list[str]]:

@@ -34,6 +34,7 @@ from resilient_t5.data.tokenizer.sentencepiece import (
     TRAILING_SPACES,
     added_token,
     document_from_sentencepiece,
+    end_mark_template,
     plain_sentinel_names,
     train_sentencepiece,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Encoded",
     "EncodedBatch",
     "TextTokenizer",
+    "check_rows",
     "load_tokenizer",
     "tokenizer_files",
     "train_tokenizer",
@@ -52,7 +54,7 @@ __all__ = [
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (DOCUMENT_FILE, SPIECE_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
-SENTINEL_TEXT = re.compile(r"<extra_id_(0|[1-9]\d{0,4})>")
+SENTINEL_TEXT = re.compile(r"<extra_id_(0|[1-9][0-9]{0,4})>")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Noncharacters, which no text holds. In front of a special piece's name: no text can spell it, so none reaches its id.
 UNREACHABLE = "\U0010ffff"
@@ -99,11 +101,10 @@ class TextTokenizer:
     def __init__(self, document: dict[str, Any], spiece: bytes | None = None, where: str = "tokenizer.json"):
         added = _checked_vocabulary(document, where)
         self.of_an_older_version = _is_of_an_older_version(document)
-        """Whether version 0.1 wrote it, whose document puts a word start after each gap; its stores were made without one."""
+        """Whether an earlier version wrote it, whose document puts a word start after each gap that training never saw."""
         if self.of_an_older_version:
             document = _renewed(document)
             added = _checked_vocabulary(document, where)
-        self._document, self._spiece = document, spiece
         self._pieces = _all_pieces(document, added, where)
         ids = {piece: number for number, piece in enumerate(self._pieces)}
         self.size = len(self._pieces)
@@ -112,6 +113,10 @@ class TextTokenizer:
             self.pad_id, self.eos_id = ids["<pad>"], ids["</s>"]
         except KeyError as error:
             raise DataError(f"the tokenizer has no {error}, which T5 needs", where=where) from error
+        # Training ends every source and target in the end mark, whatever the published file would append to a text.
+        ending = end_mark_template(self.eos_id)
+        self._document = {**document, "post_processor": ending, "truncation": None, "padding": None}
+        self._spiece = spiece
         self.sentinel_ids = _sentinel_ids(ids, where)
         """int32 (sentinels,): id of <extra_id_k> at place k."""
         hidden = {self.pad_id, self.eos_id, self.unk_id, *self.sentinel_ids.tolist()}
@@ -196,6 +201,17 @@ class TextTokenizer:
             start = self._piece_id(SPACE)
             return () if start < 0 else (start,)
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def begun_as_text(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """The tokens that replace the first ones of `ids` where these are to begin a text, and how many they replace.
+
+        Of tokens that continue a word (in Chinese nearly all do), the rest of that word is encoded as the beginning of a text.
+        """
+        if not len(ids) or not self.continues_word[ids[0]]:
+            return ids[:0], 0
+        outside = np.flatnonzero(~self.inside_word[ids])
+        count = int(outside[0]) if len(outside) else len(ids)
+        return np.array(self.text_start(tuple(ids[:count].tolist())), dtype=ids.dtype), count
 
     @cached_property
     def _marks_text_start(self) -> bool:
@@ -332,9 +348,8 @@ class TextTokenizer:
             while starts[i] < ends[i] - 1 and text[starts[i]].isspace():
                 starts[i] += 1
         for i in np.flatnonzero(ids == self._piece_id(SPACE)).tolist():
-            if not text[
-                starts[i] : ends[i]
-            ].isspace():  # the mark of a word's beginning, with the place of the character behind it
+            place = text[starts[i] : ends[i]]
+            if not place.isspace():  # the mark of a word's beginning; the backend gives it the character after it
                 ends[i] = starts[i]
                 starts[i] -= bool(text[starts[i] - 1 : starts[i]].isspace())
         return np.maximum.accumulate(starts), np.maximum.accumulate(ends)
@@ -359,11 +374,21 @@ def load_tokenizer(name_or_path: str, *, setting: str = "tokenizer.name_or_path"
             content = files[0].read_bytes()
             return TextTokenizer(document_from_sentencepiece(content, str(files[0])), content, str(files[0]))
         if alone:
-            return TextTokenizer(_parsed(files[0]), None, str(files[0]))
+            return TextTokenizer(hub.read_json(files[0]), None, str(files[0]))
         spiece = (directory / SPIECE_FILE).read_bytes() if (directory / SPIECE_FILE).is_file() else None
     except OSError as error:
         raise StorageError(f"cannot read the tokenizer: {error.strerror}", where=str(files[0])) from error
     return TextTokenizer(read_published(directory), spiece, str(directory))
+
+
+def check_rows(tokenizer: TextTokenizer, rows: int, where: str) -> None:
+    """Raise DataError unless a model of so many vocabulary rows has one for every id of the tokenizer."""
+    if tokenizer.size > rows:
+        raise DataError(
+            f"the tokenizer has {tokenizer.size} ids, and the model has {rows} rows",
+            where=where,
+            mend="Put the model's own tokenizer beside it",
+        )
 
 
 def train_tokenizer(
@@ -398,14 +423,6 @@ def tokenizer_files(name_or_path: str, *, setting: str = "tokenizer.name_or_path
             mend="Set tokenizer.name_or_path to a directory that holds one of them",
         )
     return found
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"the tokenizer is not valid JSON: {error}", where=str(path), mend="Fetch the file again") from error
-    return document
 
 
 def _checked_vocabulary(document: Any, where: str) -> list[dict[str, Any]]:
@@ -449,7 +466,7 @@ def _sentinel_ids(ids: dict[str, int], where: str) -> np.ndarray:
 
 
 def _is_of_an_older_version(document: dict[str, Any]) -> bool:
-    """Whether our converter of version 0.1 wrote it: U+2581 is put before every stretch of text by the normaliser."""
+    """Whether the converter of an earlier version wrote it: U+2581 is put before every stretch of text by the normaliser."""
     steps = (document.get("normalizer") or {}).get("normalizers") or []
     scheme = (document.get("pre_tokenizer") or {}).get("prepend_scheme")
     return bool(steps) and steps[-1] == {"type": "Prepend", "prepend": SPACE} and scheme == "never"
@@ -480,7 +497,7 @@ def _backend_document(document: dict[str, Any], hidden: set[int], size: int, sen
     vocabulary = list(document["model"]["vocab"])
     added = {int(token["id"]): token for token in document.get("added_tokens") or []}
     mark = added_token(size, GAP_MARK, special=True)
-    mark |= {key: added[sentinel][key] for key in ("lstrip", "rstrip") if key in added.get(sentinel, {})}
+    mark |= {key: added[sentinel][key] for key in ("lstrip", "rstrip", "single_word") if key in added.get(sentinel, {})}
     for number in hidden:
         if number < len(vocabulary):
             vocabulary[number] = [UNREACHABLE + vocabulary[number][0], vocabulary[number][1]]

@@ -22,8 +22,8 @@ from resilient_t5.commands.failure import reported
 from resilient_t5.data.store.prepare import prepare, store_directory
 from resilient_t5.training.loop import train
 from resilient_t5.training.telemetry.console import Display
-from resilient_t5.training.run import build_run
-from resilient_t5.training.saver import AuditTrail
+from resilient_t5.training.build import build_run
+from resilient_t5.training.telemetry.metrics_log import AuditTrail
 from resilient_t5.training.signals import StopSignal
 
 def main():

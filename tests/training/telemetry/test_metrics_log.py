@@ -1,0 +1,65 @@
+"""metrics.jsonl and TensorBoard. Run: python -m pytest tests/training/telemetry/test_metrics_log.py"""
+
+import json
+import math
+
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+from resilient_t5.training.telemetry.metrics_log import Telemetry, read_rows
+
+
+def write(directory, updates, from_update=0):
+    """Log one training row per update, as a run that goes on from `from_update` does."""
+    telemetry = Telemetry(directory, from_update=from_update, tensorboard=True)
+    for update in updates:
+        telemetry.row("train", update, loss=1.0 / update, tokens_per_s=5.0)
+    telemetry.row("save", max(updates), name="u", write_s=0.1)
+    telemetry.close()
+
+
+def updates_of(directory, kind="train"):
+    """The updates of all rows of one kind, in the file's order."""
+    return [row["update"] for row in read_rows(directory / "metrics.jsonl") if row["kind"] == kind]
+
+
+def test_every_row_has_kind_update_and_time(tmp_path):
+    """Scripts rely on these three."""
+    write(tmp_path, [1, 2])
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert {"kind", "update", "time"} <= json.loads(line).keys()
+
+
+def test_rows_beyond_the_restored_update_go_and_the_audit_trail_stays(tmp_path):
+    """After going back to update 3, rows 4 and 5 are written again once, and both saves are still told."""
+    write(tmp_path, [1, 2, 3, 4, 5])
+    write(tmp_path, [4, 5, 6], from_update=3)
+    assert updates_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert updates_of(tmp_path, "save") == [5, 6]
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path):
+    """A kill may leave half a line; it is neither read nor kept."""
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "upd')
+    write(tmp_path, [3], from_update=2)
+    assert updates_of(tmp_path) == [1, 2, 3]
+
+
+def test_curves_go_on_cleanly_in_tensorboard_after_a_crash(tmp_path):
+    """TensorBoard's own loader shows every update once and in order, although two writers overlapped."""
+    write(tmp_path, [1, 2, 3, 4, 5])
+    write(tmp_path, [4, 5, 6], from_update=3)
+    board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    (run,) = board.Runs()
+    assert [point.step for point in board.Tensors(run, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert "performance/tokens_per_s" in board.PluginRunToTagToContent("scalars")[run]
+
+
+def test_a_value_that_is_no_number_is_written_as_text(tmp_path):
+    """JSON has no NaN; the raw value is never hidden and the file stays valid."""
+    telemetry = Telemetry(tmp_path, from_update=0, tensorboard=False)
+    telemetry.row("guard", 1, loss=math.nan, gradient_norm=math.inf)
+    telemetry.close()
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert (row["loss"], row["gradient_norm"]) == ("nan", "inf")

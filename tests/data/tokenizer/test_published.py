@@ -1,6 +1,6 @@
 """Published tokenizer directories: the ids of AutoTokenizer, gaps included, or a refusal that says why.
 
-Run: python -m pytest tests/data/test_published_tokenizer.py
+Run: python -m pytest tests/data/tokenizer/test_published.py
 """
 
 import json
@@ -21,7 +21,7 @@ from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tok
 from resilient_t5.errors import DataError
 from tests.published import LAYOUTS, MT5_CONFIG, random_weights, write_layout
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NOTES = [note.text for note in generate_notes(200, 77)]
 HARD = [
     "e\u0301 \ufb01ne \uff21\uff22\u3000x \u2460 5\u338e",

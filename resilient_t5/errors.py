@@ -1,6 +1,6 @@
 """Exit codes and the exception types behind them.
 
-Every error that a user can cause says what is wrong, where, and how to mend it; the commands print it without a
+Every error that a user can cause says what is wrong, where, and how to fix it; the commands print it without a
 traceback and leave with its exit code. An unexpected error keeps its traceback and leaves with 1.
 """
 
@@ -28,24 +28,24 @@ class ExitCode(IntEnum):
 
 
 class ResilientError(Exception):
-    """A failure that a user can understand and mend.
+    """A failure that a user can understand and fix.
 
     Args:
         what: what is wrong, one sentence without a final full stop.
         where: the file, key, line or byte it concerns; empty when `what` already says it.
-        mend: what to do about it, one sentence.
+        hint: what to do about it, one sentence.
     """
 
     exit_code = ExitCode.UNEXPECTED
     label = "error"
 
-    def __init__(self, what: str, *, where: str = "", mend: str = ""):
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str = "", hint: str = ""):
+        self.what, self.where, self.hint = what, where, hint
         super().__init__(what)
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""
-        cure = f". {self.mend}" if self.mend else ""
+        cure = f". {self.hint}" if self.hint else ""
         return f"{self.label}: {self.what}{place}{cure}"
 
 

@@ -295,8 +295,8 @@ def storage_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            mend = "Make room, or name a directory on another disk; nothing half made was left."
-            raise DiskFull("there is no room for the prepared corpus", where=str(where), mend=mend) from error
+            hint = "Make room, or name a directory on another disk; nothing half made was left."
+            raise DiskFull("there is no room for the prepared corpus", where=str(where), hint=hint) from error
         raise StorageError(f"cannot write: {error.strerror or error}", where=str(error.filename or where)) from error
 
 

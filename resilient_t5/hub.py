@@ -76,11 +76,11 @@ def resolve(name_or_path: str, want: Want, *, setting: str) -> Path:
     if path is not None and path.is_dir():
         return path
     if path is not None:
-        what, mend = f"{setting}: a {want} is a directory, this is a file", "Name the directory around it"
-        raise DataError(what, where=name_or_path, mend=mend)
+        what, hint = f"{setting}: a {want} is a directory, this is a file", "Name the directory around it"
+        raise DataError(what, where=name_or_path, hint=hint)
     if HUB_NAME.fullmatch(name_or_path) is None:
-        mend = f"Check {setting}: the path of a directory, or a name of the hub such as google/mt5-small"
-        raise DataError(f"no such {want} directory", where=name_or_path, mend=mend)
+        hint = f"Check {setting}: the path of a directory, or a name of the hub such as google/mt5-small"
+        raise DataError(f"no such {want} directory", where=name_or_path, hint=hint)
     return _from_hub(name_or_path, want, setting)
 
 
@@ -118,15 +118,15 @@ def read_json(path: Path) -> dict[str, Any]:
     again = "Fetch the file again"
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:
-            raise DataError("far too large for what it should hold", where=str(path), mend=again)
+            raise DataError("far too large for what it should hold", where=str(path), hint=again)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"the directory has no {path.name}", where=str(path.parent), mend="Copy it there") from error
+        raise DataError(f"the directory has no {path.name}", where=str(path.parent), hint="Copy it there") from error
     except (OSError, ValueError, RecursionError) as error:
         refuse_pointer(path)
-        raise DataError(f"not readable as JSON: {error}", where=str(path), mend=again) from error
+        raise DataError(f"not readable as JSON: {error}", where=str(path), hint=again) from error
     if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path), mend=again)
+        raise DataError("not a JSON object", where=str(path), hint=again)
     return content
 
 
@@ -138,11 +138,11 @@ def weight_map(index: Path, suffix: str) -> dict[str, str]:
     """
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
-        raise DataError("the index names no tensor", where=str(index), mend="Fetch the file again")
+        raise DataError("the index names no tensor", where=str(index), hint="Fetch the file again")
     for name in mapping.values():
         if not isinstance(name, str) or re.fullmatch(r"\w[\w.-]*", name) is None or not name.endswith(suffix):
             what = f"the index names {name!r}, which is no shard beside it"
-            raise DataError(what, where=str(index), mend="Take the checkpoint from a source that you trust")
+            raise DataError(what, where=str(index), hint="Take the checkpoint from a source that you trust")
     return mapping
 
 
@@ -177,7 +177,7 @@ def refuse_pointer(path: Path) -> None:
         return  # who reads the file says what is wrong with it
     if start == POINTER:
         what = f"{path.name} is a Git LFS pointer and not the file itself"
-        raise DataError(what, where=str(path.parent), mend="Run `git lfs pull` there, or download the file")
+        raise DataError(what, where=str(path.parent), hint="Run `git lfs pull` there, or download the file")
 
 
 def refuse_unsupported(directory: Path) -> None:
@@ -214,7 +214,7 @@ def _refuse_kind(directory: Path, names: Iterable[str], where: str) -> None:
     elif tokenizer.startswith("Bert") or bare_vocabulary:
         reason = WORDPIECE
     if reason is not None:
-        raise DataError(reason, where=where, mend=TAKE_ANOTHER)
+        raise DataError(reason, where=where, hint=TAKE_ANOTHER)
 
 
 def _json_or_nothing(path: Path) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _download(name: str, want: Want, setting: str) -> Path:
     where = f"{_endpoint()}/{name}"
     first = _settings_files(listing, want)
     if want == "model" and CONFIG_FILE not in first:
-        raise DataError(f"{setting}: the repository has no {CONFIG_FILE}", where=where, mend=TAKE_ANOTHER)
+        raise DataError(f"{setting}: the repository has no {CONFIG_FILE}", where=where, hint=TAKE_ANOTHER)
     missing = _missing(name, listing, first)
     snapshot = _fetch(name, listing, first) or _repository(name) / "snapshots" / listing.revision
     # Before gigabytes are downloaded that cannot be used.
@@ -311,17 +311,17 @@ def _weight_files(snapshot: Path, listing: _Listing, where: str) -> Iterator[str
         if index in listing.sizes:
             for shard in sorted(set(weight_map(snapshot / index, suffix).values())):
                 if shard not in listing.sizes:
-                    raise DataError(f"the repository lacks the shard {shard}", where=where, mend="Take another checkpoint")
+                    raise DataError(f"the repository lacks the shard {shard}", where=where, hint="Take another checkpoint")
                 yield shard
             return
     what = f"the repository has neither {WEIGHTS_FILE} nor {BIN_FILE}; weights of TensorFlow and Flax are not read"
-    raise DataError(what, where=where, mend="Convert them with transformers 4, and give the local directory")
+    raise DataError(what, where=where, hint="Convert them with transformers 4, and give the local directory")
 
 
 def _tokenizer_files(listing: _Listing, where: str) -> list[str]:
     found = [file for file in TOKENIZER_FILES if file in listing.sizes]
     if not found:
-        raise DataError(f"the repository has neither {' nor '.join(TOKENIZER_FILES)}", where=where, mend=TAKE_ANOTHER)
+        raise DataError(f"the repository has neither {' nor '.join(TOKENIZER_FILES)}", where=where, hint=TAKE_ANOTHER)
     return found
 
 
@@ -349,8 +349,8 @@ def _check_room(name: str, size: int) -> None:
     there = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if size > free:
-        mend = "Make room, or set HF_HOME to a directory on another disk"
-        raise DiskFull(f"{name} needs {_size(size)}, and {_size(free)} are free", where=str(there), mend=mend)
+        hint = "Make room, or set HF_HOME to a directory on another disk"
+        raise DiskFull(f"{name} needs {_size(size)}, and {_size(free)} are free", where=str(there), hint=hint)
 
 
 def _remember(name: str, revision: str) -> None:
@@ -412,9 +412,9 @@ def _refuse_storage(error: BaseException) -> None:
     number = getattr(error, "errno", None)
     what, cache = f"the hub's cache cannot be written: {error}", os.environ.get("HF_HOME", "~/.cache/huggingface")
     if number in (errno.ENOSPC, errno.EDQUOT):
-        raise DiskFull(what, where=cache, mend="Make room, or set HF_HOME to a directory on another disk") from error
+        raise DiskFull(what, where=cache, hint="Make room, or set HF_HOME to a directory on another disk") from error
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        raise StorageError(what, where=cache, mend="Set HF_HOME to a directory that you may write") from error
+        raise StorageError(what, where=cache, hint="Set HF_HOME to a directory that you may write") from error
 
 
 def _problem(error: BaseException, name: str, setting: str) -> DataError:
@@ -428,18 +428,18 @@ def _problem(error: BaseException, name: str, setting: str) -> DataError:
     subject = f"{setting}:" if setting == f"hub:{name}" else f"{setting}: {name} is no local directory, and"
     page = f"{_endpoint()}/{name}"
     if isinstance(cause, HFValidationError):
-        return DataError(f"{subject} the hub has no such names", where=name, mend="Check the name")
+        return DataError(f"{subject} the hub has no such names", where=name, hint="Check the name")
     if isinstance(cause, GatedRepoError):
-        mend = "Accept its conditions on that page, then log in with `hf auth login` or set HF_TOKEN"
-        return DataError(f"{subject} its repository is gated ({status})", where=page, mend=mend)
+        hint = "Accept its conditions on that page, then log in with `hf auth login` or set HF_TOKEN"
+        return DataError(f"{subject} its repository is gated ({status})", where=page, hint=hint)
     if isinstance(cause, RepositoryNotFoundError) or status in (401, 403, 404):
         what = f"{subject} the hub has no such repository or does not show it to you ({status})"
-        mend = "Check the name; for a private or gated repository log in with `hf auth login` or set HF_TOKEN"
-        return DataError(what, where=page, mend=mend)
+        hint = "Check the name; for a private or gated repository log in with `hf auth login` or set HF_TOKEN"
+        return DataError(what, where=page, hint=hint)
     # A model directory has its tokenizer beside it, whichever of the two was asked for first.
     needs = TOKENIZER_NEEDS if setting.startswith("tokenizer") else f"{MODEL_NEEDS}, and {TOKENIZER_NEEDS}"
-    mend = f"Check the network, or set HF_ENDPOINT to a mirror of the hub, or give a local directory that holds {needs}"
-    return DataError(f"{subject} {_endpoint()} cannot be reached: {_reason(cause)}", mend=mend)
+    hint = f"Check the network, or set HF_ENDPOINT to a mirror of the hub, or give a local directory that holds {needs}"
+    return DataError(f"{subject} {_endpoint()} cannot be reached: {_reason(cause)}", hint=hint)
 
 
 def _reason(cause: BaseException) -> str:

@@ -75,7 +75,7 @@ class RunLock:
             raise RunHeld(
                 f"{self.path.parent} is held by {_holder(descriptor)}",
                 where=str(self.path),
-                mend="Wait for it, stop it with SIGTERM, or choose another --run.dir",
+                hint="Wait for it, stop it with SIGTERM, or choose another --run.dir",
             ) from None
         return True
 

@@ -231,7 +231,7 @@ class Vault:
         raise NoValidCheckpoint(
             f"no {'healthy' if healthy else 'valid'} checkpoint is left in {self.directory}; nothing was deleted",
             where=", ".join(names[:3]),
-            mend=f"Look into {self.directory / QUARANTINE}; a new run needs another --run.dir",
+            hint=f"Look into {self.directory / QUARANTINE}; a new run needs another --run.dir",
         )
 
     def _first_valid(self, names: list[str], healthy: bool) -> Loaded | None:
@@ -310,7 +310,7 @@ class Vault:
         draft = self._draft(parts, is_best, {stem: layout.shared for stem, layout in layouts.items() if layout.shared})
         if parse_name(draft.name) is None:
             raise StorageError(
-                f"{draft.name} is past the last commit number", where=str(self.directory), mend="Start a new run"
+                f"{draft.name} is past the last commit number", where=str(self.directory), hint="Start a new run"
             )
         temporary = self.directory / f"{TEMPORARY}{draft.q:04d}-{os.getpid()}-{secrets.token_hex(4)}"
         final = self.directory / draft.name
@@ -414,5 +414,5 @@ class Vault:
             raise DiskFull(
                 f"no room for the checkpoint of update {update}: {need / 2**20:.0f} MiB are needed, {free / 2**20:.0f} free",
                 where=str(self.directory),
-                mend="Free some space, then start again: the run goes on where it was saved last",
+                hint="Free some space, then start again: the run goes on where it was saved last",
             )

@@ -200,7 +200,7 @@ def _parse(data: bytes) -> Manifest:
     if found != FORMAT:  # whole, but of another version of this program: nothing that may go into quarantine
         raise ResumeMismatch(
             f"the checkpoint has format {found}, this version reads format {FORMAT}",
-            mend="Continue the run with the version of resilient_t5 that wrote it",
+            hint="Continue the run with the version of resilient_t5 that wrote it",
         )
     files = fields.pop("files", None)
     if not isinstance(files, dict) or STATE not in files:

@@ -98,7 +98,7 @@ def read_or_refuse(fs: FileSystem, directory: Path, run_id: str | None) -> Loade
             return read_directory(fs, directory, run_id)
     except Damaged as damage:
         raise NoValidCheckpoint(
-            f"{directory} cannot be loaded: {damage}", mend="Name another checkpoint, or use run.resume auto"
+            f"{directory} cannot be loaded: {damage}", hint="Name another checkpoint, or use run.resume auto"
         ) from damage
 
 
@@ -127,9 +127,9 @@ def storage_error(error: OSError, what: str) -> ResilientError:
     """DiskFull or StorageError that names the first errno and the file it concerns."""
     where = f"{error.filename}: {describe(error)}"
     if error.errno in FULL:
-        return DiskFull(what, where=where, mend="Free some space, then start again: the run goes on where it was saved last")
+        return DiskFull(what, where=where, hint="Free some space, then start again: the run goes on where it was saved last")
     return StorageError(
-        what, where=where, mend="Mend the file system, then start again: the run goes on where it was saved last"
+        what, where=where, hint="Mend the file system, then start again: the run goes on where it was saved last"
     )
 
 

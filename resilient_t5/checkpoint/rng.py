@@ -82,6 +82,6 @@ def restore(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> list[str]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ResumeMismatch(
             f"a saved random state does not fit this version of python, numpy or torch ({error})",
-            mend="Continue the run with the versions in its environment.json",
+            hint="Continue the run with the versions in its environment.json",
         ) from error
     return sorted(saved ^ here)

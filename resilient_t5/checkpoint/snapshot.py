@@ -47,7 +47,7 @@ def refuse_non_finite(tensors: TensorFiles) -> None:
         raise NonFiniteState(
             "the state holds NaN or infinity and was not saved; older checkpoints are intact",
             where=", ".join(bad[:3]) + more,
-            mend="Lower optim.lr, or use another hardware.precision",
+            hint="Lower optim.lr, or use another hardware.precision",
         )
 
 

@@ -55,7 +55,7 @@ def benchmarks(folder: Path) -> dict[str, str]:
     scripts = sorted(folder.glob("*.py"))
     if not scripts:
         raise NoBenchmarks(
-            "benchmarks run from a source checkout only", where=str(folder), mend="clone the repository and pip install -e ."
+            "benchmarks run from a source checkout only", where=str(folder), hint="clone the repository and pip install -e ."
         )
     sources = {script.stem: script.read_text(encoding="utf-8") for script in scripts}
     started = {name: source for name, source in sources.items() if STARTED in source}  # the others are parts of them

@@ -30,7 +30,7 @@ def _list(run: Path, verify: bool) -> int:
     numbered = [(key[1], name) for name in fs.names(directory) if (key := parse_name(name)) is not None]
     names = [name for _, name in sorted(numbered, reverse=True)]
     if not names:
-        raise NoValidCheckpoint(f"{run} holds no checkpoint", where=str(directory), mend="Name the run directory")
+        raise NoValidCheckpoint(f"{run} holds no checkpoint", where=str(directory), hint="Name the run directory")
     for name in names:
         try:
             manifest, _ = read_stored(fs, directory / name, None)

@@ -91,7 +91,7 @@ def _draw_boards(drawn: Sequence[tuple[str, Any]]) -> None:
 def _config_of(run: Path) -> Config:
     file = run / "config.yaml"
     if not file.is_file():
-        raise DataError(f"{run} is no run directory: it has no config.yaml", mend="Name the directory that bin/train made")
+        raise DataError(f"{run} is no run directory: it has no config.yaml", hint="Name the directory that bin/train made")
     return parse_config(["--config", str(file)], "evaluate", DESCRIPTION)
 
 

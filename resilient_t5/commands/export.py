@@ -34,7 +34,7 @@ def _export(argv: Sequence[str]) -> int:
     own = Path(arguments.run) / "export" / arguments.which
     directory = own if arguments.to is None else Path(arguments.to).expanduser()
     if arguments.to is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise RunDirectoryError(f"{directory} is not empty", mend="Choose another --to")
+        raise RunDirectoryError(f"{directory} is not empty", hint="Choose another --to")
     # Imported late: --help and a typo must not wait for torch.
     from resilient_t5.checkpoint.lock import RunLock
     from resilient_t5.training.entrypoints.export import export_run
@@ -50,7 +50,7 @@ def _config_of(run: Path) -> Config:
     """The configuration of the run, with its directory as it was named now."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise RunDirectoryError(f"{run} holds no run", where=str(path), mend="Name the directory that bin/train wrote")
+        raise RunDirectoryError(f"{run} holds no run", where=str(path), hint="Name the directory that bin/train wrote")
     config = parse_config(["--config", str(path)], "export", DESCRIPTION)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
 

@@ -71,9 +71,9 @@ def _restore(argv: Sequence[str]) -> int:
 
 def _told(error: ResilientError) -> dict[str, str]:
     """Place and cure of an error that has them, in the words of this command."""
-    if not error.mend:
+    if not error.hint:
         return {}
-    return {"where": error.where, "mend": error.mend.replace("data.encoding", "--encoding")}
+    return {"where": error.where, "hint": error.hint.replace("data.encoding", "--encoding")}
 
 
 def _filled(
@@ -85,7 +85,7 @@ def _filled(
     if not gaps and text.text.strip("\ufeff"):
         others = other_marks(text.text, marks)
         hint = f"It holds {', '.join(others)}: give --mark '{others[0]}'" if others else "Name the text's own with --mark"
-        raise DataError(f"no gap: {' or '.join(marks)} does not stand in the text", where=text.name, mend=hint)
+        raise DataError(f"no gap: {' or '.join(marks)} does not stand in the text", where=text.name, hint=hint)
     fills = (filler.fill([(text.text, gaps)], asking, tally) or [[]])[0]
     rows = [
         {
@@ -143,9 +143,9 @@ def _read(file: str) -> tuple[str, bytes]:
     try:
         return file, path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError("no such file", where=file, mend="Check the path, or give - for standard input") from error
+        raise DataError("no such file", where=file, hint="Check the path, or give - for standard input") from error
     except IsADirectoryError as error:
-        raise DataError("a folder, not a text", where=file, mend="Give one file at a time") from error
+        raise DataError("a folder, not a text", where=file, hint="Give one file at a time") from error
     except OSError as error:
         raise StorageError(f"{file} cannot be read: {error.strerror}") from error
 
@@ -154,9 +154,9 @@ def _target(output: str) -> Path:
     """The file to write, refused before the work and not after it where there is no place for it."""
     path = Path(output).expanduser()
     if path.is_dir():
-        raise StorageError(f"--output {output} is a folder", mend="Name a file in it")
+        raise StorageError(f"--output {output} is a folder", hint="Name a file in it")
     if not path.parent.is_dir():
-        raise StorageError(f"--output {output} cannot be written: there is no folder {path.parent}", mend="Make it first")
+        raise StorageError(f"--output {output} cannot be written: there is no folder {path.parent}", hint="Make it first")
     return path
 
 

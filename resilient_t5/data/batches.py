@@ -212,7 +212,7 @@ class Batches:
 
     def __init__(self, split: Examples, table: TokenTable, config: Config, *, seed: int, micro_tokens: int, pad_multiple: int):
         if len(split) == 0:
-            raise DataError("there are no examples to train on", mend="Give more text.")
+            raise DataError("there are no examples to train on", hint="Give more text.")
         self.split, self.table, self.config, self.seed = split, table, config, seed
         self.micro_tokens, self.pad_multiple = micro_tokens, pad_multiple
         self.examples_per_update = config.batch.examples_per_update
@@ -382,7 +382,7 @@ def evaluation_batches(
     if examples == 0:
         return []
     if len(split) == 0:
-        raise DataError("there are no examples to evaluate on", mend="Give more text, or raise data.validation_share.")
+        raise DataError("there are no examples to evaluate on", hint="Give more text, or raise data.validation_share.")
     count = min(examples, len(split))
     example_ids = order(seed, EVALUATION_EPOCH, np.arange(count), len(split))
     epochs = np.full(count, EVALUATION_EPOCH)

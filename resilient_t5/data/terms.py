@@ -115,7 +115,7 @@ def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
             raise DataError(
                 f"a term has {len(stripped[-1])} characters, {LONGEST_TERM_CHARACTERS} are the most",
                 where=f"{where}:{number}",
-                mend="Write one term per line; is this the text instead of the terms?",
+                hint="Write one term per line; is this the text instead of the terms?",
             )
     listed = TermList()
     known: set[str] = set()
@@ -141,14 +141,14 @@ def read_terms(path: Path) -> TermList:
         StorageError: the file cannot be read.
     """
     if not path.is_file():
-        raise DataError("the list of terms is missing", where=str(path), mend="Set data.terms to a file with one term per line")
+        raise DataError("the list of terms is missing", where=str(path), hint="Set data.terms to a file with one term per line")
     try:
         encoding = resolve_encoding(path, "auto")
         listed = clean_terms((line.text for line in text_lines(path, encoding, CorpusCounts())), str(path))
     except Undecodable as error:  # data.encoding is that of the text, not of this list
-        raise DataError(error.what, mend="Repair that place, or save the list of terms as UTF-8") from None
+        raise DataError(error.what, hint="Repair that place, or save the list of terms as UTF-8") from None
     if not listed.terms:
-        raise DataError("the list of terms is empty", where=str(path), mend="Write one term per line")
+        raise DataError("the list of terms is empty", where=str(path), hint="Write one term per line")
     return listed
 
 

@@ -32,7 +32,7 @@ def special_ids(model: T5Model) -> SpecialIds:
     pad, eos, start = model.config.pad_token_id, model.config.eos_token_id, model.config.decoder_start_token_id
     if not isinstance(pad, int) or not isinstance(eos, int) or not isinstance(start, int):
         raise DataError(
-            f"the model needs one pad, one end mark and one start: {pad}, {eos}, {start}", mend="set them as numbers"
+            f"the model needs one pad, one end mark and one start: {pad}, {eos}, {start}", hint="set them as numbers"
         )
     return SpecialIds(pad, eos, start)
 

@@ -184,12 +184,12 @@ def read_tables(files: WeightFiles, declared_untied: bool) -> tuple[torch.Tensor
     """
     name = _embedding_name(files, declared_untied)
     if name is None:
-        mend = "Take config.json and weights from one whole T5 or mT5 checkpoint"
-        raise DataError(f"the weights lack the input embedding {SHARED}", where=str(files.directory), mend=mend)
+        hint = "Take config.json and weights from one whole T5 or mT5 checkpoint"
+        raise DataError(f"the weights lack the input embedding {SHARED}", where=str(files.directory), hint=hint)
     shared_VD = files.read(name)
     for alias in ALIASES:
         if alias != name and alias in files.file_of and not torch.equal(files.read(alias), shared_VD):
-            raise DataError(f"{alias} differs from {name}", where=str(files.directory), mend="Take an undamaged checkpoint")
+            raise DataError(f"{alias} differs from {name}", where=str(files.directory), hint="Take an undamaged checkpoint")
     if HEAD not in files.file_of or name == HEAD:
         return shared_VD, None
     head_VD = files.read(HEAD)
@@ -254,7 +254,7 @@ def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
     raw, where = read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE)
     kind = hub.model_kind(raw)
     if kind not in CLASSES:
-        raise DataError(f"model_type is {kind!r}, not t5 or mt5", where=where, mend="Name a T5 or mT5 checkpoint")
+        raise DataError(f"model_type is {kind!r}, not t5 or mt5", where=where, hint="Name a T5 or mT5 checkpoint")
     sizes = {key: raw[key] for key in SIZES if raw.get(key) is not None}
     numbers = {key: raw[key] for key in NUMBERS if raw.get(key) is not None}
     ids = {key: _single(raw[key]) for key in SPECIAL_IDS if raw.get(key) is not None}
@@ -272,7 +272,7 @@ def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
     wrong += [] if type(written.get("is_gated_act", False)) is bool else ["is_gated_act"]
     wrong += [key for key in NEEDED if key not in sizes]
     if wrong:
-        raise DataError(f"not usable in a T5 configuration: {', '.join(wrong)}", where=where, mend="Fetch the file again")
+        raise DataError(f"not usable in a T5 configuration: {', '.join(wrong)}", where=where, hint="Fetch the file again")
     ids.setdefault("pad_token_id", 0)
     ids.setdefault("decoder_start_token_id", ids["pad_token_id"])
     untied = raw.get("tie_word_embeddings") is False
@@ -299,31 +299,31 @@ def _check_layers(files: WeightFiles, config: T5Config | MT5Config) -> None:
             raise DataError(
                 f"the weights do not have the {layers} {stack} layers that {CONFIG_FILE} promises",
                 where=str(files.directory),
-                mend="Take config.json and weights from one checkpoint",
+                hint="Take config.json and weights from one checkpoint",
             )
 
 
 def _check_names_and_shapes(files: WeightFiles, model: T5Model, declared_untied: bool) -> None:
-    where, mend = str(files.directory), "Take config.json and weights from one whole T5 or mT5 checkpoint"
+    where, hint = str(files.directory), "Take config.json and weights from one whole T5 or mT5 checkpoint"
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     table = expected.pop(SHARED)
     if declared_untied and HEAD not in files.file_of:
-        raise DataError(f"{CONFIG_FILE} says that the head is untied, but the weights lack {HEAD}", where=where, mend=mend)
+        raise DataError(f"{CONFIG_FILE} says that the head is untied, but the weights lack {HEAD}", where=where, hint=hint)
     # A missing embedding too is an error here; transformers 5 would take an untied head for it without a word.
     embedding = _embedding_name(files, declared_untied) or SHARED
     absent = sorted({embedding, *expected} - set(files.file_of))
     if absent:
         what = f"the weights lack {len(absent)} of the tensors of the model, {absent[0]} first"
-        raise DataError(what, where=where, mend=mend)
+        raise DataError(what, where=where, hint=hint)
     tables = [name for name in (SHARED, *ALIASES, HEAD) if name in files.file_of]
     expected |= dict.fromkeys(tables, table)
     unknown = sorted(set(files.file_of) - set(expected) - {UNUSED})
     if unknown:
         what = f"the weights hold {len(unknown)} tensors that no T5 has, {unknown[0]} first"
-        raise DataError(what, where=where, mend=mend)
+        raise DataError(what, where=where, hint=hint)
     for name, shape in expected.items():
         found = files.shape_of[name]
         if found != shape:
             short = name in tables and found[1:] == shape[1:] and found[0] < shape[0]
             rows = f": fewer rows than the vocab_size {shape[0]}" if short else ""
-            raise DataError(f"{name} has shape {found}, {CONFIG_FILE} promises {shape}{rows}", where=where, mend=mend)
+            raise DataError(f"{name} has shape {found}, {CONFIG_FILE} promises {shape}{rows}", where=where, hint=hint)

@@ -73,7 +73,7 @@ def forward_loss(
     """
     if not divisor > 0:
         raise DataError(
-            "an update without a single target token", mend="check the prepared corpus; every example needs a target"
+            "an update without a single target token", hint="check the prepared corpus; every example needs a target"
         )
     terms = _terms(model, 1.0 / divisor, label_smoothing=label_smoothing, z_loss=z_loss)
     hidden_ND, labels_N, _ = _label_states(model, source_BS, source_mask_BS, labels_BT)

@@ -150,18 +150,18 @@ def load_named_state(
         ResumeMismatch: another optimizer, other groups or parameters, or a tensor of the wrong shape.
     """
     own = _description(optimizer, model)
-    mend = "resume with the configuration of the checkpoint, or start a new run with run.fork"
+    hint = "resume with the configuration of the checkpoint, or start a new run with run.fork"
     for key in own:
         if description.get(key) != own[key]:
             shown = "its groups hold other parameters" if key == "groups" else f"{description.get(key)!r}, now {own[key]!r}"
-            raise ResumeMismatch(f"the optimizer state belongs to another optimizer: {shown}", where=key, mend=mend)
+            raise ResumeMismatch(f"the optimizer state belongs to another optimizer: {shown}", where=key, hint=hint)
     parameter_of = dict(model.named_parameters())
     state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")
         parameter = parameter_of.get(owner)
         if parameter is None or not key or tuple(tensor.shape) not in _possible_shapes(parameter):
-            raise ResumeMismatch("the optimizer state does not fit the model", where=name, mend=mend)
+            raise ResumeMismatch("the optimizer state does not fit the model", where=name, hint=hint)
         # A scalar lies where its optimizer wants it: fused kernels count on the device, everything else on the CPU.
         stays = tensor.ndim == 0 and not _is_fused(optimizer)
         state.setdefault(parameter, {})[key] = tensor.detach().to("cpu" if stays else parameter.device)

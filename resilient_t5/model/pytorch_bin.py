@@ -65,7 +65,7 @@ class BinFile:
             # A damaged or hostile file can make the interpreter fail in any way.
             raise self._refusal(error) from error
         if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
-            raise DataError("the file holds no dictionary of tensors", where=str(self.path), mend=PUBLISHED)
+            raise DataError("the file holds no dictionary of tensors", where=str(self.path), hint=PUBLISHED)
         return content
 
     def _refusal(self, error: Exception) -> DataError:
@@ -73,21 +73,21 @@ class BinFile:
         foreign = re.search(r"GLOBAL (\S+)", text)
         if foreign:
             what = f"the file wants to run {foreign[1]}, and only tensors are taken out of it"
-            return DataError(what, where=str(self.path), mend=PUBLISHED)
+            return DataError(what, where=str(self.path), hint=PUBLISHED)
         reason = re.search(r"WeightsUnpickler error: (.*)", text) or re.match(r"\s*(.*)", text)
         why = (reason[1] if reason else "").strip()[:200] or type(error).__name__
-        return DataError(f"not readable as weights of PyTorch: {why}", where=str(self.path), mend="Fetch the file again")
+        return DataError(f"not readable as weights of PyTorch: {why}", where=str(self.path), hint="Fetch the file again")
 
     def _shape(self, name: str, value: Any) -> tuple[int, ...]:
         where = str(self.path)
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
-            raise DataError(f"{name} is a {type(value).__name__} and no plain tensor", where=where, mend=PUBLISHED)
+            raise DataError(f"{name} is a {type(value).__name__} and no plain tensor", where=where, hint=PUBLISHED)
         if value.dtype not in FLOATS:
             what = f"the tensor {name} is stored as {str(value.dtype).removeprefix('torch.')}, not as floating point"
-            raise DataError(what, where=where, mend="Take a checkpoint that is not quantised")
+            raise DataError(what, where=where, hint="Take a checkpoint that is not quantised")
         stored = value.untyped_storage().nbytes()
         if value.nbytes > stored or stored > self.path.stat().st_size:
-            raise DataError(f"the file does not hold all values of {name}", where=where, mend="Fetch the file again")
+            raise DataError(f"the file does not hold all values of {name}", where=where, hint="Fetch the file again")
         return tuple(value.shape)
 
 
@@ -105,7 +105,7 @@ def _is_plain_zip(path: Path) -> bool:
             compressed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         what = f"not readable as weights of PyTorch: {error}"
-        raise DataError(what, where=str(path), mend="Fetch the file again") from error
+        raise DataError(what, where=str(path), hint="Fetch the file again") from error
     if compressed:
-        raise DataError("the file is compressed inside", where=str(path), mend=PUBLISHED)
+        raise DataError("the file is compressed inside", where=str(path), hint=PUBLISHED)
     return True

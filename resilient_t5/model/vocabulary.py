@@ -104,7 +104,7 @@ def write_back(model: T5Model, original: FullTables, active_to_full: np.ndarray,
         raise DataError(
             f"the model has {model.shared.weight.shape[0]} rows and is {'tied' if is_tied(model) else 'untied'}; "
             f"{len(active_to_full)} active ids and {'tied' if original.head_VD is None else 'untied'} tables were given",
-            mend="write back into the checkpoint that the run started from",
+            hint="write back into the checkpoint that the run started from",
         )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors[SHARED] = _merge(original.shared_VD, tensors[SHARED], active_to_full)
@@ -129,14 +129,14 @@ def _check_active(active_to_full: np.ndarray, rows: int) -> None:
     if not usable or bool((np.diff(ids.astype(np.int64)) <= 0).any()) or int(ids[0]) < 0 or int(ids[-1]) >= rows:
         raise DataError(
             f"the active vocabulary does not fit a model of {rows} rows",
-            mend="prepare the corpus again with the tokenizer of this model",
+            hint="prepare the corpus again with the tokenizer of this model",
         )
 
 
 def _active_id(active_to_full: np.ndarray, key: str, full_id: int) -> int:
     position = int(np.searchsorted(active_to_full, full_id))
     if position == len(active_to_full) or int(active_to_full[position]) != full_id:
-        raise DataError(f"the active vocabulary lacks the {key} {full_id}", mend="prepare the corpus again")
+        raise DataError(f"the active vocabulary lacks the {key} {full_id}", hint="prepare the corpus again")
     return position
 
 

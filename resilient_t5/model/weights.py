@@ -42,7 +42,7 @@ class WeightFiles:
         path = self.file_of[name]
         tensor = self.bins[path].read(name) if path in self.bins else _read_safetensor(path, name)
         if not _is_finite(tensor):
-            raise DataError(f"the tensor {name} holds NaN or infinity", where=str(path), mend="Take an undamaged checkpoint")
+            raise DataError(f"the tensor {name} holds NaN or infinity", where=str(path), hint="Take an undamaged checkpoint")
         return tensor
 
 
@@ -62,13 +62,13 @@ def find_weights(directory: Path) -> WeightFiles:
             absent = sorted(set(weight_map) - set(found.file_of))
             if absent:
                 what = f"the shards lack {len(absent)} of the tensors that the index names, {absent[0]} first"
-                raise DataError(what, where=str(directory / index), mend="Fetch all shards")
+                raise DataError(what, where=str(directory / index), hint="Fetch all shards")
             return found
-    mend = f"Put {WEIGHTS_FILE} or {BIN_FILE} there"
+    hint = f"Put {WEIGHTS_FILE} or {BIN_FILE} there"
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
     if others:
-        raise DataError(f"no weights under a name that is read, only {others[0]}", where=str(directory), mend=mend)
-    raise DataError("the model directory has no weights", where=str(directory), mend=mend)
+        raise DataError(f"no weights under a name that is read, only {others[0]}", where=str(directory), hint=hint)
+    raise DataError("the model directory has no weights", where=str(directory), hint=hint)
 
 
 def _with_shapes(directory: Path, paths: list[Path]) -> WeightFiles:
@@ -91,10 +91,10 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in FLOAT_TYPES:
                     what = f"the tensor {name} is stored as {tensor.get_dtype()}, not as floating point"
-                    raise DataError(what, where=str(path), mend="Take a checkpoint that is not quantised")
+                    raise DataError(what, where=str(path), hint="Take a checkpoint that is not quantised")
                 shapes[name] = tuple(tensor.get_shape())
     except (SafetensorError, OSError) as error:
-        raise DataError(f"not readable as safetensors: {error}", where=str(path), mend="Fetch the file again") from error
+        raise DataError(f"not readable as safetensors: {error}", where=str(path), hint="Fetch the file again") from error
     return shapes
 
 
@@ -110,7 +110,7 @@ def _read_safetensor(path: Path, name: str) -> torch.Tensor:
             return tensor
     except (SafetensorError, OSError) as error:
         what = f"the tensor {name} cannot be read: {error}"
-        raise DataError(what, where=str(path), mend="Fetch the file again") from error
+        raise DataError(what, where=str(path), hint="Fetch the file again") from error
 
 
 def write_directory(
@@ -125,7 +125,7 @@ def write_directory(
         DiskFull, StorageError: the file system refuses; what was written so far lies there.
     """
     if any((directory / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE)):
-        raise RunDirectoryError("a model already lies there", where=str(directory), mend="export into an empty directory")
+        raise RunDirectoryError("a model already lies there", where=str(directory), hint="export into an empty directory")
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -139,4 +139,4 @@ def write_directory(
         # safetensors reports a full disk in words only.
         full = getattr(error, "errno", None) == 28 or "os error 28" in str(error)
         kind = DiskFull if full else StorageError
-        raise kind(f"the export cannot be written: {error}", where=str(directory), mend="make room or mend the disk") from error
+        raise kind(f"the export cannot be written: {error}", where=str(directory), hint="make room or hint the disk") from error

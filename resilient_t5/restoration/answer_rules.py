@@ -69,7 +69,7 @@ def answer_rules(
             lines[kind] = lines[kind] if kind in lines else _following(kind)
             chosen.append((number, lines[kind]))
     if len(chosen) == len(marks):
-        raise DataError("no piece of the vocabulary can be written in this encoding", where=encoding, mend="Use utf-8")
+        raise DataError("no piece of the vocabulary can be written in this encoding", where=encoding, hint="Use utf-8")
     chosen.sort(key=lambda entry: entry[0])
     output_ids = np.array([number for number, _ in chosen], np.int64)
     table_NA = np.stack([line for _, line in chosen], axis=1)

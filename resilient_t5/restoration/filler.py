@@ -214,7 +214,7 @@ def check_tokenizer_fits(tokenizer: TextTokenizer, model: T5Model, where: str) -
         raise DataError(
             f"the tokenizer has end mark {ids[0]} and padding {ids[1]}, the model has {wanted[0]} and {wanted[1]}",
             where=where,
-            mend="Put the model's own tokenizer beside it",
+            hint="Put the model's own tokenizer beside it",
         )
 
 
@@ -227,11 +227,11 @@ def local_directory(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
         raise DataError(
-            "no such model directory", where=name, mend="Give a directory, or hub:NAME for a model of the Hugging Face hub"
+            "no such model directory", where=name, hint="Give a directory, or hub:NAME for a model of the Hugging Face hub"
         )
     if not (path / "config.yaml").is_file() or (path / "config.json").is_file():
         return path
     export = path / "export" / "best"
     if not (export / "config.json").is_file():
-        raise DataError("this run has no export yet", where=name, mend=f"Write one with bin/export {name}")
+        raise DataError("this run has no export yet", where=name, hint=f"Write one with bin/export {name}")
     return export

@@ -78,7 +78,7 @@ def read_usage(directory: Path) -> Usage | None:
             raise ValueError("it is far too large")
         return _checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{USAGE_FILE} is damaged: {error}", where=str(path), mend="Export the model again") from error
+        raise DataError(f"{USAGE_FILE} is damaged: {error}", where=str(path), hint="Export the model again") from error
 
 
 def _checked(content: dict[str, Any]) -> Usage:

@@ -72,7 +72,7 @@ class TextBytes:
             raise DataError(
                 f"text in {self.encoding} cannot be changed in one place without changing others",
                 where=self.name,
-                mend="Convert it to utf-8 first",
+                hint="Convert it to utf-8 first",
             )
         return result
 
@@ -81,7 +81,7 @@ class TextBytes:
             return text.encode(self.encoding)
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{text!r} cannot be written in {self.encoding}", where=self.name, mend="Convert the text to utf-8 first"
+                f"{text!r} cannot be written in {self.encoding}", where=self.name, hint="Convert the text to utf-8 first"
             ) from error
 
     def _byte_offsets(self, characters: Sequence[int]) -> list[int]:

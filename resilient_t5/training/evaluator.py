@@ -132,7 +132,7 @@ def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
     if len({told["weights"] for told in notes}) > 1:
         raise Diverged(
             "the weights of the processes are no longer equal, so what was trained since the last evaluation is worthless",
-            mend="Use cards of one kind with one driver, or hardware.deterministic, and go on from an older one by run.resume",
+            hint="Use cards of one kind with one driver, or hardware.deterministic, and go on from an older one by run.resume",
         )
     return not any(told["halted"] for told in notes)
 

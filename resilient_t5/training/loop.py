@@ -33,7 +33,7 @@ def train(run: Run, stop: StopSignal) -> StopReason:
         Diverged: the guard gave up.
         DeviceLost: the machine slept, and its GPU with it.
         OutOfMemory: smaller micro-batches did not help.
-        StorageError: a save failed for a reason that waiting does not mend.
+        StorageError: a save failed for a reason that waiting does not fix.
     """
     while True:
         notice_suspend(run)

@@ -85,7 +85,7 @@ def _refusal(run: Run, failure: str) -> OutOfMemory:
         f"an update with micro_tokens {run.batches.micro_tokens} and sources of up to {run.fit.task.source_tokens} tokens"
         + (f" is about {short:.2f} GiB short" if short > 0 else " found no room"),
         where=failure,
-        mend=f"Cheapest first: {options}" if options else "Take a smaller model or a larger machine; see bin/plan",
+        hint=f"Cheapest first: {options}" if options else "Take a smaller model or a larger machine; see bin/plan",
     )
 
 

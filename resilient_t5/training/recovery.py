@@ -58,7 +58,7 @@ def save_if_due(run: Run, stop: StopSignal) -> None:
 
     Raises:
         Diverged: the guard gave up.
-        DiskFull, StorageError: a save failed for a reason that waiting does not mend.
+        DiskFull, StorageError: a save failed for a reason that waiting does not fix.
     """
     cause, refused = None, None
     try:
@@ -94,7 +94,7 @@ def notice_suspend(run: Run) -> None:
     raise DeviceLost(
         f"the machine slept for {new_s:.0f} s, which the state on the GPU may not have survived",
         where=f"update {run.state.update}",
-        mend="Start the same command again: it goes on from the newest checkpoint",
+        hint="Start the same command again: it goes on from the newest checkpoint",
     )
 
 
@@ -177,9 +177,9 @@ def load_together(vault: Vault, ranks: Ranks, choose: Callable[[], Loaded | None
 def give_up(run: Run, why: str) -> Diverged:
     """Write diagnosis.json; returns the error that ends the run."""
     path = run.directory / DIAGNOSIS
-    mend = f"{path} holds the raw values and what to try"
+    hint = f"{path} holds the raw values and what to try"
     if not run.ranks.is_writer:
-        return Diverged(why, where=f"update {run.state.update}", mend=mend)
+        return Diverged(why, where=f"update {run.state.update}", hint=hint)
     run.telemetry.flush()
     rows = [row for row in read_rows(run.telemetry.path) if row["kind"] == "guard"][-ROWS_IN_DIAGNOSIS:]
     memory = run.guard.memory
@@ -199,7 +199,7 @@ def give_up(run: Run, why: str) -> Diverged:
         "advice": ADVICE,
     }
     write_whole(path, json.dumps(plain(diagnosis), indent=2, ensure_ascii=False) + "\n")
-    return Diverged(why, where=f"update {run.state.update}", mend=mend)
+    return Diverged(why, where=f"update {run.state.update}", hint=hint)
 
 
 def _settle_writer(run: Run) -> None:

@@ -49,7 +49,7 @@ def inspect(config: Config) -> RunDirectory:
     if config.run.resume == "none":
         raise RunDirectoryError(
             f"{path} holds a run, and this one is to be a new one",
-            mend=f"Continue it with bin/train --config {path / 'config.yaml'}, or choose another --run.dir",
+            hint=f"Continue it with bin/train --config {path / 'config.yaml'}, or choose another --run.dir",
         )
     _refuse_other_mathematics(path, stored["mathematics"], config)
     return RunDirectory(path, stored["run_id"], is_new=False)
@@ -75,7 +75,7 @@ def claim(directory: RunDirectory, config: Config, config_yaml: str, device: str
 def refuse_foreign_files(path: Path) -> None:
     """Raise RunDirectoryError when `path` is no directory, or holds files that no run of ours left."""
     if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"{path} is a file, not a directory", mend="Choose another --run.dir")
+        raise RunDirectoryError(f"{path} is a file, not a directory", hint="Choose another --run.dir")
     if not path.exists() or (path / ENVIRONMENT).exists():
         return
     foreign = sorted(
@@ -83,7 +83,7 @@ def refuse_foreign_files(path: Path) -> None:
     )
     if foreign:
         raise RunDirectoryError(
-            f"{path} is not empty and holds no run", where=", ".join(foreign[:5]), mend="Choose another --run.dir"
+            f"{path} is not empty and holds no run", where=", ".join(foreign[:5]), hint="Choose another --run.dir"
         )
 
 
@@ -121,7 +121,7 @@ def _refuse_other_mathematics(path: Path, old: dict[str, Any], config: Config) -
         raise ResumeMismatch(
             f"{path} holds another run; going on with these settings would change its mathematics",
             where="; ".join(changed),
-            mend=f"Continue it with its own settings: bin/train --config {path / 'config.yaml'}; or choose another --run.dir",
+            hint=f"Continue it with its own settings: bin/train --config {path / 'config.yaml'}; or choose another --run.dir",
         )
 
 
@@ -131,5 +131,5 @@ def _read(environment: Path) -> dict[str, Any]:
         return {"run_id": str(stored["run_id"]), "mathematics": dict(stored["mathematics"])}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
-            f"{environment} is damaged ({error})", mend="Restore the file, or choose another --run.dir"
+            f"{environment} is damaged ({error})", hint="Restore the file, or choose another --run.dir"
         ) from None

@@ -170,7 +170,7 @@ class Saver:
             raise ResumeMismatch(
                 f"resuming {loaded.name} with these settings would change the mathematics of the run",
                 where="; ".join(changed),
-                mend="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
+                hint="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
             )
         updater, scaler = self.updater, self.updater.accelerator.scaler
         # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
@@ -202,7 +202,7 @@ class Saver:
             raise ResumeMismatch(
                 f"{loaded.name} was trained with another vocabulary, so its rows mean other pieces",
                 where="run.fork",
-                mend="Fork with the same tokenizer and the same active vocabulary, or start from export/ by model.name_or_path",
+                hint="Fork with the same tokenizer and the same active vocabulary, or start from export/ by model.name_or_path",
             )
         put_model_tensors(self.updater.model, loaded.tensors["model"])
 

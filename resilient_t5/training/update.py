@@ -227,7 +227,7 @@ class Updater:
             raise OutOfMemory(
                 "the optimizer found no room; some weights may have moved, so the newest checkpoint is what counts",
                 where=str(error).partition("\n")[0][:300],
-                mend="Ask bin/plan what fits; another optim.name needs a new run, whose weights run.fork takes over",
+                hint="Ask bin/plan what fits; another optim.name needs a new run, whose weights run.fork takes over",
             ) from error
         if scaler is not None:
             scaler.update()

@@ -247,7 +247,7 @@ def spoil(raw, tensors):
     ],
 )
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_what_it_lacks(damage, says, tmp_path):
-    """X4 among them: exit 65, the culprit in the message, and a way to mend it."""
+    """X4 among them: exit 65, the culprit in the message, and a way to fix it."""
     path, tensors = untied_checkpoint(tmp_path / "m")
     raw = json.loads((tmp_path / "m/config.json").read_text())
     raw, tensors = damage(raw, {name: tensor.clone() for name, tensor in tensors.items()})
@@ -257,7 +257,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_what_it_lacks(damage, s
         load_model(path, ANY)
     assert says in caught.value.what
     assert str(tmp_path / "m") in caught.value.where
-    assert caught.value.mend
+    assert caught.value.hint
     assert caught.value.exit_code == 65
 
 

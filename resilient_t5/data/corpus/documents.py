@@ -82,7 +82,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
         DataError: no inputs, one that is missing or holds no file of a known kind.
     """
     if not inputs:
-        raise DataError("no input is named", mend="Set data.train to files, folders or globs")
+        raise DataError("no input is named", hint="Set data.train to files, folders or globs")
     paths = sorted({path for name in inputs for path in _files_of(name)})
     once: dict[str, Path] = {}
     for path in paths:
@@ -94,7 +94,7 @@ def _files_of(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         if file_kind(path) is None:
-            raise DataError(f"{name} is a file of an unknown kind", mend=f"Known by their names are {KINDS}")
+            raise DataError(f"{name} is a file of an unknown kind", hint=f"Known by their names are {KINDS}")
         return [path]
     if path.is_dir():
         files = _files_under(path)
@@ -104,11 +104,11 @@ def _files_of(name: str) -> list[Path]:
             files += _files_under(hit) if hit.is_dir() else [hit]
         files = [file for file in files if file.is_file() and file_kind(file) is not None]
     elif path.exists():
-        raise DataError(f"{name} is neither a file nor a folder", mend="Write its content into a file first")
+        raise DataError(f"{name} is neither a file nor a folder", hint="Write its content into a file first")
     else:
-        raise DataError("input is missing", where=name, mend="Check the path; it is taken from the current folder")
+        raise DataError("input is missing", where=name, hint="Check the path; it is taken from the current folder")
     if not files:
-        raise DataError("input holds no text file", where=name, mend=f"Known by their names are {KINDS}")
+        raise DataError("input holds no text file", where=name, hint=f"Known by their names are {KINDS}")
     return files
 
 
@@ -158,7 +158,7 @@ def read_documents(
             yield Document(kept, f"{path}:{record.line}", record.target, key)
     counts.paragraphs_forgotten += seen.forgotten - forgotten
     if empty:
-        raise DataError("the inputs hold no text", where=", ".join(inputs), mend="Check that the files are the right ones")
+        raise DataError("the inputs hold no text", where=", ".join(inputs), hint="Check that the files are the right ones")
 
 
 def _without_duplicates(text: str, digest: int, target: str | None, seen: SeenParagraphs) -> tuple[str, int]:

@@ -102,10 +102,10 @@ def unpacked_blocks(path: TextSource) -> Iterator[bytes]:
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path} cannot be unpacked: {error}",
-            mend="Copy it again, or unpack it with gzip or xz to see how far it goes",
+            hint="Copy it again, or unpack it with gzip or xz to see how far it goes",
         ) from error
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}", mend="Check the file and its rights") from error
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}", hint="Check the file and its rights") from error
 
 
 def _opened(path: TextSource) -> BinaryIO:
@@ -197,7 +197,7 @@ def _detected(path: TextSource) -> str:
         if nuls > 8 + len(head) // 64:
             raise DataError(
                 f"{path} is a binary file, not text: {nuls} NUL bytes in its first {len(head)} bytes",
-                mend="Export it as plain text, .csv or .jsonl, or leave it out of the inputs",
+                hint="Export it as plain text, .csv or .jsonl, or leave it out of the inputs",
             )
     fault = _utf8_fault(path)
     if fault is None:
@@ -289,5 +289,5 @@ def _undecodable(path: TextSource, fault: BadByte, second: BadByte | str | None 
     unpacked = " once unpacked" if path.suffix.lower() in PACKED_SUFFIXES else ""
     return Undecodable(
         f"{path}{unpacked} is {fault}{also}",
-        mend="Repair that place, or set data.encoding to the file's encoding, for example gb18030, big5 or cp1252",
+        hint="Repair that place, or set data.encoding to the file's encoding, for example gb18030, big5 or cp1252",
     )

@@ -142,7 +142,7 @@ def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = F
             raise DataError(
                 f"a line is longer than {LONGEST_RECORD_CHARACTERS} characters",
                 where=f"{path}:{number}",
-                mend="Write one record per line",
+                hint="Write one record per line",
             )
     if held:
         yield from _parts(held, number, beginning) if cut else [Line(held, number)]
@@ -225,9 +225,9 @@ def _json_records(path: Path, lines: Iterator[Line], text_field: str, counts: Co
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"a line is not JSON: {error}", where=where, mend="Write one JSON object per line") from None
+            raise DataError(f"a line is not JSON: {error}", where=where, hint="Write one JSON object per line") from None
         if not isinstance(value, dict):
-            raise DataError("a line is not a JSON object", where=where, mend=f'Write {{"{text_field}": "..."}} on each line')
+            raise DataError("a line is not a JSON object", where=where, hint=f'Write {{"{text_field}": "..."}} on each line')
         if text_field in value:
             record = Record(_text_of(value, text_field, where, counts), number)
         elif "inputs" in value and "targets" in value:
@@ -238,7 +238,7 @@ def _json_records(path: Path, lines: Iterator[Line], text_field: str, counts: Co
             raise DataError(
                 f"a record has neither {text_field!r} nor 'inputs' and 'targets'; it has {_listed(value)}",
                 where=where,
-                mend="Set data.text_field to the field that holds the text",
+                hint="Set data.text_field to the field that holds the text",
             )
         if record.text.strip():
             yield record
@@ -252,7 +252,7 @@ def _text_of(value: dict[str, object], name: str, where: str, counts: CorpusCoun
         return ""
     if not isinstance(text, str):
         raise DataError(
-            f"field {name!r} holds {type(text).__name__}, not text", where=where, mend="Set data.text_field to a text"
+            f"field {name!r} holds {type(text).__name__}, not text", where=where, hint="Set data.text_field to a text"
         )
     return counts.clean(text.replace("\r\n", "\n").replace("\r", "\n"))
 
@@ -271,7 +271,7 @@ def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts
     header = [name.strip() for name in first[1]]
     if any(len(name) > LONGEST_COLUMN_NAME for name in header):
         raise DataError(
-            "the first record does not name columns", where=f"{path}:1", mend="Put a line with the columns' names on top"
+            "the first record does not name columns", where=f"{path}:1", hint="Put a line with the columns' names on top"
         )
     sample = list(islice(rows, COLUMN_SAMPLE_ROWS))
     taken = _taken_columns(path, header, [row for _, row in sample], column)
@@ -281,7 +281,7 @@ def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts
             raise DataError(
                 f"a record has {len(row)} fields, the header names {len(header)}",
                 where=f"{path}:{number}",
-                mend="Put quotation marks around fields that hold the separator",
+                hint="Put quotation marks around fields that hold the separator",
             )
         text = "\n".join(row[index].strip() for index in taken if index < len(row) and row[index].strip())
         if text:
@@ -309,7 +309,7 @@ def _table_rows(path: Path, lines: Iterator[Line]) -> Iterator[tuple[int, list[s
         raise DataError(
             f"the record cannot be read: {error}",
             where=f"{path}:{start}",
-            mend="Check its quotation marks: one inside a quoted field is written twice",
+            hint="Check its quotation marks: one inside a quoted field is written twice",
         ) from None
 
 
@@ -318,7 +318,7 @@ def _taken_columns(path: Path, header: list[str], sample: list[list[str]], colum
     if column is not None:
         if column not in header:
             raise DataError(
-                f"no column {column!r}; there are {_listed(header)}", where=str(path), mend="Set data.column to one of these"
+                f"no column {column!r}; there are {_listed(header)}", where=str(path), hint="Set data.column to one of these"
             )
         return [header.index(column)]
     columns = ([row[index].strip() for row in sample if index < len(row)] for index in range(len(header)))
@@ -327,7 +327,7 @@ def _taken_columns(path: Path, header: list[str], sample: list[list[str]], colum
         raise DataError(
             f"no column holds running text; there are {_listed(header)}",
             where=str(path),
-            mend="Set data.column to the one to take",
+            hint="Set data.column to the one to take",
         )
     return taken
 

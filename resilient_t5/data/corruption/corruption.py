@@ -189,7 +189,7 @@ def _check_lengths(
             f"an example of {lengths[row]} tokens does not fit into data.max_source_tokens {data.max_source_tokens} "
             f"and data.max_target_tokens {data.max_target_tokens}",
             where=f"example {example_ids[row]} of the store",
-            mend="Prepare a store with these settings.",
+            hint="Prepare a store with these settings.",
         )
 
 
@@ -208,7 +208,7 @@ def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: 
     ids = np.asarray(split.tokens[index]).astype(np.int32)
     ids[ends] = table.eos_id
     if len(ids) and ids.max() >= table.size:
-        raise DataError("the store holds ids beyond its vocabulary", mend="Prepare the store again.")
+        raise DataError("the store holds ids beyond its vocabulary", hint="Prepare the store again.")
     return Rows(ids, offsets, row, position, text, np.where(targets_at < 0, lengths, 0))
 
 
@@ -222,7 +222,7 @@ def _gather_terms(split: Examples, example_ids: np.ndarray, rows: Rows) -> Occur
     start, end = found[:, 1], found[:, 2]
     disordered = (start[1:] < start[:-1]) & (row[1:] == row[:-1])
     if np.any((start < 0) | (start >= end) | (end > rows.tokens[row])) or disordered.any():
-        raise DataError("the store places terms outside of their examples", mend="Prepare the store again.")
+        raise DataError("the store places terms outside of their examples", hint="Prepare the store again.")
     return Occurrences(row, rows.offsets[row] + start, rows.offsets[row] + end, found[:, 3])
 
 

@@ -65,14 +65,14 @@ def read_confusions(path: Path) -> dict[str, set[str]]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"the confusion table cannot be read: {error.strerror}", where=str(path), mend="Check corruption.confusions."
+            f"the confusion table cannot be read: {error.strerror}", where=str(path), hint="Check corruption.confusions."
         ) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         bad_line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"the confusion table is not UTF-8 at byte {error.start}", where=f"{path}:{bad_line}", mend="Save it as UTF-8."
+            f"the confusion table is not UTF-8 at byte {error.start}", where=f"{path}:{bad_line}", hint="Save it as UTF-8."
         ) from error
     table: dict[str, set[str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
@@ -85,7 +85,7 @@ def read_confusions(path: Path) -> dict[str, set[str]]:
             raise DataError(
                 "not a line of a confusion table",
                 where=f"{path}:{number}",
-                mend="Write one character, a tab and its look-alikes.",
+                hint="Write one character, a tab and its look-alikes.",
             )
         table.setdefault(character, set()).update(look_alikes)
     return table
@@ -144,7 +144,7 @@ def build_token_table(
     size = len(active_to_full)
     all_pieces = tokenizer.pieces()
     if size == 0 or active_to_full[-1] >= len(all_pieces):
-        raise DataError("the active vocabulary does not belong to this tokenizer", mend="Prepare the store again.")
+        raise DataError("the active vocabulary does not belong to this tokenizer", hint="Prepare the store again.")
     pieces = [all_pieces[full_id] for full_id in active_to_full.tolist()]
     special = np.isin(active_to_full, tokenizer.special_ids)
     byte = np.isin(active_to_full, tokenizer.byte_ids)
@@ -182,7 +182,7 @@ def _active(active_to_full: np.ndarray, full_ids: np.ndarray, name: str) -> np.n
     """The active ids of full ids, int32; all of them must be active."""
     places = np.minimum(np.searchsorted(active_to_full, full_ids), len(active_to_full) - 1)
     if np.any(active_to_full[places] != full_ids):
-        raise DataError(f"{name} is not in the active vocabulary", mend="Prepare the store again.")
+        raise DataError(f"{name} is not in the active vocabulary", hint="Prepare the store again.")
     return places.astype(np.int32)
 
 

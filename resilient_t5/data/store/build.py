@@ -335,7 +335,7 @@ def open_shard(directory: Path, identity: Identity, shard: int, shards: int) -> 
     if not (directory / PART).is_file():
         here = directory.exists() and any(directory.iterdir())
         what = "this directory holds something that is no part" if here else f"the part of shard {shard}/{shards} is missing"
-        raise DataError(what, where=str(directory), mend=f"Prepare it with --shard {shard}/{shards}.")
+        raise DataError(what, where=str(directory), hint=f"Prepare it with --shard {shard}/{shards}.")
     part = Part.open(directory)
     changes = differences(part.extra["identity"], identity.values)
     if changes or (part.extra["shard"], part.extra["shards"]) != (shard, shards):
@@ -343,7 +343,7 @@ def open_shard(directory: Path, identity: Identity, shard: int, shards: int) -> 
         raise DataError(
             f"this part was prepared from something else; what differs: {reason}",
             where=str(directory),
-            mend="Remove it and prepare it again.",
+            hint="Remove it and prepare it again.",
         )
     return part
 
@@ -351,7 +351,7 @@ def open_shard(directory: Path, identity: Identity, shard: int, shards: int) -> 
 def _totals(parts: Sequence[Part]) -> dict[str, Any]:
     """Sums over the parts; what reading counted is the same in each, since each read the whole corpus."""
     if len({part.extra.get("tokenizer") for part in parts}) > 1:
-        raise DataError("the parts were made with different tokenizers", mend="Prepare the shards again, with one version.")
+        raise DataError("the parts were made with different tokenizers", hint="Prepare the shards again, with one version.")
     totals: dict[str, Any] = {key: sum(part.extra[key] for part in parts) for key in SUMS}
     totals["term_counts"] = np.sum([part.extra["term_counts"] for part in parts], axis=0)
     totals["corpus"] = parts[0].extra["corpus"]
@@ -377,13 +377,13 @@ def _check_content(counts: dict[str, dict[str, int]], totals: dict[str, Any], jo
         raise DataError(
             f"nothing is left to {side}: the corpus has {documents} document{'s' if documents != 1 else ''}",
             where="data.train",
-            mend="Give more text, or data.validation, or let each line be a document (data.document line).",
+            hint="Give more text, or data.validation, or let each line be a document (data.document line).",
         )
     if data.terms is not None and not totals["pairs"] and not counts["train"]["terms"] + counts["validation"]["terms"]:
         raise DataError(
             f"none of the {len(job.terms.terms)} terms occurs in the corpus",
             where=data.terms,
-            mend="Check that terms and text are of one language and script, or leave data.terms out.",
+            hint="Check that terms and text are of one language and script, or leave data.terms out.",
         )
 
 

@@ -95,7 +95,7 @@ def check_unknown(report: Mapping[str, Any], max_share: float, where: str) -> No
         f"{percent(share)} of the corpus' characters have no piece in this tokenizer, which is above"
         f" tokenizer.max_unknown_share {max_share:g}; most frequent: {most_frequent(report)}",
         where=where,
-        mend="Take a model with a tokenizer for this script, such as mT5, train a tokenizer for a model from scratch"
+        hint="Take a model with a tokenizer for this script, such as mT5, train a tokenizer for a model from scratch"
         " (tokenizer.train_vocab_size), or raise tokenizer.max_unknown_share.",
     )
 

@@ -89,7 +89,7 @@ def is_builtin(config: Config) -> bool:
     """
     inputs = config.data.train_inputs()
     if BUILTIN in inputs and len(inputs) > 1:
-        raise DataError(f"{BUILTIN} cannot be mixed with files", where="data.train", mend="Name one or the other.")
+        raise DataError(f"{BUILTIN} cannot be mixed with files", where="data.train", hint="Name one or the other.")
     return inputs == (BUILTIN,)
 
 
@@ -102,7 +102,7 @@ def terms_path(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         found = "no file but a folder" if path.is_dir() else "missing"
-        raise DataError(f"the list of terms {name} is {found}", mend="Set data.terms to a file with one term per line")
+        raise DataError(f"the list of terms {name} is {found}", hint="Set data.terms to a file with one term per line")
     return path
 
 
@@ -133,7 +133,7 @@ def _identify_tokenizer(
         return
     name = settings.name_or_path or config.model.name_or_path
     if name is None:
-        raise DataError("no tokenizer is named", mend="Set tokenizer.name_or_path, or tokenizer.train_vocab_size to train one.")
+        raise DataError("no tokenizer is named", hint="Set tokenizer.name_or_path, or tokenizer.train_vocab_size to train one.")
     setting = "model.name_or_path" if settings.name_or_path is None else "tokenizer.name_or_path"
     entries = [_note_file(identity, "tokenizer", path, known) for path in tokenizer_files(name, setting=setting)]
     recorded = recorded or {}

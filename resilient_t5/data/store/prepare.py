@@ -134,7 +134,7 @@ def standing_store(config: Config, directory: Path) -> Store | None:
     raise DataError(
         f"this store was prepared from something else; what differs: {'; '.join(changes)}",
         where=str(directory),
-        mend="Name another directory with data.store, or remove this one.",
+        hint="Name another directory with data.store, or remove this one.",
     )
 
 

@@ -125,7 +125,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """
     state = store_state(directory)
     if state == "absent":
-        raise DataError("there is no prepared corpus", where=str(directory), mend="Make it with bin/prepare.")
+        raise DataError("there is no prepared corpus", where=str(directory), hint="Make it with bin/prepare.")
     if state == "other":
         raise not_a_store(directory)
     try:
@@ -138,7 +138,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         raise DataError(
             f"this store has format {found}, and this version reads format {FORMAT}",
             where=str(directory),
-            mend="Prepare it anew in another directory (data.store).",
+            hint="Prepare it anew in another directory (data.store).",
         )
     return meta
 
@@ -146,14 +146,14 @@ def read_meta(directory: Path) -> dict[str, Any]:
 def not_a_store(directory: Path) -> DataError:
     """The refusal of a directory that holds something else, or a store without its last file."""
     if not directory.is_dir():
-        return DataError("data.store names a file, not a directory", where=str(directory), mend="Name another directory.")
+        return DataError("data.store names a file, not a directory", where=str(directory), hint="Name another directory.")
     ours = [name for name in (*SPLIT_FILES, VOCABULARY) if (directory / name).exists()]
     if ours:
         what = f"this is half a store: {', '.join(ours)} without {META}"
     else:
         first = sorted(entry.name for entry in directory.iterdir())[0]
         what = f"this directory holds something that is no store ({first}, for one); nothing was written"
-    return DataError(what, where=str(directory), mend="Name another directory with data.store, or remove this one.")
+    return DataError(what, where=str(directory), hint="Name another directory with data.store, or remove this one.")
 
 
 def sha256_of(path: Path) -> str:
@@ -170,7 +170,7 @@ def sha256_of(path: Path) -> str:
 
 def _damaged(directory: Path, why: str) -> DataError:
     return DataError(
-        f"the store is damaged: {why}", where=str(directory), mend="Remove it, or prepare it anew in another directory."
+        f"the store is damaged: {why}", where=str(directory), hint="Remove it, or prepare it anew in another directory."
     )
 
 

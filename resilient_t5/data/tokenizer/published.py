@@ -75,14 +75,14 @@ def read_published(directory: Path) -> dict[str, Any]:
             f"its tokenizer ({type(tokenizer).__name__}) is written in Python; only unigram tokenizers of the tokenizers "
             "library are supported",
             where=str(directory),
-            mend="Name a T5 or mT5 with spiece.model or tokenizer.json",
+            hint="Name a T5 or mT5 with spiece.model or tokenizer.json",
         )
     document: dict[str, Any] = json.loads(backend.to_str())
     if document["model"].get("type") != "Unigram":
         raise DataError(
             f"its tokenizer ({type(tokenizer).__name__}) is no unigram tokenizer, which T5 and mT5 use",
             where=str(directory),
-            mend="Name a T5 or mT5 with spiece.model or tokenizer.json",
+            hint="Name a T5 or mT5 with spiece.model or tokenizer.json",
         )
     document |= {"truncation": None, "padding": None}
     document["added_tokens"] = list({int(token["id"]): token for token in document["added_tokens"]}.values())
@@ -97,7 +97,7 @@ def _check_files(directory: Path) -> None:
             raise DataError(
                 "this is no unigram tokenizer, which T5 and mT5 use",
                 where=str(directory / DOCUMENT_FILE),
-                mend="Name the tokenizer of a T5 or mT5",
+                hint="Name the tokenizer of a T5 or mT5",
             )
     elif (directory / SPIECE_FILE).is_file():
         parse_sentencepiece((directory / SPIECE_FILE).read_bytes(), str(directory / SPIECE_FILE))
@@ -109,12 +109,12 @@ def _check_settings(directory: Path) -> None:
     config = hub.read_json(path) if path.is_file() else {}
     extra = config.get("extra_ids", 0)
     if type(extra) is not int or not 0 <= extra <= MAX_EXTRA_IDS:
-        raise DataError(f"extra_ids is {extra!r}, not from 0 to {MAX_EXTRA_IDS:,}", where=str(path), mend="Correct it")
+        raise DataError(f"extra_ids is {extra!r}, not from 0 to {MAX_EXTRA_IDS:,}", where=str(path), hint="Correct it")
     for key, wanted in (("eos_token", "</s>"), ("pad_token", "<pad>")):
         found = config.get(key) or wanted
         found = found.get("content") if isinstance(found, dict) else found
         if found != wanted:
-            raise DataError(f"its {key} is {found!r}, and T5's is {wanted!r}", where=str(path), mend="Name a T5 or mT5")
+            raise DataError(f"its {key} is {found!r}, and T5's is {wanted!r}", where=str(path), hint="Name a T5 or mT5")
 
 
 def _literal_document(directory: Path) -> dict[str, Any] | None:
@@ -151,7 +151,7 @@ def _auto_tokenizer(directory: Path) -> Any:
             raise DataError(
                 f"{reader.__name__} of transformers cannot read this tokenizer: {cause}",
                 where=str(directory),
-                mend="Check its tokenizer_config.json, or fetch its files again",
+                hint="Check its tokenizer_config.json, or fetch its files again",
             ) from error
 
 
@@ -187,7 +187,7 @@ def _with_sentinels_in_running_text(document: dict[str, Any], directory: Path) -
         raise DataError(
             "its added tokens lie beyond a second set of sentinels that the model does not have",
             where=str(directory),
-            mend='Put a tokenizer_config.json with "extra_ids": 0 there',
+            hint='Put a tokenizer_config.json with "extra_ids": 0 there',
         )
     plain = {**document, "added_tokens": kept, "model": {**document["model"], "vocab": [list(entry) for entry in renamed]}}
     joined = _with_joined_gaps(plain)

@@ -89,7 +89,7 @@ def parse_sentencepiece(model: bytes, where: str) -> Any:
     try:
         proto.ParseFromString(model)
     except Exception as error:  # noqa: BLE001  protobuf's DecodeError; its module is no dependency of ours
-        raise DataError("this is no SentencePiece model", where=where, mend="Fetch the file again.") from error
+        raise DataError("this is no SentencePiece model", where=where, hint="Fetch the file again.") from error
     spec = proto.trainer_spec
     if not proto.pieces or spec.model_type != UNIGRAM:
         raise DataError("this is no SentencePiece unigram model, which T5 and mT5 use", where=where)
@@ -162,7 +162,7 @@ def train_sentencepiece(
     """
     lines = _sample(texts, poll)
     if not lines:
-        raise DataError("there is no text to train a tokenizer on", mend="Give a corpus, or set tokenizer.name_or_path.")
+        raise DataError("there is no text to train a tokenizer on", hint="Give a corpus, or set tokenizer.name_or_path.")
     options = {
         "model_type": "unigram",
         "vocab_size": vocab_size,
@@ -203,7 +203,7 @@ def _run(options: dict[str, Any], lines: list[str], poll: Callable[[], None]) ->
         raise DiskFull(
             "there is no room for the text that the tokenizer is trained on",
             where=tempfile.gettempdir(),
-            mend="Make room, or name a folder on another disk with TMPDIR",
+            hint="Make room, or name a folder on another disk with TMPDIR",
         ) from error
     try:
         while True:
@@ -226,19 +226,19 @@ def _refusal(vocab_size: int, code: int, said: str) -> DataError:
         return DataError(
             f"the training of the tokenizer was ended by signal {-code}",
             where=where,
-            mend="Start it again; signal 9 is mostly sent where memory runs out",
+            hint="Start it again; signal 9 is mostly sent where memory runs out",
         )
     if (needed := TOO_FEW_PIECES.search(said)) is not None:
         return DataError(
             f"no tokenizer of {vocab_size} pieces can be trained on this text: its characters alone need {needed[1]}",
             where=where,
-            mend=f"Set it above {needed[1]}, or lower tokenizer.character_coverage, which spells the rarest in bytes",
+            hint=f"Set it above {needed[1]}, or lower tokenizer.character_coverage, which spells the rarest in bytes",
         )
     last_words = said.strip().splitlines()[-1:] or [f"the training ended with code {code}"]
     return DataError(
         f"no tokenizer of {vocab_size} pieces can be trained on this text: {last_words[0].strip()}",
         where=where,
-        mend="Give more text, or another number of pieces.",
+        hint="Give more text, or another number of pieces.",
     )
 
 

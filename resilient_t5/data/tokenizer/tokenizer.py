@@ -387,7 +387,7 @@ def check_rows(tokenizer: TextTokenizer, rows: int, where: str) -> None:
         raise DataError(
             f"the tokenizer has {tokenizer.size} ids, and the model has {rows} rows",
             where=where,
-            mend="Put the model's own tokenizer beside it",
+            hint="Put the model's own tokenizer beside it",
         )
 
 
@@ -420,7 +420,7 @@ def tokenizer_files(name_or_path: str, *, setting: str = "tokenizer.name_or_path
         hub.refuse_unsupported(directory)
         raise DataError(
             f"no tokenizer in {directory}; looked for {DOCUMENT_FILE} and {SPIECE_FILE}",
-            mend="Set tokenizer.name_or_path to a directory that holds one of them",
+            hint="Set tokenizer.name_or_path to a directory that holds one of them",
         )
     return found
 
@@ -446,7 +446,7 @@ def _all_pieces(document: dict[str, Any], added: list[dict[str, Any]], where: st
             raise DataError(
                 f"the tokenizer has no token for id {len(pieces)}, but one for {token['id']}",
                 where=where,
-                mend="Fetch it again",
+                hint="Fetch it again",
             )
         if token["id"] == len(pieces):
             pieces.append(str(token["content"]))
@@ -460,7 +460,7 @@ def _sentinel_ids(ids: dict[str, int], where: str) -> np.ndarray:
         raise DataError(
             "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, ..., which stand for what is missing",
             where=where,
-            mend="Name a T5 or mT5; tokenizer_config.json may ask for them with extra_ids",
+            hint="Name a T5 or mT5; tokenizer_config.json may ask for them with extra_ids",
         )
     return np.array(found, dtype=np.int32)
 

@@ -44,14 +44,14 @@ def read_curves(path: Path, tag: str | None = None) -> list[Curve]:
                 return reader(path / name, tag)
         return _tensorboard(path, tag)
     if not path.is_file():
-        raise DataError("no such file or directory", where=str(path), mend=f"Give {FORMS}")
+        raise DataError("no such file or directory", where=str(path), hint=f"Give {FORMS}")
     name = path.name.lower().removesuffix(".gz")
     by_suffix = {".jsonl": _jsonl, ".json": _trainer_state, ".csv": _csv, ".tsv": _csv}
     if Path(name).suffix in by_suffix:
         return by_suffix[Path(name).suffix](path, tag)
     if "tfevents" in name:
         return _tensorboard(path.parent, tag)
-    raise DataError("not a kind of file that can be replayed", where=str(path), mend=f"Give {FORMS}")
+    raise DataError("not a kind of file that can be replayed", where=str(path), hint=f"Give {FORMS}")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -193,7 +193,7 @@ def _csv(path: Path, tag: str | None) -> list[Curve]:
     loss = _find(names, (_plain_name(tag),) if tag else (*EVALUATION_NAMES, "loss"))
     if loss is None:
         raise DataError(
-            f"no column of an evaluation loss among {', '.join(names[:20])}", where=str(path), mend="Name it: --tag"
+            f"no column of an evaluation loss among {', '.join(names[:20])}", where=str(path), hint="Name it: --tag"
         )
     train, position = _find(names, TRAINING_NAMES), _find(names, POSITION_NAMES)
     points: list[tuple[float, float]] = []
@@ -233,7 +233,7 @@ def _tensorboard(path: Path, tag: str | None) -> list[Curve]:
         curves.append(Curve(name, _rising(points, where), _rising(training, where, needed=False)))
     if not curves:
         problem = "no event file with an evaluation loss" if directories else "nothing here that can be replayed"
-        raise DataError(problem, where=str(path), mend=f"Name the tag with --tag, or give {FORMS}")
+        raise DataError(problem, where=str(path), hint=f"Name the tag with --tag, or give {FORMS}")
     return curves
 
 
@@ -278,5 +278,5 @@ def _rising(pairs: Iterable[tuple[float, float]], where: str, needed: bool = Tru
     """Sorted by position; of two at one position the later record stands, since a resumed run repeats updates."""
     latest = dict(pairs)
     if needed and not latest:
-        raise DataError("no evaluation loss in it", where=where, mend="Name it with --tag, or give another file")
+        raise DataError("no evaluation loss in it", where=where, hint="Name it with --tag, or give another file")
     return tuple(sorted(latest.items()))

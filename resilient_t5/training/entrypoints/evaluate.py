@@ -101,7 +101,7 @@ def open_examination(run: Path, config: Config, which: str, text: Sequence[str],
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
     export = run / "export" / which
     if not (export / "config.json").is_file():
-        raise DataError(f"there is no export in {export}", mend="Let the run come to its end first")
+        raise DataError(f"there is no export in {export}", hint="Let the run come to its end first")
     store = Store.open(store_directory(config))
     device, _, _ = build_device(config)
     model = load_model(str(export), ModelConfig())

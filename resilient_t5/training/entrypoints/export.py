@@ -55,7 +55,7 @@ def find_checkpoint(config: Config, run_directory: Path, which: Which) -> Loaded
         run_id = str(json.loads(environment.read_text(encoding="utf-8"))["run_id"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(
-            f"{run_directory} holds no run", where=str(environment), mend="Name the directory that bin/train wrote"
+            f"{run_directory} holds no run", where=str(environment), hint="Name the directory that bin/train wrote"
         ) from error
     vault = Vault(run_directory, run_id=run_id, settings=config.checkpoint, audit=lambda event, fields: None)
     left = list(vault.committed())
@@ -65,7 +65,7 @@ def find_checkpoint(config: Config, run_directory: Path, which: Which) -> Loaded
         except NoValidCheckpoint:
             left.remove(candidate)
     raise NoValidCheckpoint(
-        f"{run_directory} has no whole checkpoint yet", where=str(vault.directory), mend="Train on, then export again"
+        f"{run_directory} has no whole checkpoint yet", where=str(vault.directory), hint="Train on, then export again"
     )
 
 

@@ -127,7 +127,7 @@ def export_best_and_last(run: Run, stop: StopSignal) -> None:
             raise NoValidCheckpoint(
                 f"the checkpoint of the best update {best['update']} is gone",
                 where=str(run.vault.directory),
-                mend="export/last holds the final weights",
+                hint="export/last holds the final weights",
             )
         if stored.update != best["update"]:  # a save that the disk refused, or damage
             run.display.line(f"best   update {best['update']} is not on disk any more; export/best is update {stored.update}")

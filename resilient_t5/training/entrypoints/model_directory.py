@@ -186,7 +186,7 @@ def _refused(why: str, directory: Path) -> DataError:
     return DataError(
         f"the export does not read back as it should: {why}",
         where=str(directory),
-        mend="The checkpoints are untouched; check the versions of transformers and tokenizers, then run bin/export",
+        hint="The checkpoints are untouched; check the versions of transformers and tokenizers, then run bin/export",
     )
 
 

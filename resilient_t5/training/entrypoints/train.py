@@ -51,7 +51,7 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
         The exit code. After a stopping signal the process dies by that signal instead, with the state saved.
 
     Raises:
-        ResilientError: what a user can mend; summary.json says the same once there is a run.
+        ResilientError: what a user can fix; summary.json says the same once there is a run.
     """
     # Accelerate and transformers warn about things that this loop does itself.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -144,7 +144,7 @@ def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
         lost = DeviceLost(
             f"the device failed: {str(error).splitlines()[0]}",
             where=f"update {run.state.update}",
-            mend="Start the same command again: it goes on from the newest checkpoint",
+            hint="Start the same command again: it goes on from the newest checkpoint",
         )
         conclude_failure(run, lost)
         raise lost from error
@@ -187,5 +187,5 @@ def named_checkpoint(config: Config, vault: Vault) -> str | None:
         return None
     name = Path(config.run.resume).name
     if name not in {committed.name for committed in vault.committed()}:
-        raise NoValidCheckpoint(f"run.resume: {name} is no checkpoint of this run", where=str(vault.directory), mend="Use auto")
+        raise NoValidCheckpoint(f"run.resume: {name} is no checkpoint of this run", where=str(vault.directory), hint="Use auto")
     return name

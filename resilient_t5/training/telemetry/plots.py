@@ -128,7 +128,7 @@ class Canvas:
         try:
             self._image.resize(self.size, Image.Resampling.LANCZOS).save(path, format="PNG", optimize=True)
         except OSError as error:
-            raise StorageError(f"cannot write the picture: {error.strerror}", where=str(path), mend="Name it: --png") from None
+            raise StorageError(f"cannot write the picture: {error.strerror}", where=str(path), hint="Name it: --png") from None
 
 
 def text_width(text: str, size: int) -> float:

@@ -74,7 +74,7 @@ def test_an_input_that_gives_nothing_is_a_data_error_that_names_it(tmp_path: Pat
     with pytest.raises(DataError, match=name.replace("*", r"\*")) as caught:
         find_inputs([str(tmp_path / name)])
     assert caught.value.exit_code == ExitCode.BAD_DATA
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_files_without_text_are_a_data_error(tmp_path: Path) -> None:

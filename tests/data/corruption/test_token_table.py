@@ -97,7 +97,7 @@ def test_a_missing_table_is_a_data_error(tmp_path):
     """A path that does not exist says so and names the key."""
     with pytest.raises(DataError, match="cannot be read") as caught:
         read_confusions(tmp_path / "none.tsv")
-    assert "corruption.confusions" in caught.value.mend
+    assert "corruption.confusions" in caught.value.hint
 
 
 @pytest.mark.parametrize("piece", ["<pad>", "</s>", "<extra_id_0>", "<extra_id_99>", "<extra_id_50>"])

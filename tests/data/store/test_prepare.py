@@ -214,7 +214,7 @@ def test_a_store_of_something_else_is_refused_by_name(config, corpus):
     before = files_of(corpus / "store")
     with pytest.raises(DataError, match=r"data\.max_source_tokens 40 -> 48; data\.overlap_tokens 0 -> 3") as error:
         prepare(changed(config, "data", max_source_tokens=48, overlap_tokens=3), corpus / "store")
-    assert "data.store" in error.value.mend
+    assert "data.store" in error.value.hint
     with pytest.raises(DataError, match=r"data\.terms \(not given now\)"):
         prepare(changed(config, "data", terms=None), corpus / "store")
     with pytest.raises(DataError, match=r"tokenizer.train_vocab_size None -> 900"):

@@ -195,7 +195,7 @@ def test_character_error_rate_equals_a_plain_table_of_edits(pairs):
 
 
 def test_reduction_is_one_when_all_is_mended_and_negative_when_harm_is_done():
-    """1 - CER out / CER in; nan when there was nothing to mend."""
+    """1 - CER out / CER in; nan when there was nothing to correct."""
     assert cer_reduction([("abcd", "abxd", "abcd")]) == 1.0
     assert cer_reduction([("abcd", "abxx", "abxd")]) == 0.5
     assert cer_reduction([("abcd", "abxd", "axxd")]) == -1.0

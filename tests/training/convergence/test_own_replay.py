@@ -110,7 +110,7 @@ def test_a_saturated_run_goes_on_with_a_raised_patience_and_replays_as_it_happen
 
 
 def test_a_phase_that_the_run_cannot_reach_is_said_at_its_start(fork_server, tiny_config, tmp_path):
-    """The peer's thresholds on a run of one update: what is out of reach, and that no setting would mend it."""
+    """The peer's thresholds on a run of one update: what is out of reach, and that no setting would change that."""
     console = tmp_path / "console.txt"
     argv = [
         "--config",

@@ -200,11 +200,15 @@ def _without_space_before_gaps(document: dict[str, Any]) -> dict[str, Any]:
     Tokenizers of the tokenizers library may turn "dose <extra_id_0>" and "dose<extra_id_0>" into different ids. Masked tokens
     carry the space before them, so training sees the second form only; the export reads both as the second.
     """
-    one = Tokenizer.from_str(json.dumps(document))
-    sentinels = [token for token in document["added_tokens"] if SENTINEL_PIECE.fullmatch(token["content"])]
-    if not sentinels or one.encode("a <extra_id_0>").ids == one.encode("a<extra_id_0>").ids:
+    try:
+        backend = Tokenizer.from_str(json.dumps(document))
+    except Exception:  # noqa: BLE001  the backend raises bare Exception; whoever builds with the document says what is wrong
         return document
-    changed = [{**token, "lstrip": True} if token in sentinels else token for token in document["added_tokens"]]
+    added = document.get("added_tokens") or []
+    sentinels = [token for token in added if SENTINEL_PIECE.fullmatch(token["content"])]
+    if not sentinels or backend.encode("a <extra_id_0>").ids == backend.encode("a<extra_id_0>").ids:
+        return document
+    changed = [{**token, "lstrip": True} if token in sentinels else token for token in added]
     return {**document, "added_tokens": changed}
 
 

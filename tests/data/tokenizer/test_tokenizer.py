@@ -256,7 +256,7 @@ def test_the_same_text_trains_the_same_tokenizer(trained, tmp_path):
     [
         ("nothing.txt", b"", "tokenizer.json and spiece.model"),
         ("spiece.model", b"no model at all", "SentencePiece"),
-        ("tokenizer.json", b"{", "not valid JSON"),
+        ("tokenizer.json", b"{", "not readable as JSON"),
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "unigram"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}}', "<pad>"),
     ],

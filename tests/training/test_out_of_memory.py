@@ -82,7 +82,8 @@ def test_an_update_that_runs_out_of_memory_is_done_again_with_half_the_micro_bat
     roomy = run_with_room(4.0, tmp_path, "roomy")
     assert roomy.returncode == 0, roomy.stderr
     assert "micro_tokens 4096" in roomy.stdout
-    short = run_with_room(0.5, tmp_path, "short")
+    # Of the planned activations 0.7 is sometimes enough at once, and 0.5 not always for the half: the heap holds some, too.
+    short = run_with_room(0.6, tmp_path, "short")
     assert short.returncode == 0, short.stderr
     (row,) = rows(tmp_path / "short", "guard")
     assert (row["action"], row["former_micro_tokens"]) == ("out of memory", 4096)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from circumstances import write_json
 
-from resilient_t5.checkpoint.manager import Parts, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Parts
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.parse import parse_config
 from resilient_t5.config.schema import CheckpointConfig
@@ -42,7 +42,7 @@ from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 ROOT = Path(__file__).parents[1]
@@ -79,10 +79,10 @@ def open_run(directory: Path) -> Run:
     )
     directory.mkdir(parents=True)
     audit = AuditTrail()
-    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
     store = prepare(config, directory.parent / "store")
-    display = Display("quiet", directory / "train.log")
-    return build_run(config, store, vault, None, audit=audit, display=display, claim=lambda: None)
+    display = Console("quiet", directory / "train.log")
+    return build_run(config, store, manager, None, audit=audit, display=display, claim=lambda: None)
 
 
 def block(run: Run, saves: bool) -> dict[str, float]:
@@ -118,7 +118,7 @@ def measure_stall(folder: Path, rounds: int) -> dict[str, Any]:
         pairs.append((found[True], found[False]))
         block(run, False)
         worked_s.append(save_cpu_s(run))
-    newest = run.vault.newest
+    newest = run.manager.newest
     run.reader.close()
     run.saver.writer.close()
     run.telemetry.close()
@@ -163,11 +163,11 @@ def bare_write_s(folder: Path, size: int) -> float:
 def measure_speed(folder: Path, rounds: int, mib: int) -> dict[str, Any]:
     """Saves of a large state in turns with the bare write of as many bytes; then loads."""
     settings = CheckpointConfig(keep_last=2)
-    vault = Vault(folder / "speed", run_id="0" * 32, settings=settings, audit=lambda event, fields: None)
+    manager = CheckpointManager(folder / "speed", run_id="0" * 32, settings=settings, audit=lambda event, fields: None)
     found: dict[str, list[float]] = {"stall": [], "background": [], "synchronous": [], "bare": [], "load": []}
     for number in range(rounds):
         for background in (True, False):
-            writer, parts = Writer(vault, background=background), large_parts(mib, 2 * number + background)
+            writer, parts = Writer(manager, background=background), large_parts(mib, 2 * number + background)
             begun_s = time.perf_counter()
             writer.submit(parts, best=False, must=True)
             submitted_s = time.perf_counter() - begun_s
@@ -178,7 +178,7 @@ def measure_speed(folder: Path, rounds: int, mib: int) -> dict[str, Any]:
             writer.close()
         found["bare"].append(bare_write_s(folder, committed.bytes))
         begun_s = time.perf_counter()
-        if vault.load_newest() is None:
+        if manager.load_newest() is None:
             raise RuntimeError("the state that was just saved is not there")
         found["load"].append(time.perf_counter() - begun_s)
     size_mib, median = committed.bytes / 2**20, {name: statistics.median(values) for name, values in found.items()}

@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from circumstances import circumstances  # noqa: E402
 
 from resilient_t5.config.schema import BatchConfig, Config, CorruptionConfig, DataConfig  # noqa: E402
-from resilient_t5.data.batches import Batches, Reader  # noqa: E402
+from resilient_t5.data.batches import Batches, Prefetcher  # noqa: E402
 from resilient_t5.data.corruption.corruption import corrupt  # noqa: E402
 from resilient_t5.data.corruption.token_table import build_token_table  # noqa: E402
 from resilient_t5.data.counter_rng import order  # noqa: E402
@@ -76,7 +76,7 @@ def padding(split, table, config, window_updates, micro_tokens):
 def reader_cost(split, table, config, updates):
     """Milliseconds of work per update without threads, windows included, and of the first update."""
     batches = Batches(split, table, config, seed=1, micro_tokens=4096, pad_multiple=1)
-    with Reader(batches, 10**6, 0) as reader:
+    with Prefetcher(batches, 10**6, 0) as reader:
         begin_s = time.process_time()
         reader.take()
         first_s = time.process_time() - begin_s

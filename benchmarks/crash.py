@@ -41,7 +41,7 @@ from typing import Any
 
 from crash_systems import FOREVER, SYSTEMS, System, reference_digests
 
-LONGEST_S = 0.35
+MAX_S = 0.35
 SAVES_FIRST = 4
 DIGESTS = 600
 MEMORY = Path("/dev/shm")
@@ -125,7 +125,7 @@ def kill_many(system: System, trials: int, scratch: Path, judge: Judge) -> dict[
     for number in range(trials):
         directory = scratch / f"kill-{number}"
         directory.mkdir()
-        outcomes[kill_once(system, directory, draw.random() * LONGEST_S, judge)] += 1
+        outcomes[kill_once(system, directory, draw.random() * MAX_S, judge)] += 1
         shutil.rmtree(directory)
     bad = trials - outcomes["good"]
     return {

@@ -22,11 +22,11 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5F
 
 from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.lock import RunLock
-from resilient_t5.checkpoint.manager import Loaded, Parts, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Loaded, Parts
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.model.optimizer import load_named_state, named_state
-from resilient_t5.training.saver import model_tensors, put_model_tensors
+from resilient_t5.training.saver import load_model_tensors, model_tensors
 
 RUN_ID = "0" * 32
 FOREVER = 10**9
@@ -98,18 +98,18 @@ def numbered(directory: Path, pattern: str) -> list[Path]:
 # resilient_t5: what bin/train does around its loop, and the parts that it captures
 
 
-def ours_vault(directory: Path, keep_last: int) -> Vault:
+def ours_vault(directory: Path, keep_last: int) -> CheckpointManager:
     """The run's vault; events go nowhere."""
     settings = CheckpointConfig(keep_last=keep_last)
-    return Vault(directory, run_id=RUN_ID, settings=settings, audit=lambda event, fields: None)
+    return CheckpointManager(directory, run_id=RUN_ID, settings=settings, audit=lambda event, fields: None)
 
 
 def train_ours(directory: Path, acknowledge: Acknowledge, saves: int) -> None:
     subject = Subject()
     with RunLock(directory):
-        vault = ours_vault(directory, 3)
-        vault.sweep()
-        writer = Writer(vault, background=True)
+        manager = ours_vault(directory, 3)
+        manager.sweep()
+        writer = Writer(manager, background=True)
         for update in range(1, saves + 1):
             subject.train_once(update)
             writer.submit(ours_parts(subject, update), best=False, must=True)
@@ -133,12 +133,12 @@ def ours_parts(subject: Subject, update: int) -> Parts:
 def resume_ours(directory: Path, path: Path | None) -> Found:
     subject = Subject()
     with RunLock(directory), torch.no_grad():
-        vault = ours_vault(directory, 3)
-        vault.sweep()
-        loaded: Loaded | None = vault.load_newest() if path is None else vault.load(path.name)
+        manager = ours_vault(directory, 3)
+        manager.sweep()
+        loaded: Loaded | None = manager.load_newest() if path is None else manager.load(path.name)
         if loaded is None:
             raise FileNotFoundError("no checkpoint")
-        put_model_tensors(subject.model, loaded.tensors["model"])
+        load_model_tensors(subject.model, loaded.tensors["model"])
         load_named_state(subject.optimizer, subject.model, loaded.tensors["optimizer"], loaded.state["optimizer"])
         rng.restore(loaded.tensors["rng"], loaded.state["rng"])
     return loaded.update, subject.digest()

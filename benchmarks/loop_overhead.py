@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient_t5.checkpoint.manager import Vault
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.parse import parse_config
 from resilient_t5.config.schema import Config
 from resilient_t5.data.store.prepare import prepare
@@ -24,7 +24,7 @@ from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 ROUNDS = 7
@@ -37,9 +37,9 @@ def open_run(config: Config, directory: Path) -> Run:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
     store = prepare(config, directory.parent / "store")
     audit = AuditTrail()
-    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    display = Display("quiet", directory / "train.log")
-    return build_run(config, store, vault, None, audit=audit, display=display, claim=lambda: None)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    display = Console("quiet", directory / "train.log")
+    return build_run(config, store, manager, None, audit=audit, display=display, claim=lambda: None)
 
 
 def loop_s(run: Run, updates: int) -> float:

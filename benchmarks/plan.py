@@ -49,7 +49,7 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
     from resilient_t5.model.layers import install_lean_layers
     from resilient_t5.model.load import SpecialIds, build_model
     from resilient_t5.model.optimizer import build_optimizer, named_state
-    from resilient_t5.training.hardware.sharding import Layers
+    from resilient_t5.training.hardware.sharding import ShardedModel
     from resilient_t5.training.update import Updater
 
     preset, rows, precision, name, checkpointing, examples, source, target = case
@@ -60,7 +60,7 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
         model.gradient_checkpointing_enable()
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=True)
     settings = OptimConfig(name=name, clip_norm=0.0)
-    updater = Updater(accelerator, Layers(model), build_optimizer(model, settings, torch.device("cpu")), settings, 1)
+    updater = Updater(accelerator, ShardedModel(model), build_optimizer(model, settings, torch.device("cpu")), settings, 1)
 
     def micro_batch(seed: int) -> MicroBatch:
         generator = torch.Generator().manual_seed(seed)

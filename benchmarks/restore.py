@@ -33,7 +33,7 @@ from resilient_t5.config.data import ModelConfig  # noqa: E402
 from resilient_t5.data.corpus.sample import generate_notes  # noqa: E402
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer  # noqa: E402
 from resilient_t5.model.load import SpecialIds, build_model, save_model  # noqa: E402
-from resilient_t5.restoration.decode import Asking  # noqa: E402
+from resilient_t5.restoration.decode import DecodeSettings  # noqa: E402
 from resilient_t5.restoration.filler import local_directory, open_filler  # noqa: E402
 from resilient_t5.restoration.gaps import find_gaps  # noqa: E402
 from resilient_t5.restoration.restoration_config import Usage  # noqa: E402
@@ -113,7 +113,7 @@ def main():
         filler, _ = open_filler(str(directory))
         model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
     texts = texts_with_gaps(arguments.notes)
-    asking = Asking(beams=arguments.beams)
+    asking = DecodeSettings(beams=arguments.beams)
     sides = {
         "ours": lambda: filler.fill(texts, asking) and 0,
         "plain": lambda: library_side(model, filler, texts, in_order, arguments.beams),

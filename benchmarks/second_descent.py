@@ -27,7 +27,7 @@ from circumstances import circumstances
 
 from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.training.convergence.recordings import read_curves
-from resilient_t5.training.convergence.replay import Beside, replay, replay_rules
+from resilient_t5.training.convergence.replay import ReplayComparison, replay, replay_rules
 from resilient_t5.training.telemetry.plots import draw_replay
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def compare(directory: Path, seed: int, inputs: list[str]) -> dict[str, object]:
     (curve,) = read_curves(names["ours"])
     assert curve.rules is not None
     told = replay(curve, replay_rules(curve, peer))
-    draw_replay(replay(curve, curve.rules), directory / f"second-descent-{seed}.png", Beside(peer.preset, told))
+    draw_replay(replay(curve, curve.rules), directory / f"second-descent-{seed}.png", ReplayComparison(peer.preset, told))
     stopped = told.verdicts[-1].update if told.stopped else None
     agrees = stopped == (theirs["updates"] if theirs["status"] == "saturated" else None)
     agrees = agrees and told.best is not None and theirs["best"]["loss"] == told.best.loss  # type: ignore[index]

@@ -38,7 +38,7 @@ TOKENIZER_NEEDS = "tokenizer.json or spiece.model with the JSON files that were 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LARGEST_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
 POINTER = b"version https://git-lfs"
 
 KINDS = {
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     again = "Fetch the file again"
     try:
-        if path.stat().st_size > LARGEST_JSON_BYTES:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise DataError("far too large for what it should hold", where=str(path), hint=again)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -21,7 +21,7 @@ import torch
 
 from resilient_t5.commands import evaluate, export, plan, prepare, replay, restore
 from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
-from resilient_t5.restoration.decode import Asking
+from resilient_t5.restoration.decode import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
 from resilient_t5.training.entrypoints.model_card import snippet
@@ -156,7 +156,7 @@ def test_the_first_page_prints_what_it_says_and_its_model_answers_alike_in_plain
     wide = [text for text in notes if not text.isascii() and "[?]" in text][:48]
     texts = [*wide, *[text for text in notes if text.isascii() and "[?]" in text][:48]]
     filler, _ = open_filler(export)
-    filled = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], Asking())
+    filled = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], DecodeSettings())
     assert filled is not None and len(texts) == 96
     ours = [text.replace("[?]", fills[0].text, 1) for text, fills in zip(texts, filled, strict=True)]
     assert sum(one == other for one, other in zip(ours, map(plainly_filled(export), texts), strict=True)) >= 95

@@ -21,7 +21,7 @@ from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.tokenizer.tokenizer import SPACE, load_tokenizer
-from resilient_t5.restoration.decode import Asking
+from resilient_t5.restoration.decode import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
 from tests.published import LAYOUTS, SPARE_ROWS, Weights, piece_count, random_weights, write_layout
@@ -168,7 +168,7 @@ def test_a_hundred_gaps_are_filled_as_plain_transformers_fills_them(published):
     for note in UNSEEN[:100]:
         fact = draws.choice([fact for fact in note.facts if fact in note.text])
         texts.append(note.text.replace(fact, draws.choice(["[?]", "[?]", " [?] "]), 1))
-    fills = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], Asking())
+    fills = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], DecodeSettings())
     assert fills is not None
     ours = [found[0].text.strip() for found in fills]
     theirs = [plain_answer(model, tokenizer, text.replace("[?]", "<extra_id_0>")).get(0) for text in texts]

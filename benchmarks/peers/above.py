@@ -16,10 +16,10 @@ from resilient_t5.data.batches import MicroBatch
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.optimizer import build_optimizer
-from resilient_t5.training.build import made_trainable
+from resilient_t5.training.build import prepare_for_training
 from resilient_t5.training.hardware.device import build_device
 from resilient_t5.training.hardware.machine import MIB, choose_device
-from resilient_t5.training.hardware.sharding import Layers
+from resilient_t5.training.hardware.sharding import ShardedModel
 from resilient_t5.training.update import Updater
 
 EXAMPLES = 2
@@ -63,8 +63,10 @@ def ours_above(model_name: str, quick: bool, device: str, micro_batches: int, sc
         hardware=HardwareConfig(device=device, precision="fp32"),
     )
     where, precision, accelerator = build_device(config)
-    model = made_trainable(_model(settings, rows), where, precision, checkpointing=True)
-    updater = Updater(accelerator, Layers(model), build_optimizer(model, config.optim, where), config.optim, config.run.seed)
+    model = prepare_for_training(_model(settings, rows), where, precision, checkpointing=True)
+    updater = Updater(
+        accelerator, ShardedModel(model), build_optimizer(model, config.optim, where), config.optim, config.run.seed
+    )
     batches = [_micro_batch(number, rows, sizes) for number in range(micro_batches)]
     tokens, above = sum(batch.target_tokens for batch in batches), Above(model, where, sizes)
     above.begin()

@@ -6,13 +6,13 @@ from typing import Any
 from benchmarks.peers.flops import MicroShape, our_flops, useful_flops
 from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import Setup
-from resilient_t5.checkpoint.manager import Vault
-from resilient_t5.data.batches import MicroBatch, Reader
+from resilient_t5.checkpoint.manager import CheckpointManager
+from resilient_t5.data.batches import MicroBatch, Prefetcher
 from resilient_t5.data.store.store import Store
 from resilient_t5.training.build import build_run
 from resilient_t5.training.hardware.machine import choose_device
 from resilient_t5.training.run import Run
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 
@@ -28,7 +28,7 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
             _update(run)
         # From the first update again: the timed ones are the first window, whole.
         run.reader.close()
-        run.reader = Reader(run.batches, 0, run.config.batch.readers)
+        run.reader = Prefetcher(run.batches, 0, run.config.batch.readers)
         meter.start()
         done = [micro_batch for _ in range(setup.updates) for micro_batch in _update(run)]
         figures = meter.stop()
@@ -60,8 +60,8 @@ def open_run(setup: Setup, seed: int) -> Run:
     directory = Path(config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
     audit = AuditTrail()
-    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    return build_run(config, Store.open(Path(setup.store)), vault, None, audit, Display("quiet", directory / "train.log"))
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    return build_run(config, Store.open(Path(setup.store)), manager, None, audit, Console("quiet", directory / "train.log"))
 
 
 def _update(run: Run) -> list[MicroBatch]:

@@ -26,7 +26,7 @@ from resilient_t5.checkpoint import strict_json
 from resilient_t5.checkpoint.manifest import (
     STATE_LIMIT_BYTES,
     Committed,
-    Damaged,
+    CorruptCheckpoint,
     Loaded,
     Manifest,
     Parts,
@@ -50,7 +50,7 @@ from resilient_t5.checkpoint.retention import (
     quarantine,
     remove,
     surplus,
-    take_back,
+    undo_commit,
     write_pointer,
 )
 from resilient_t5.checkpoint.snapshot import refuse_non_finite
@@ -59,7 +59,7 @@ from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, closing, make_directories
 
-__all__ = ["Committed", "Loaded", "Parts", "Vault"]
+__all__ = ["Committed", "Loaded", "Parts", "CheckpointManager"]
 
 BALLAST = ".ballast"
 
@@ -110,7 +110,7 @@ PINNED_COMMITS = 2
 """Commits after which the checkpoint that this process resumed from may be deleted."""
 
 
-class Vault:
+class CheckpointManager:
     """The checkpoints below `run_directory`.
 
     Args:
@@ -138,7 +138,7 @@ class Vault:
         self.settings = settings
         self._run_id, self._fs, self.reserve_bytes = run_id, fs or FileSystem(), reserve_bytes
         self._audit, self._audit_thread = audit, threading.get_ident()
-        self.ballast = Ballast(self._fs, self.directory, self.tell)
+        self.ballast = Ballast(self._fs, self.directory, self.emit)
         self._untold: deque[tuple[str, dict[str, Any]]] = deque()
         self._parent: Manifest | None = None
         self.newest: Committed | None = None  # the last one this process committed or went on from
@@ -149,13 +149,13 @@ class Vault:
 
     # Events
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Pass one event to `audit`, or keep it until `tell_pending` when this is not the audit's thread."""
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Pass one event to `audit`, or keep it until `emit_pending` when this is not the audit's thread."""
         self._untold.append((kind, fields))
         if threading.get_ident() == self._audit_thread:
-            self.tell_pending()
+            self.emit_pending()
 
-    def tell_pending(self) -> None:
+    def emit_pending(self) -> None:
         """Pass on the events of other threads, oldest first."""
         while self._untold:
             self._audit(*self._untold.popleft())
@@ -174,7 +174,7 @@ class Vault:
     def _scan(self) -> list[Stored]:
         found = []
         for name in self._names():
-            with suppress(Damaged):  # the business of the next load; here it only must not count as kept
+            with suppress(CorruptCheckpoint):  # the business of the next load; here it only must not count as kept
                 found.append(Stored(*read_stored(self._fs, self.directory / name, self._run_id)))
         return found
 
@@ -191,8 +191,8 @@ class Vault:
             with reporting(f"{parent} cannot be read"):
                 names = self._fs.names(parent)
             for name in names:
-                if name.startswith(prefixes) and remove(self._fs, parent / name, self.tell):
-                    self.tell("sweep", file=name)
+                if name.startswith(prefixes) and remove(self._fs, parent / name, self.emit):
+                    self.emit("sweep", file=name)
 
     # Loading
 
@@ -243,11 +243,11 @@ class Vault:
                 manifest, _ = read_stored(self._fs, directory, self._run_id)
                 if loaded is None and (manifest.healthy or not healthy):
                     loaded = read_directory(self._fs, directory, self._run_id)
-            except Damaged as damage:
+            except CorruptCheckpoint as damage:
                 damaged += loaded is None
-                quarantine(self._fs, self.directory, name, damage, self.tell)
+                quarantine(self._fs, self.directory, name, damage, self.emit)
         if loaded is not None and damaged:
-            self.tell("fallback", name=loaded.name, q=loaded.q, update=loaded.update, newest=names[0])
+            self.emit("fallback", name=loaded.name, q=loaded.q, update=loaded.update, newest=names[0])
         return loaded
 
     def load_best(self) -> Loaded | None:
@@ -259,11 +259,11 @@ class Vault:
         with reporting(f"the best checkpoint in {self.directory} cannot be read"):
             while (best := find_best(self._scan(), self._best_q())) is not None:
                 if self._best_q() not in (None, best.q):
-                    self.tell("best_lost", q=self._best_q(), name=best.name)
+                    self.emit("best_lost", q=self._best_q(), name=best.name)
                 try:
                     return read_directory(self._fs, self.directory / best.name, self._run_id)
-                except Damaged as damage:
-                    if not quarantine(self._fs, self.directory, best.name, damage, self.tell):
+                except CorruptCheckpoint as damage:
+                    if not quarantine(self._fs, self.directory, best.name, damage, self.emit):
                         return None
         return None
 
@@ -289,7 +289,7 @@ class Vault:
         self._parent, self.newest = manifest, committed
         self._commits += 1
         what = {"name": committed.name, "q": committed.q, "update": committed.update, "reason": parts.reason}
-        self.tell("save", **what, best=is_best, metric=parts.metric, bytes=committed.bytes, save_s=committed.seconds)
+        self.emit("save", **what, best=is_best, metric=parts.metric, bytes=committed.bytes, save_s=committed.seconds)
         self._tidy(manifest)
         return committed
 
@@ -319,7 +319,7 @@ class Vault:
             self._fs.rename(temporary, final)
             self._fs.fsync_directory(self.directory)
         except OSError:
-            take_back(self._fs, temporary, final)
+            undo_commit(self._fs, temporary, final)
             raise
         seconds = time.monotonic() - started_s
         return manifest, Committed(manifest.name, manifest.q, manifest.update, final, seconds, manifest.bytes, is_best)
@@ -349,11 +349,11 @@ class Vault:
         try:
             stored = self._scan()
         except OSError as error:  # without knowing what is there, nothing may go
-            self.tell("delete_failed", file=Path(str(error.filename)).name, error=describe(error))
+            self.emit("delete_failed", file=Path(str(error.filename)).name, error=describe(error))
             return
         self._point(stored, manifest)
         victims = surplus(stored, self.settings.keep_last, manifest.best_q, self._pinned_q())
-        delete(self._fs, self.directory, [item.name for item in victims], self.tell)
+        delete(self._fs, self.directory, [item.name for item in victims], self.emit)
 
     def _point(self, stored: list[Stored], manifest: Manifest) -> None:
         own = next((item for item in stored if item.q == manifest.q), None)
@@ -365,7 +365,7 @@ class Vault:
                 write_pointer(self._fs, self.run_directory / BEST, best)
                 self._best_named = best.name
         except OSError as error:
-            self.tell("pointer_failed", file=Path(str(error.filename)).name, error=describe(error))
+            self.emit("pointer_failed", file=Path(str(error.filename)).name, error=describe(error))
 
     def _best_q(self) -> int | None:
         return self._parent.best_q if self._parent else None
@@ -407,8 +407,8 @@ class Vault:
         names = [item.name for item in victims]
         free = self._fs.free_bytes(self.directory)
         if free < need <= free + sum(item.manifest.bytes for item in victims):
-            self.tell("space", need_bytes=need, free_bytes=free, deleted=names)
-            delete(self._fs, self.directory, names, self.tell)
+            self.emit("space", need_bytes=need, free_bytes=free, deleted=names)
+            delete(self._fs, self.directory, names, self.emit)
             free = self._fs.free_bytes(self.directory)
         if free < need:
             raise DiskFull(

@@ -30,7 +30,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 TENSOR_SUFFIX = ".safetensors"
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint that must not be used; `reason` is one word for names and logs, the text says what was found."""
 
     def __init__(self, reason: str, detail: str):
@@ -109,7 +109,7 @@ def read_manifest(fs: FileSystem, directory: Path) -> tuple[Manifest, str]:
     """The manifest of a checkpoint directory and the sha256 of its bytes; no other file is read.
 
     Raises:
-        Damaged: it does not have the bytes that a save wrote, or belongs under another name.
+        CorruptCheckpoint: it does not have the bytes that a save wrote, or belongs under another name.
         ResumeMismatch: it is whole, and of a format that this version does not read.
         OSError: it cannot be read.
     """
@@ -118,11 +118,11 @@ def read_manifest(fs: FileSystem, directory: Path) -> tuple[Manifest, str]:
         manifest = _parse(data)
         written = dump(manifest)
     except (ValueError, TypeError) as error:
-        raise Damaged("manifest", f"{MANIFEST}: {error}") from None
+        raise CorruptCheckpoint("manifest", f"{MANIFEST}: {error}") from None
     if written != data:
-        raise Damaged("manifest", f"{MANIFEST} is not what was written")
+        raise CorruptCheckpoint("manifest", f"{MANIFEST} is not what was written")
     if manifest.name != directory.name:
-        raise Damaged("name", f"it is {manifest.name} and lies under {directory.name}")
+        raise CorruptCheckpoint("name", f"it is {manifest.name} and lies under {directory.name}")
     return manifest, hashlib.sha256(data).hexdigest()
 
 
@@ -173,21 +173,21 @@ class HashedReader:
 
     def __init__(self, fs: FileSystem, file: OpenFile, entry: FileEntry):
         if file.size != entry.bytes:
-            raise Damaged("size", f"{file.path.name} has {file.size} bytes, not {entry.bytes}")
+            raise CorruptCheckpoint("size", f"{file.path.name} has {file.size} bytes, not {entry.bytes}")
         self._fs, self._file, self._entry, self._digest = fs, file, entry, hashlib.sha256()
 
     def fill(self, buffer: memoryview) -> None:
-        """Fill the whole buffer with the next bytes; Damaged when the file ends before."""
+        """Fill the whole buffer with the next bytes; CorruptCheckpoint when the file ends before."""
         for start in range(0, len(buffer), CHUNK_BYTES):
             chunk = buffer[start : start + CHUNK_BYTES]
             if self._fs.read(self._file, chunk) != len(chunk):
-                raise Damaged("size", f"{self._file.path.name} ends early")
+                raise CorruptCheckpoint("size", f"{self._file.path.name} ends early")
             self._digest.update(chunk)
 
     def verify(self) -> None:
-        """Raise Damaged unless exactly the bytes that were written have been read."""
+        """Raise CorruptCheckpoint unless exactly the bytes that were written have been read."""
         if self._digest.hexdigest() != self._entry.sha256:
-            raise Damaged("sha256", f"{self._file.path.name} has other bytes than were written")
+            raise CorruptCheckpoint("sha256", f"{self._file.path.name} has other bytes than were written")
 
 
 def _parse(data: bytes) -> Manifest:

@@ -14,7 +14,7 @@ from resilient_t5.checkpoint.manifest import (
     STATE,
     STATE_LIMIT_BYTES,
     TENSOR_SUFFIX,
-    Damaged,
+    CorruptCheckpoint,
     FileEntry,
     HashedReader,
     Loaded,
@@ -44,7 +44,7 @@ def read_directory(fs: FileSystem, directory: Path, run_id: str | None) -> Loade
     """Load and verify the checkpoint in `directory`; of any run when `run_id` is None.
 
     Raises:
-        Damaged: it is not exactly what a save of that run committed under that name.
+        CorruptCheckpoint: it is not exactly what a save of that run committed under that name.
         OSError: the file system failed in a way that says nothing about the checkpoint.
     """
     try:
@@ -64,18 +64,18 @@ def read_stored(fs: FileSystem, directory: Path, run_id: str | None) -> tuple[Ma
     """The manifest of `directory` and its sha256, with all files there in the right sizes; contents are not read.
 
     Raises:
-        Damaged, OSError: as `read_directory`.
+        CorruptCheckpoint, OSError: as `read_directory`.
     """
     try:
         if not fs.is_directory(directory):
-            raise Damaged("kind", f"{directory.name} is not a directory")
+            raise CorruptCheckpoint("kind", f"{directory.name} is not a directory")
         manifest, sha256 = read_manifest(fs, directory)
         if run_id is not None and manifest.run_id != run_id:
-            raise Damaged("run", f"it belongs to run {manifest.run_id!r}, not {run_id!r}")
+            raise CorruptCheckpoint("run", f"it belongs to run {manifest.run_id!r}, not {run_id!r}")
         for name, entry in manifest.files.items():
             size = fs.file_size(directory / name)
             if size != entry.bytes:
-                raise Damaged("size", f"{name} has {size} bytes, not {entry.bytes}")
+                raise CorruptCheckpoint("size", f"{name} has {size} bytes, not {entry.bytes}")
     except OSError as error:
         raise damage_of(error) from error
     return manifest, sha256
@@ -96,16 +96,16 @@ def read_or_refuse(fs: FileSystem, directory: Path, run_id: str | None) -> Loade
     try:
         with reporting(f"{directory} cannot be read"):
             return read_directory(fs, directory, run_id)
-    except Damaged as damage:
+    except CorruptCheckpoint as damage:
         raise NoValidCheckpoint(
             f"{directory} cannot be loaded: {damage}", hint="Name another checkpoint, or use run.resume auto"
         ) from damage
 
 
 def damage_of(error: OSError) -> Exception:
-    """`error` as Damaged when the checkpoint is at fault, unchanged otherwise."""
+    """`error` as CorruptCheckpoint when the checkpoint is at fault, unchanged otherwise."""
     reason = DAMAGE.get(error.errno or 0)
-    return Damaged(reason, f"{Path(str(error.filename)).name}: {describe(error)}") if reason else error
+    return CorruptCheckpoint(reason, f"{Path(str(error.filename)).name}: {describe(error)}") if reason else error
 
 
 def describe(error: OSError) -> str:
@@ -135,7 +135,7 @@ def storage_error(error: OSError, what: str) -> ResilientError:
 
 def _read_state(fs: FileSystem, directory: Path, entry: FileEntry) -> dict[str, Any]:
     if entry.bytes > STATE_LIMIT_BYTES:
-        raise Damaged("size", f"{STATE} has {entry.bytes} bytes, at most {STATE_LIMIT_BYTES} are expected")
+        raise CorruptCheckpoint("size", f"{STATE} has {entry.bytes} bytes, at most {STATE_LIMIT_BYTES} are expected")
     with closing(fs, fs.open_old(directory / STATE)) as file:
         reader = HashedReader(fs, file, entry)
         data = bytearray(entry.bytes)
@@ -144,9 +144,9 @@ def _read_state(fs: FileSystem, directory: Path, entry: FileEntry) -> dict[str, 
     try:
         state = strict_json.load(bytes(data))
     except ValueError as error:
-        raise Damaged("state", f"{STATE}: {error}") from None
+        raise CorruptCheckpoint("state", f"{STATE}: {error}") from None
     if not isinstance(state, dict):
-        raise Damaged("state", f"{STATE} is no object")
+        raise CorruptCheckpoint("state", f"{STATE} is no object")
     return state
 
 
@@ -157,6 +157,6 @@ def _read_tensor_file(fs: FileSystem, path: Path, manifest: Manifest) -> dict[st
         try:
             tensors = read_tensors(reader, entry.bytes, manifest.shared.get(stem, {}))
         except ValueError as error:
-            raise Damaged("format", f"{path.name}: {error}") from None
+            raise CorruptCheckpoint("format", f"{path.name}: {error}") from None
         reader.verify()
     return tensors

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resilient_t5.checkpoint import strict_json
-from resilient_t5.checkpoint.manifest import Damaged, Manifest, parse_name
+from resilient_t5.checkpoint.manifest import CorruptCheckpoint, Manifest, parse_name
 from resilient_t5.checkpoint.reader import describe
 from resilient_t5.files import FileSystem, make_directories, read_bounded, remove_tree, replace_file
 
@@ -59,7 +59,7 @@ def find_best(stored: Sequence[Stored], named_q: int | None) -> Stored | None:
     return next(iter(named or [item for item in by_age if item.manifest.is_best][-1:]), None)
 
 
-def most_kept(keep_last: int) -> int:
+def max_kept(keep_last: int) -> int:
     """Most checkpoints that can stand on disk at once: kept, best, healthy, resumed from, and the one being written."""
     return max(keep_last, FEWEST) + 4
 
@@ -96,7 +96,7 @@ def remove(fs: FileSystem, path: Path, tell: Tell) -> bool:
     return True
 
 
-def take_back(fs: FileSystem, temporary: Path, final: Path) -> None:
+def undo_commit(fs: FileSystem, temporary: Path, final: Path) -> None:
     """Drop a save that failed, from memory's point of view it never was; what cannot be dropped now is swept later.
 
     One that was renamed already but may not be durable goes too: it was not acknowledged.
@@ -111,7 +111,7 @@ def take_back(fs: FileSystem, temporary: Path, final: Path) -> None:
                 remove_tree(fs, path)
 
 
-def quarantine(fs: FileSystem, parent: Path, name: str, damage: Damaged, tell: Tell) -> bool:
+def quarantine(fs: FileSystem, parent: Path, name: str, damage: CorruptCheckpoint, tell: Tell) -> bool:
     """Move a damaged checkpoint out of the way, under its name and the reason; False when it could not be moved."""
     tell("quarantine", name=name, reason=damage.reason, error=str(damage))
     directory = parent / QUARANTINE

@@ -18,7 +18,7 @@ from resilient_t5.checkpoint import strict_json
 # A chunk stays in the CPU's cache between hashing and writing, and bounds the host memory of a device tensor.
 CHUNK_BYTES = 8 * 2**20
 HEADER_LIMIT_BYTES = 64 * 2**20
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 METADATA = "__metadata__"
 DTYPES = {
     "F64": torch.float64,
@@ -178,7 +178,7 @@ def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} is not described as it must be")
     dtype, shape, offsets = DTYPES.get(str(value["dtype"])), value["shape"], value["data_offsets"]
-    if dtype is None or not _sizes(shape) or len(shape) > MOST_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
+    if dtype is None or not _sizes(shape) or len(shape) > MAX_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has an unusable dtype, shape or place")
     start, end = offsets
     if math.prod(max(length, 1) for length in shape) >= 2**48:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
-from resilient_t5.checkpoint.manager import Vault, with_spare
+from resilient_t5.checkpoint.manager import CheckpointManager, with_spare
 from resilient_t5.checkpoint.manifest import Committed, Parts
 from resilient_t5.checkpoint.snapshot import available_memory_bytes, snapshot_bytes, take_snapshot
 from resilient_t5.errors import DiskFull, StorageError
@@ -20,7 +20,7 @@ ENDING = ("signal", "final", "rollback")
 """Reasons of saves that the caller cannot go on without."""
 MEMORY_FACTOR = 1.3
 MEMORY_SPARE_BYTES = 1.5 * 2**30
-MOST_DROPPED = 7
+MAX_DROPPED = 7
 """Periodic requests that are dropped, at most, before a failing disk is tried again."""
 WAIT_S = 1.0
 POLL_S = 0.05
@@ -39,8 +39,14 @@ class Writer:
         available_bytes: free host memory; None counts as too little.
     """
 
-    def __init__(self, vault: Vault, *, background: bool, available_bytes: Callable[[], int | None] = available_memory_bytes):
-        self._vault, self._background, self._available_bytes = vault, background, available_bytes
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        *,
+        background: bool,
+        available_bytes: Callable[[], int | None] = available_memory_bytes,
+    ):
+        self._manager, self._background, self._available_bytes = manager, background, available_bytes
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[Committed | None] | None = None
         self._finished: list[Committed] = []
@@ -75,7 +81,7 @@ class Writer:
             return False
         self._collect()
         self._give_up.clear()
-        newest = self._vault.newest
+        newest = self._manager.newest
         self._last_q = newest.q if newest else 0
         at_once = parts.reason in ENDING or not self._has_room_for(parts)
         if not at_once and not parts.are_copies:
@@ -92,7 +98,7 @@ class Writer:
             Exception: what a save raised since the last poll, once.
         """
         self._collect()
-        self._vault.tell_pending()
+        self._manager.emit_pending()
         if self._errors:
             raise self._errors.pop(0)
         finished, self._finished = self._finished, []
@@ -105,7 +111,7 @@ class Writer:
 
     def drop_ballast(self) -> None:
         """Give back the room that was kept for a last save: there will be none. Call it while nothing is in flight."""
-        self._vault.ballast.drop()
+        self._manager.ballast.drop()
 
     def hurry(self) -> None:
         """A save that waits for room on the disk gives up; one that is being written goes on."""
@@ -147,7 +153,7 @@ class Writer:
         committed = future.result()
         if committed is None:
             self._failures += 1
-            self._to_drop = min(2 ** (self._failures - 1) - 1, MOST_DROPPED)
+            self._to_drop = min(2 ** (self._failures - 1) - 1, MAX_DROPPED)
         else:
             self._failures = self._to_drop = 0
             if committed.q > self._last_q:  # a save that found its update saved already is no news
@@ -155,20 +161,20 @@ class Writer:
                 self._finished.append(committed)
 
     def _save(self, parts: Parts, best: bool, should_stop: Callable[[], bool] | None) -> Committed | None:
-        policy, told = self._vault.settings.on_disk_full, False
+        policy, told = self._manager.settings.on_disk_full, False
         while True:
             try:
-                committed = self._vault.save(parts, best=best)
+                committed = self._manager.save(parts, best=best)
                 self._keep_ballast(parts, committed)
                 return committed
             except (DiskFull, StorageError) as error:
-                if isinstance(error, DiskFull) and parts.reason in ENDING and self._vault.ballast.drop():
+                if isinstance(error, DiskFull) and parts.reason in ENDING and self._manager.ballast.drop():
                     continue
                 waits = policy == "wait" and isinstance(error, DiskFull) and parts.reason != "signal"
                 if not waits and (policy == "stop" or parts.reason in ENDING):
                     raise
                 if not told:
-                    self._vault.tell("save_failed", update=parts.update, reason=parts.reason, error=str(error), waits=waits)
+                    self._manager.emit("save_failed", update=parts.update, reason=parts.reason, error=str(error), waits=waits)
                     told = True
                 if not waits or not self._wait_for_room(should_stop):
                     if parts.reason in ENDING:
@@ -176,9 +182,9 @@ class Writer:
                     return None
 
     def _keep_ballast(self, parts: Parts, committed: Committed) -> None:
-        if self._vault.settings.ballast and parts.reason not in ENDING:
+        if self._manager.settings.ballast and parts.reason not in ENDING:
             grown = committed.bytes + committed.bytes // 20  # a state grows a little from save to save
-            self._vault.ballast.keep(with_spare(grown, self._vault.reserve_bytes))
+            self._manager.ballast.keep(with_spare(grown, self._manager.reserve_bytes))
 
     def _wait_for_room(self, should_stop: Callable[[], bool] | None) -> bool:
         """Wait a little; False when the waiting has to end."""

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _list(run: Path, verify: bool) -> int:
     # Imported late: torch takes seconds, and --help must not wait for it.
-    from resilient_t5.checkpoint.manifest import Damaged, parse_name
+    from resilient_t5.checkpoint.manifest import CorruptCheckpoint, parse_name
     from resilient_t5.checkpoint.reader import read_directory, read_stored
     from resilient_t5.files import FileSystem
 
@@ -41,7 +41,7 @@ def _list(run: Path, verify: bool) -> int:
             state = "whole" if verify else "sizes right"
             size = f"{manifest.bytes / 2**20:.1f} MiB"
             sys.stdout.write(f"{name}  {manifest.reason:<8} {manifest.created}  {size}  {state}{metric}{marks}\n")
-        except Damaged as damage:
+        except CorruptCheckpoint as damage:
             damaged += 1
             sys.stdout.write(f"{name}  DAMAGED  {damage}\n")
     return int(ExitCode.NO_VALID_CHECKPOINT if damaged else ExitCode.OK)

@@ -11,7 +11,7 @@ from resilient_t5.config.parse import parse_config
 from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.errors import ConfigError, DataError, ExitCode
 from resilient_t5.training.convergence.recordings import read_curves
-from resilient_t5.training.convergence.replay import Beside, Curve, differences, replay, replay_rules, story
+from resilient_t5.training.convergence.replay import Curve, ReplayComparison, differences, replay, replay_rules, story
 from resilient_t5.training.convergence.rules import Rules
 
 DESCRIPTION = """Replay recorded losses through the convergence machine.
@@ -48,10 +48,10 @@ def _replay(argv: Sequence[str]) -> int:
         return _tell(curve, given if settings or curve.rules is None else curve.rules, None, arguments)
     if curve.rules is None or not settings:
         raise ConfigError("--beside wants a run of ours and settings: --convergence.preset NAME or any --convergence.key VALUE")
-    return _tell(curve, curve.rules, Beside(section.preset, replay(curve, given, arguments.clock)), arguments)
+    return _tell(curve, curve.rules, ReplayComparison(section.preset, replay(curve, given, arguments.clock)), arguments)
 
 
-def _tell(curve: Curve, rules: Rules, beside: Beside | None, arguments: argparse.Namespace) -> int:
+def _tell(curve: Curve, rules: Rules, beside: ReplayComparison | None, arguments: argparse.Namespace) -> int:
     result = replay(curve, rules, arguments.clock)
     lines = story(result, whole=arguments.whole)
     if beside:

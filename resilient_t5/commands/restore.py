@@ -23,7 +23,7 @@ EPILOG = (
     "exit codes: 0 done; 2 usage; 65 no gap in the text, no T5 in MODEL, or text in an encoding that cannot be read; "
     "74 input/output; 130 interrupted"
 )
-SMALLEST_PROBABILITY = 1e-12
+MIN_PROBABILITY = 1e-12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _restore(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     # Imported late: --help and a typo must not wait for torch.
-    from resilient_t5.restoration.decode import Asking
+    from resilient_t5.restoration.decode import DecodeSettings
     from resilient_t5.restoration.filler import Tally, open_filler
     from resilient_t5.restoration.gaps import DEFAULT_MARK, find_gaps
     from resilient_t5.restoration.text_encoding import TextBytes
@@ -48,7 +48,7 @@ def _restore(argv: Sequence[str]) -> int:
         text = TextBytes.read(raw, name, arguments.encoding)
     except ResilientError as error:  # a corpus has a setting where this command has an option
         raise type(error)(*(str(part).replace("data.encoding", "--encoding") for part in error.args), **_told(error)) from None
-    asking = Asking(arguments.beams, arguments.alternatives, arguments.batch_tokens, text.encoding)
+    asking = DecodeSettings(arguments.beams, arguments.alternatives, arguments.batch_tokens, text.encoding)
     filler, known = open_filler(
         arguments.model,
         device=choose_device(arguments.device),
@@ -133,7 +133,7 @@ def _lines(text: str, offsets: Sequence[int]) -> list[int]:
 
 
 def _rounded(probability: float) -> float:
-    return float(f"{probability:.6g}") if probability > SMALLEST_PROBABILITY else 0.0
+    return float(f"{probability:.6g}") if probability > MIN_PROBABILITY else 0.0
 
 
 def _read(file: str) -> tuple[str, bytes]:

@@ -23,7 +23,7 @@ DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.
 RESUMABLE = {int(ExitCode.RESUMABLE), *(128 + number for number in DEATHS), *(-number for number in DEATHS)}
 """75, and deaths by a signal that this process did not pass on: the out-of-memory killer, a driver, a preemption."""
 FRUITLESS_RESTARTS = 5
-LONGEST_PAUSE_S = 60.0
+MAX_PAUSE_S = 60.0
 
 
 class Supervisor:
@@ -54,7 +54,7 @@ class Supervisor:
                 if fruitless >= FRUITLESS_RESTARTS:
                     _say(f"{fruitless} starts in a row committed nothing new (last status {status}); giving up")
                     return status
-                pause_s = min(LONGEST_PAUSE_S, self.first_pause_s * 2**fruitless)
+                pause_s = min(MAX_PAUSE_S, self.first_pause_s * 2**fruitless)
                 _say(f"the run ended with status {status} at commit {commit}; starting it again in {pause_s:.0f} s")
                 if not self._pause(pause_s):
                     return status

@@ -25,8 +25,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bin/train` and return its exit code."""
-    told = "interrupted before training began; nothing to save"
-    return reported(lambda: _train(sys.argv[1:] if argv is None else argv), told)
+    format_statistics = "interrupted before training began; nothing to save"
+    return reported(lambda: _train(sys.argv[1:] if argv is None else argv), format_statistics)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -60,11 +60,11 @@ def _init(arguments: Arguments) -> ExitCode:
 def _dry_run(arguments: Arguments) -> ExitCode:
     if arguments.flags["dry_run"] not in ("plan", "update"):
         raise ConfigError(f"--dry_run is plan or update, not {arguments.flags['dry_run']!r}")
-    from resilient_t5.training.entrypoints.dry_run import rehearse, show_plan
+    from resilient_t5.training.entrypoints.dry_run import rehearse, write_plan
 
     if arguments.flags["dry_run"] == "update":
         return rehearse(arguments.config, _given(arguments))
-    if not show_plan(arguments.config, _given(arguments), lambda line: print(line)):
+    if not write_plan(arguments.config, _given(arguments), lambda line: print(line)):
         sys.stdout.write("\n".join(plan_lines(arguments)) + "\n")
     return ExitCode.OK
 

@@ -50,8 +50,8 @@ __all__ = [
     "check_preparable",
     "check_trainable",
     "flat",
-    "mathematics",
-    "mathematics_sha256",
+    "trajectory_settings",
+    "trajectory_sha256",
     "optimizer_problems",
 ]
 
@@ -223,7 +223,7 @@ def flat(config: Config) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
-def mathematics(config: Config) -> dict[str, Any]:
+def trajectory_settings(config: Config) -> dict[str, Any]:
     """The settings that a resume must find unchanged, as {"section.key": value}.
 
     The planned length counts only where the learning rate depends on it; text, terms and tokenizer are compared by the
@@ -236,6 +236,6 @@ def mathematics(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flat(config).items() if key not in free and not key.startswith(FREE_SECTIONS)}
 
 
-def mathematics_sha256(config: Config) -> str:
+def trajectory_sha256(config: Config) -> str:
     """Hash of `mathematics`, stored in every checkpoint."""
-    return hashlib.sha256(json.dumps(mathematics(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(trajectory_settings(config), sort_keys=True).encode()).hexdigest()

@@ -290,7 +290,7 @@ class Batches:
         return corrupt(self.split, example_ids, epochs, seed=self.seed, settings=settings, data=data, table=self.table)
 
 
-class Reader:
+class Prefetcher:
     """Takes the updates of `batches` one after another, prepared ahead by threads; their bits are those of `Batches.at`.
 
     Use it as a context manager, or call `close`.
@@ -324,7 +324,7 @@ class Reader:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:

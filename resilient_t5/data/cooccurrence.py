@@ -14,7 +14,7 @@ import numpy as np
 REACH = 3
 # Rare contexts look more telling than they are; their frequency is raised to this power.
 SMOOTHING = 0.75
-MOST_TOKENS = 8_000_000
+MAX_TOKENS = 8_000_000
 # Counts are held densely for as many rows at a time as make this many numbers: 16 MB.
 BLOCK_COUNTS = 2_000_000
 # Positions in `ids` are held in 16 bits.
@@ -56,7 +56,7 @@ def count_neighbours(split: TokenSplit, rows: int, most_ids: int) -> Neighbours:
         rows: every id is below.
         most_ids: how many ids are counted at most, below 65,535; an id that does not occur is left out.
     """
-    examples = int(np.searchsorted(split.offsets, MOST_TOKENS, side="right")) - 1
+    examples = int(np.searchsorted(split.offsets, MAX_TOKENS, side="right")) - 1
     tokens = np.asarray(split.tokens[: split.offsets[max(1, examples)]])
     frequency = np.bincount(tokens, minlength=rows)
     ids = np.argsort(-frequency, kind="stable")[: min(most_ids, int((frequency > 0).sum()))]

@@ -36,7 +36,7 @@ def in_full_ids(split: Split, active_to_full: np.ndarray) -> Split:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Dataset:
     """A store as this run sees it: in active ids, or in full ids when the whole vocabulary is trained."""
 
     store: Store
@@ -46,7 +46,7 @@ class Corpus:
     table: TokenTable
 
     @classmethod
-    def over(cls, store: Store, config: Config) -> "Corpus":
+    def over(cls, store: Store, config: Config) -> "Dataset":
         """The corpus of `store` in the ids of `model.active_vocabulary`.
 
         Raises:

@@ -25,7 +25,7 @@ STOP = re.compile(rf"[{CHINESE_STOPS}!?.\n](?:(?<!\n)[{CHINESE_STOPS}!?.]*{CLOSE
 HAS_CHINESE_STOP = re.compile(f"[{CHINESE_STOPS}]")
 CLAUSE = re.compile(rf"[\uff0c\uff1a\u3001]+{CLOSERS}|[,;:]+{CLOSERS}(?![\d/])|\s+")
 LAST_WORD = re.compile(r"[^\W_]+(?:\.[^\W_]+)*\Z")
-LONGEST_WORD = 24  # longer than any abbreviation below
+MAX_WORD = 24  # longer than any abbreviation below
 SPACES = re.compile(r"\s*")
 # Words whose full stop ends no sentence.
 ABBREVIATION = re.compile(
@@ -80,7 +80,7 @@ def _western_end(text: str, match: re.Match[str]) -> bool:
     if not following.isspace() and not _is_han(following):
         return False
     start = match.start()
-    word = LAST_WORD.search(text, max(0, start - LONGEST_WORD), start)
+    word = LAST_WORD.search(text, max(0, start - MAX_WORD), start)
     if word is not None and _holds_its_stop(text, word):
         return False
     if _is_han(following):
@@ -260,10 +260,10 @@ def cut_examples(
         terms=found,
     )
     continued = np.flatnonzero((chunks[:, 0] > batch.offsets[chunks[:, 2]]) & (lengths > 0))
-    return _begun_as_texts(examples, continued, tokenizer, max_tokens), lost
+    return _start_as_texts(examples, continued, tokenizer, max_tokens), lost
 
 
-def _begun_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTokenizer, max_tokens: int) -> Examples:
+def _start_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTokenizer, max_tokens: int) -> Examples:
     """The examples, those that continue a text inside a word encoded as texts that begin there; unless one grew too long."""
     ends = np.cumsum(examples.lengths, dtype=np.int64)
     lengths, terms = examples.lengths.copy(), examples.terms.copy()
@@ -272,7 +272,7 @@ def _begun_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTo
     for number in continued.tolist():
         first, last = int(ends[number] - lengths[number]), int(ends[number])
         ids = examples.tokens[first:last]
-        new, replaced = tokenizer.begun_as_text(ids)
+        new, replaced = tokenizer.starts_as_text(ids)
         old, more = ids[:replaced], len(new) - replaced
         if not len(new) or len(ids) + more > max_tokens:
             continue

@@ -29,7 +29,7 @@ from resilient_t5.data.corpus.formats import CorpusCounts, text_lines
 from resilient_t5.data.tokenizer.tokenizer import Encoded
 from resilient_t5.errors import DataError
 
-LONGEST_TERM_CHARACTERS = 200
+MAX_TERM_CHARACTERS = 200
 FOLDED_CHARACTERS = 0x20000  # the scripts with case and the full width forms lie below
 FIRST_WIDE_SCRIPT = 0x2E80  # CJK, kana and Hangul, which set no spaces between words, lie from here on
 OPENS_WORD = np.uint32(0x110000)  # added to the code point of a letter at the beginning of a word
@@ -111,9 +111,9 @@ def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
     stripped = []
     for number, line in enumerate(lines, start=1):
         stripped.append(line.strip())
-        if len(stripped[-1]) > LONGEST_TERM_CHARACTERS:
+        if len(stripped[-1]) > MAX_TERM_CHARACTERS:
             raise DataError(
-                f"a term has {len(stripped[-1])} characters, {LONGEST_TERM_CHARACTERS} are the most",
+                f"a term has {len(stripped[-1])} characters, {MAX_TERM_CHARACTERS} are the most",
                 where=f"{where}:{number}",
                 hint="Write one term per line; is this the text instead of the terms?",
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-SMALLEST_SQUARE = 1e-30
+MIN_SQUARE = 1e-30
 CLIP_RMS = 1.0
 DECAY_POWER = -0.8
 BLOCK_VALUES = 2**22
@@ -105,7 +105,7 @@ def adafactor_update(parameter: torch.Tensor, grad: torch.Tensor, state: dict[st
     state["count"] += 1
     decay = 1.0 - math.pow(int(state["count"]), DECAY_POWER)
     if grad.ndim < 2:
-        square = grad.float().square().add_(SMALLEST_SQUARE)
+        square = grad.float().square().add_(MIN_SQUARE)
         scaled = state["square"].lerp_(square, 1.0 - decay).rsqrt().mul_(grad)
         clip = (scaled.square().mean().sqrt() / CLIP_RMS).clamp_(min=1.0)
         parameter.sub_((scaled / clip * lr).to(parameter.dtype))
@@ -126,7 +126,7 @@ def _update_matrices(
     blocks = [slice(first, min(first + block_rows, rows)) for first in range(0, rows, block_rows)]
     column_sum = torch.zeros_like(state["column"])
     for block in blocks:
-        square = grad[..., block, :].float().square().add_(SMALLEST_SQUARE)
+        square = grad[..., block, :].float().square().add_(MIN_SQUARE)
         state["row"][..., block].lerp_(square.mean(-1), 1.0 - decay)
         column_sum += square.sum(-2)
     state["column"].lerp_(column_sum / rows, 1.0 - decay)

@@ -39,11 +39,11 @@ CROSS_ATTENTION = "EncDecAttention"
 STREAM_SCALE = 0.04
 # All layers of a stack together write less than the embedding, so that a token can still be told behind them.
 BRANCH_SCALE = 0.5
-LARGEST_LOGIT_DEVIATION = 0.6
+MAX_LOGIT_DEVIATION = 0.6
 # What attention writes down adds up over the layers: in as many as these it may be as large as the token itself.
 WRITTEN_LAYERS = 2
 # A tied model sees its own input token with a logit of nearly sqrt(d) deviations.
-LARGEST_LOGIT = 7.0
+MAX_LOGIT = 7.0
 # Scores of two equal tokens in cross-attention, and of a neighbour above all else: e**8 and e**5 against a hundred others.
 SAME_TOKEN_SCORE = 8.0
 NEIGHBOUR_SCORE = 5.0
@@ -59,7 +59,7 @@ def first_value(name: str, config: Any, *, scaled: bool) -> tuple[float, float]:
     d, inner = config.d_model, config.num_heads * config.d_kv
     branch = BRANCH_SCALE * STREAM_SCALE * config.num_layers**-0.5
     if name == LAST_NORM:
-        deviation = min(LARGEST_LOGIT_DEVIATION, LARGEST_LOGIT * d**-0.5)
+        deviation = min(MAX_LOGIT_DEVIATION, MAX_LOGIT * d**-0.5)
         return deviation / STREAM_SCALE * (1.0 if scaled else d**-0.5), 0.0
     if name.endswith("layer_norm.weight"):
         return 1.0, 0.0
@@ -143,7 +143,7 @@ def _generator(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-MOST_IDS = 16_384
+MAX_IDS = 16_384
 """Ids that get a vector at most, the most frequent first."""
 RANK = 256
 """Components that are kept at most; a wider model holds them in its first directions, turned at random."""
@@ -154,7 +154,7 @@ NOISE_SHARE = 1e-3
 
 
 @torch.no_grad()
-def put_first_vectors(model: T5Model, ids: np.ndarray, vectors_nR: torch.Tensor, seed: int) -> None:
+def set_initial_vectors(model: T5Model, ids: np.ndarray, vectors_nR: torch.Tensor, seed: int) -> None:
     """Put vectors into the rows `ids` of both vocabulary tables; they keep the length that T5's first weights have.
 
     Args:

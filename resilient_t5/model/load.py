@@ -91,8 +91,8 @@ SIZES = (
     "relative_attention_max_distance",
 )
 NEEDED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-LARGEST_SIZE = 2**24
-LARGEST_DEPTH = 1024  # layers of a stack
+MAX_SIZE = 2**24
+MAX_DEPTH = 1024  # layers of a stack
 NUMBERS = ("dropout_rate", "layer_norm_epsilon")
 SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 FUNCTIONS = r"(relu|gelu|gelu_new|silu|swish)"
@@ -263,8 +263,8 @@ def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
     written = {key: raw[key] for key in ("dense_act_fn", "is_gated_act") if raw.get(key) is not None}
     rows = sizes.get("vocab_size", 0)
     sizes_in_layers = [key for key in ("num_layers", "num_decoder_layers") if type(sizes.get(key)) is int]
-    wrong = [key for key in sizes_in_layers if sizes[key] > LARGEST_DEPTH]
-    wrong += [key for key, value in sizes.items() if type(value) is not int or not 1 <= value <= LARGEST_SIZE]
+    wrong = [key for key in sizes_in_layers if sizes[key] > MAX_DEPTH]
+    wrong += [key for key, value in sizes.items() if type(value) is not int or not 1 <= value <= MAX_SIZE]
     wrong += [key for key, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < 1]
     wrong += [key for key, value in ids.items() if type(value) is not int or type(rows) is not int or not 0 <= value < rows]
     wrong += [] if isinstance(gate, str) and re.fullmatch(f"(gated-)?{FUNCTIONS}", gate) else ["feed_forward_proj"]

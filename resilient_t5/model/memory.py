@@ -227,8 +227,8 @@ GIB = 1 << 30
 CONTEXT_BYTES = 0.45 * GIB
 """CUDA context, kernels and the workspace of the matrix library; 0.3 to 0.5 GiB are reported."""
 FREE_SHARE = 0.05
-LEAST_MICRO_TOKENS = 256
-MOST_MICRO_TOKENS = {False: 2048, True: 16384}
+MIN_MICRO_TOKENS = 256
+MAX_MICRO_TOKENS = {False: 2048, True: 16384}
 """Larger micro-batches than these bring no speed: on a CPU, on a GPU."""
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "adafactor_in_backward")
 """In the order of exactness."""
@@ -382,8 +382,8 @@ def choose_micro_tokens(sizes: Sizes, task: Task, memory: Memory, run: Execution
     Budgets are powers of two, or one longest example where that is more. Stepped inside the backward pass, all examples
     of an update make one micro-batch.
     """
-    most = MOST_MICRO_TOKENS[memory.on_gpu]
-    ladder = [2**k for k in range(int(math.log2(LEAST_MICRO_TOKENS)), int(math.log2(most)) + 1)]
+    most = MAX_MICRO_TOKENS[memory.on_gpu]
+    ladder = [2**k for k in range(int(math.log2(MIN_MICRO_TOKENS)), int(math.log2(most)) + 1)]
     budgets = sorted({max(tokens, task.longest) for tokens in ladder})
     if optimizer == "adafactor_in_backward":
         budgets = [task.longest * task.examples_per_update]

@@ -22,7 +22,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffd]"
 SEEN, BEGUN, SPACED, ONE_LEFT, TWO_LEFT, THREE_LEFT, AFTER_C2, AFTER_E0, AFTER_ED, AFTER_F0, AFTER_F4 = range(11)
 FORBIDDEN = 127
 # Pieces that a state still needs before its answer may end.
-LEAST_PIECES = np.array([0, 1, 1, 1, 2, 3, 1, 2, 2, 3, 3], np.int8)
+MIN_PIECES = np.array([0, 1, 1, 1, 2, 3, 1, 2, 2, 3, 3], np.int8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def answer_rules(
     pieces = tokenizer.pieces()
     marks = [*tokenizer.sentinel_ids[:max_sentinels].tolist(), tokenizer.eos_id]
     bytes_allowed = _encodes("\U0001f600", encoding)
-    chosen = [(number, np.full(len(LEAST_PIECES), -1, np.int8)) for number in marks]
+    chosen = [(number, np.full(len(MIN_PIECES), -1, np.int8)) for number in marks]
     lines: dict[str | int, np.ndarray] = {}
     special = set(tokenizer.special_ids.tolist())
     for number in range(len(pieces)) if trained_ids is None else trained_ids.tolist():
@@ -74,7 +74,7 @@ def answer_rules(
     output_ids = np.array([number for number, _ in chosen], np.int64)
     table_NA = np.stack([line for _, line in chosen], axis=1)
     places = np.searchsorted(output_ids, marks)
-    cost_NA = np.where(table_NA < 0, np.int8(FORBIDDEN), LEAST_PIECES[table_NA])
+    cost_NA = np.where(table_NA < 0, np.int8(FORBIDDEN), MIN_PIECES[table_NA])
     return AnswerRules(output_ids, places[:-1], int(places[-1]), np.maximum(table_NA, 0), cost_NA)
 
 
@@ -99,7 +99,7 @@ def _encodes(text: str, encoding: str) -> bool:
 
 def _following(kind: str | int) -> np.ndarray:
     """Int8 (N,): the state behind a piece of this kind, -1 where it is forbidden."""
-    line = np.full(len(LEAST_PIECES), -1, np.int8)
+    line = np.full(len(MIN_PIECES), -1, np.int8)
     if kind == "space" or kind == 0x20:
         line[[SEEN, BEGUN]] = SEEN, SPACED
     elif isinstance(kind, str) or kind < 0x80:

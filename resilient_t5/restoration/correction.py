@@ -14,7 +14,7 @@ import numpy as np
 from resilient_t5.data.examples import cut_chunks
 from resilient_t5.data.tokenizer.tokenizer import SPACE, Encoded
 from resilient_t5.restoration.answer_rules import answer_rules
-from resilient_t5.restoration.decode import Asking, Hypothesis, Question, Searcher, in_batches
+from resilient_t5.restoration.decode import DecodeSettings, Hypothesis, Question, Searcher, in_batches
 from resilient_t5.restoration.filler import Filler, Tally
 from resilient_t5.restoration.gaps import document_ranges
 from resilient_t5.restoration.sentinels import Alignment
@@ -32,7 +32,7 @@ class Edit:
 
 
 def correct(
-    filler: Filler, text: str, asking: Asking, tally: Tally, should_stop: Callable[[], bool] | None = None
+    filler: Filler, text: str, asking: DecodeSettings, tally: Tally, should_stop: Callable[[], bool] | None = None
 ) -> list[Edit] | None:
     """The edits that the model makes in `text`, in order and apart; None when `should_stop` said so.
 

@@ -52,7 +52,7 @@ class Question:
     prefix: np.ndarray
     stops_at: int
 
-    def least_tokens(self) -> int:
+    def min_tokens(self) -> int:
         """Tokens that any output needs: the prefix, or a sentinel and a piece for each gap, and the end mark."""
         return max(len(self.prefix) + 2, 2 * self.gaps + (2 if self.gaps == 0 else 1))
 
@@ -118,7 +118,7 @@ class Searcher:
             ValueError: `limit_tokens` cannot hold the gaps of a question, or a source has more gaps than the rules have.
         """
         for question in questions:
-            if question.least_tokens() > limit_tokens or question.gaps > len(self.rules.sentinels):
+            if question.min_tokens() > limit_tokens or question.gaps > len(self.rules.sentinels):
                 raise ValueError(f"{question.gaps} gaps do not fit into {limit_tokens} tokens and the rules' sentinels")
         with torch.no_grad(), evaluating(self.model):
             beam = _Beam(self, questions, limit_tokens, beams)
@@ -317,12 +317,12 @@ class _Beam:
         ]
 
 
-LARGEST_BATCH = 64
+MAX_BATCH = 64
 """Most questions in one batch: beyond it a longer batch is no faster, and the caches only grow."""
 
 
 @dataclass(frozen=True)
-class Asking:
+class DecodeSettings:
     """How a model is asked."""
 
     beams: int = 1
@@ -359,7 +359,7 @@ class Answer:
 def ask(
     searcher: Searcher,
     windows: Sequence[Window],
-    asking: Asking,
+    asking: DecodeSettings,
     limit_tokens: int,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[dict[int, Answer]] | None:
@@ -402,7 +402,7 @@ def answers_of(hypothesis: Hypothesis, mark_ids: np.ndarray) -> list[tuple[np.nd
 def _others(
     searcher: Searcher,
     answered: Sequence[tuple[Window, Hypothesis]],
-    asking: Asking,
+    asking: DecodeSettings,
     limit_tokens: int,
     should_stop: Callable[[], bool] | None,
 ) -> dict[tuple[int, int], tuple[tuple[np.ndarray, float], ...]] | None:
@@ -431,7 +431,7 @@ def in_batches(
     searcher: Searcher,
     questions: Sequence[Question],
     beams: int,
-    asking: Asking,
+    asking: DecodeSettings,
     limit_tokens: int,
     should_stop: Callable[[], bool] | None,
 ) -> list[list[Hypothesis]] | None:
@@ -454,7 +454,7 @@ def _batches(questions: Sequence[Question], beams: int, batch_tokens: int) -> It
     batch: list[int] = []
     for number in order:
         longest = len(questions[number].source)  # ascending: the newest is the longest
-        if batch and (longest * (len(batch) + 1) * beams > batch_tokens or (len(batch) + 1) * beams > LARGEST_BATCH):
+        if batch and (longest * (len(batch) + 1) * beams > batch_tokens or (len(batch) + 1) * beams > MAX_BATCH):
             yield batch
             batch = []
         batch.append(number)

@@ -21,12 +21,12 @@ from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
 from resilient_t5.restoration.answer_rules import answer_rules
-from resilient_t5.restoration.decode import Answer, Asking, Searcher, ask
+from resilient_t5.restoration.decode import Answer, DecodeSettings, Searcher, ask
 from resilient_t5.restoration.gaps import Gap, document_ranges
 from resilient_t5.restoration.restoration_config import DocumentMode, Usage, read_usage
-from resilient_t5.restoration.sheet import Draft, Sheet, Vocabulary, Window, make_draft, read_sheets, windows_of
+from resilient_t5.restoration.sheet import Draft, GapDocument, Vocabulary, Window, make_draft, read_sheets, windows_of
 
-SHORTEST_SOURCE = 8
+MIN_SOURCE = 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Filler:
     def fill(
         self,
         texts: Sequence[tuple[str, Sequence[Gap]]],
-        asking: Asking,
+        asking: DecodeSettings,
         tally: Tally | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[Fill]] | None:
@@ -124,7 +124,7 @@ class Filler:
                     homes += [(number, gap) for gap in gaps[first:done]]
         return drafts, homes
 
-    def _windows(self, sheet: Sheet) -> list[Window]:
+    def _windows(self, sheet: GapDocument) -> list[Window]:
         return windows_of(sheet, self.tokenizer, self.usage.max_source_tokens, self.sentinels)
 
     def _fills(
@@ -198,9 +198,9 @@ def open_filler(
     usage = found or Usage()
     changes = {"max_source_tokens": max_source_tokens, "max_sentinels": max_sentinels, "document": document}
     usage = replace(usage, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    if usage.max_source_tokens < SHORTEST_SOURCE or not 1 <= usage.max_sentinels <= 100:
+    if usage.max_source_tokens < MIN_SOURCE or not 1 <= usage.max_sentinels <= 100:
         raise ConfigError(
-            f"--max_source_tokens: at least {SHORTEST_SOURCE}, --max_sentinels: 1 to 100; "
+            f"--max_source_tokens: at least {MIN_SOURCE}, --max_sentinels: 1 to 100; "
             f"got {usage.max_source_tokens} and {usage.max_sentinels}"
         )
     return Filler(model.to(device or torch.device("cpu")).eval(), tokenizer, usage), found is not None  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from resilient_t5.errors import DataError
 
 USAGE_FILE = "restoration.json"
 FORMAT = 1
-LARGEST_BYTES = 16 * 2**20
-LARGEST_TOKENS = 2**20
+MAX_BYTES = 16 * 2**20
+MAX_TOKENS = 2**20
 SENTINELS = 100
 DocumentMode = Literal["auto", "file", "blank_line", "line"]
 DOCUMENT_MODES = ("auto", "file", "blank_line", "line")
@@ -74,7 +74,7 @@ def read_usage(directory: Path) -> Usage | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > LARGEST_BYTES:
+        if path.stat().st_size > MAX_BYTES:
             raise ValueError("it is far too large")
         return _checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -86,8 +86,8 @@ def _checked(content: dict[str, Any]) -> Usage:
         raise ValueError(f"it has format {content['format']!r}, and this version reads format {FORMAT}")
     numbers = {}
     for key, low, high in (
-        ("max_source_tokens", 4, LARGEST_TOKENS),
-        ("max_target_tokens", 4, LARGEST_TOKENS),
+        ("max_source_tokens", 4, MAX_TOKENS),
+        ("max_target_tokens", 4, MAX_TOKENS),
         ("max_sentinels", 1, SENTINELS),
     ):
         numbers[key] = content[key]

@@ -69,7 +69,7 @@ class Draft:
 
 
 @dataclass(frozen=True, eq=False)
-class Sheet:
+class GapDocument:
     """The tokens of a draft: `segments` of ids (int64) with gap i between segments i and i + 1.
 
     breaks: for each segment the tokens at which a sentence begins.
@@ -111,7 +111,7 @@ def make_draft(text: str, gaps: Sequence[tuple[int, int]], first_number: int) ->
 
 def read_sheets(
     drafts: Sequence[Draft], tokenizer: TextTokenizer, trained_ids: np.ndarray | None, counted: Vocabulary | None
-) -> list[Sheet]:
+) -> list[GapDocument]:
     """Encode drafts.
 
     Args:
@@ -128,11 +128,11 @@ def read_sheets(
         ]
         if counted is not None:
             counted.count(np.concatenate(segments), tokenizer, trained_ids)
-        sheets.append(Sheet(segments, breaks))
+        sheets.append(GapDocument(segments, breaks))
     return sheets
 
 
-def windows_of(sheet: Sheet, tokenizer: TextTokenizer, source_tokens: int, sentinels: int) -> list[Window]:
+def windows_of(sheet: GapDocument, tokenizer: TextTokenizer, source_tokens: int, sentinels: int) -> list[Window]:
     """The windows of the next pass over a sheet; at least one gap is decided by them.
 
     Args:
@@ -156,7 +156,7 @@ def windows_of(sheet: Sheet, tokenizer: TextTokenizer, source_tokens: int, senti
             ids[[slots[k] - begin for k in asked]] = tokenizer.sentinel_ids[: len(asked)]
             left_out = [k for k in inside if k not in asked]
             source = np.delete(ids, [slots[k] - begin for k in left_out])
-            source = source if begin == 0 else _begun_as_text(source, tokenizer, source_tokens - 1)
+            source = source if begin == 0 else _starts_as_text(source, tokenizer, source_tokens - 1)
             windows.append(
                 Window(np.append(source, tokenizer.eos_id), tuple(asked), frozenset(range(first, last + 1)), tuple(left_out))
             )
@@ -165,16 +165,16 @@ def windows_of(sheet: Sheet, tokenizer: TextTokenizer, source_tokens: int, senti
     return windows
 
 
-def _begun_as_text(ids: np.ndarray, tokenizer: TextTokenizer, room: int) -> np.ndarray:
+def _starts_as_text(ids: np.ndarray, tokenizer: TextTokenizer, room: int) -> np.ndarray:
     """The ids of a text that begins here, as chunks do in training; unless there is no room for the mark of a beginning."""
     if tokenizer.of_an_older_version:
         return ids
-    word, replaced = tokenizer.begun_as_text(ids)
+    word, replaced = tokenizer.starts_as_text(ids)
     begun = np.concatenate([word, ids[replaced:]])
     return begun if len(begun) <= room else ids
 
 
-def _laid_out(sheet: Sheet) -> tuple[np.ndarray, list[int], np.ndarray]:
+def _laid_out(sheet: GapDocument) -> tuple[np.ndarray, list[int], np.ndarray]:
     """The tokens with -1 for each gap, where those are, and where sentences begin."""
     parts, slots, begins, length = [], [], [], 0
     for number, (segment, breaks) in enumerate(zip(sheet.segments, sheet.breaks, strict=True)):

@@ -8,16 +8,16 @@ import torch
 from accelerate import Accelerator
 
 from resilient_t5.checkpoint import rng
-from resilient_t5.checkpoint.manager import Loaded, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Loaded
 from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.checkpoint.writer import Writer
-from resilient_t5.config.schema import Config, mathematics_sha256
-from resilient_t5.data.batches import Batches, EvaluationBatch, Reader, evaluation_batches
+from resilient_t5.config.schema import Config, trajectory_sha256
+from resilient_t5.data.batches import Batches, EvaluationBatch, Prefetcher, evaluation_batches
 from resilient_t5.data.cooccurrence import count_neighbours
-from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.store import Split, Store
 from resilient_t5.model.embeddings import T5Model
-from resilient_t5.model.initial_weights import MOST_IDS, RANK, factored, put_first_vectors
+from resilient_t5.model.initial_weights import MAX_IDS, RANK, factored, set_initial_vectors
 from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
 from resilient_t5.model.optimizer import build_optimizer
@@ -30,35 +30,35 @@ from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules
 from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
-from resilient_t5.training.hardware.machine import give_large_blocks_back, numeric_conditions, slept_s
+from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os, slept_s
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
-from resilient_t5.training.hardware.process_group import ALONE, Ranks, begin_equal
-from resilient_t5.training.hardware.sharding import Layers, cut_layers
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, begin_equal
+from resilient_t5.training.hardware.sharding import ShardedModel, shard_model
 from resilient_t5.training.run import Run, telemetry_from
 from resilient_t5.training.saver import Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, make_plan
-from resilient_t5.training.spike_guard import Guard
+from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 from resilient_t5.training.telemetry.timing import Timing
 from resilient_t5.training.update import Updater
 
 
-def begun_together(saver: Saver, loaded: Loaded | None, config: Config, train: Split, ranks: Ranks) -> RunState:
+def restore_or_init(saver: Saver, loaded: Loaded | None, config: Config, train: Split, ranks: ProcessGroup) -> RunState:
     """The state that the run begins with, the same in every process."""
-    state = restored(saver, loaded, config, train)
-    same = {**saver.fingerprints, "settings": mathematics_sha256(config), "precision": saver.conditions["precision"]}
+    state = restore_or_start(saver, loaded, config, train)
+    same = {**saver.fingerprints, "settings": trajectory_sha256(config), "precision": saver.conditions["precision"]}
     begin_equal(ranks, saver.updater.model, same, is_new=loaded is None)
     return state
 
 
-def restored(saver: Saver, loaded: Loaded | None, config: Config, train: Split) -> RunState:
+def restore_or_start(saver: Saver, loaded: Loaded | None, config: Config, train: Split) -> RunState:
     """The state of `loaded` put into the parts; or that of a new run, with the weights it forks from or begins with."""
     if loaded is not None:
         return saver.restore(loaded)
     if config.run.fork is not None:
-        saver.take_weights(load_checkpoint(Path(config.run.fork)))
+        saver.load_weights(load_checkpoint(Path(config.run.fork)))
     elif config.model.name_or_path is None:
         place_vocabulary(saver.updater.model, train, config.run.seed)
     rng.start(config.run.seed)
@@ -68,9 +68,9 @@ def restored(saver: Saver, loaded: Loaded | None, config: Config, train: Split) 
 def place_vocabulary(model: T5Model, train: Split, seed: int) -> None:
     """Give the frequent pieces of a model from scratch the vectors that their neighbours in the training text suggest."""
     rows, width = model.shared.weight.shape
-    found = count_neighbours(train, rows, MOST_IDS)
+    found = count_neighbours(train, rows, MAX_IDS)
     vectors_nR = factored(found.row_ends, found.columns, found.values, min(RANK, width), seed)
-    put_first_vectors(model, found.ids, vectors_nR, seed)
+    set_initial_vectors(model, found.ids, vectors_nR, seed)
 
 
 # Padded tokens of a batch where nothing is trained, hence nothing planned.
@@ -82,13 +82,13 @@ PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
 def build_run(
     config: Config,
     store: Store,
-    vault: Vault,
+    manager: CheckpointManager,
     loaded: Loaded | None,
     audit: AuditTrail,
-    display: Display,
+    display: Console,
     *,
     claim: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Run:
     """Construct every part of a run over a prepared store, as it stands in `loaded`, or at update 0.
 
@@ -100,19 +100,19 @@ def build_run(
         ConfigError, DataError: a part cannot be built as it is configured.
         ResumeMismatch: `loaded` belongs to another run.
     """
-    corpus = Corpus.over(store, config)
-    device, precision, accelerator, (fit, model, sizes, batches) = settled(config, corpus, ranks)
-    layers = cut_layers(model, config, ranks, precision.name, is_new=loaded is None)
+    corpus = Dataset.over(store, config)
+    device, precision, accelerator, (fit, model, sizes, batches) = resolve_device_and_memory(config, corpus, ranks)
+    layers = shard_model(model, config, ranks, precision.name, is_new=loaded is None)
     optimizer = build_optimizer(layers, config.optim, device, precision.optimizer_dtype)
     updater = Updater(accelerator, layers, optimizer, config.optim, config.run.seed)
-    plan, rules = planned(config, batches)
-    convergence, guard, ids = ConvergenceMachine(rules), Guard(plan.warmup_updates), trained_ids(corpus, model)
-    writer, timing = Writer(vault, background=config.checkpoint.background), Timing()
+    plan, rules = make_plan_and_rules(config, batches)
+    convergence, guard, ids = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), trained_ids(corpus, model)
+    writer, timing = Writer(manager, background=config.checkpoint.background), Timing()
     conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": ranks.count}
-    conditions |= {"shard_layers": layers.are_cut, **sizes, **numeric_conditions(device)}
+    conditions |= {"shard_layers": layers.is_sharded, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, timing)
     evaluator = build_evaluator(config, corpus, accelerator, layers, sizes)
-    state = begun_together(saver, loaded, config, corpus.train, ranks)
+    state = restore_or_init(saver, loaded, config, corpus.train, ranks)
     claim()
     telemetry = telemetry_from(state, config, ranks)
     audit.attach(telemetry, display)
@@ -131,9 +131,9 @@ def build_run(
         convergence=convergence,
         guard=guard,
         state=state,
-        vault=vault,
+        manager=manager,
         saver=saver,
-        reader=Reader(batches, state.attempted, config.batch.readers),
+        reader=Prefetcher(batches, state.attempted, config.batch.readers),
         telemetry=telemetry,
         audit=audit,
         display=display,
@@ -143,7 +143,7 @@ def build_run(
     )
 
 
-def planned(config: Config, batches: Batches) -> tuple[Plan, Rules]:
+def make_plan_and_rules(config: Config, batches: Batches) -> tuple[Plan, Rules]:
     """The plan and the rules of stopping, in updates of these batches."""
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     return plan, Rules.from_config(config.convergence, plan.to_updates, config.evaluation)
@@ -153,19 +153,23 @@ Fitted = tuple[Fit, T5Model, dict[str, int], Batches]
 """What depends on the plan: the plan, the model, the sizes of micro-batches, and the batches."""
 
 
-def settled(config: Config, corpus: Corpus, ranks: Ranks) -> tuple[torch.device, Precision, Accelerator, Fitted]:
+def resolve_device_and_memory(
+    config: Config, corpus: Dataset, ranks: ProcessGroup
+) -> tuple[torch.device, Precision, Accelerator, Fitted]:
     """Device and number format, tried on the first batches and given up for float32 where it fails, and what fits them."""
     device, precision, accelerator = build_device(config)
-    parts = fitted(config, corpus, device, precision, ranks)
+    parts = build_for_plan(config, corpus, device, precision, ranks)
     _, model, _, batches = parts
     found = settle_precision(config, model, batches, precision, device)
     if found.name != precision.name:
         accelerator = build_accelerator(found, device)
-        parts = fitted(config, corpus, device, found, ranks)
+        parts = build_for_plan(config, corpus, device, found, ranks)
     return device, found, accelerator, parts
 
 
-def fitted(config: Config, corpus: Corpus, device: torch.device, precision: Precision, ranks: Ranks = ALONE) -> Fitted:
+def build_for_plan(
+    config: Config, corpus: Dataset, device: torch.device, precision: Precision, ranks: ProcessGroup = SINGLE_PROCESS
+) -> Fitted:
     """Plan, then build what the plan says."""
     fit = fit_run(config, corpus.store, device, precision.name, ranks)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
@@ -176,22 +180,22 @@ def fitted(config: Config, corpus: Corpus, device: torch.device, precision: Prec
 
 
 def build_trained_model(
-    config: Config, corpus: Corpus, device: torch.device, precision: Precision, *, checkpointing: bool
+    config: Config, corpus: Dataset, device: torch.device, precision: Precision, *, checkpointing: bool
 ) -> T5Model:
     """The model with the rows that are trained, float32, on the device, in training mode."""
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
         cut_vocabulary(model, corpus.active_to_full)
-    return made_trainable(model, device, precision, checkpointing=checkpointing)
+    return prepare_for_training(model, device, precision, checkpointing=checkpointing)
 
 
-def made_trainable(model: T5Model, device: torch.device, precision: Precision, *, checkpointing: bool) -> T5Model:
+def prepare_for_training(model: T5Model, device: torch.device, precision: Precision, *, checkpointing: bool) -> T5Model:
     """The same model on the device, in training mode, with lean layers and what checkpointing and number format need."""
     install_lean_layers(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
         if device.type == "cpu":
-            give_large_blocks_back()  # who recomputes to save memory does not want it kept by the heap
+            return_freed_memory_to_os()  # who recomputes to save memory does not want it kept by the heap
     if precision.name == "fp16":
         install_float32_islands(model)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for pipelines only
@@ -199,7 +203,7 @@ def made_trainable(model: T5Model, device: torch.device, precision: Precision, *
     return model
 
 
-def trained_ids(corpus: Corpus, model: T5Model) -> np.ndarray:
+def trained_ids(corpus: Dataset, model: T5Model) -> np.ndarray:
     """Full ids of the model's rows; a whole checkpoint may have more rows than its tokenizer has ids."""
     rows = model.shared.weight.shape[0]
     return corpus.active_to_full if rows == len(corpus.active_to_full) else np.arange(rows)
@@ -223,17 +227,17 @@ def original_tables(config: Config, store: Store) -> FullTables:
     return tables_of(build_full_model(config, store))
 
 
-def batch_sizes(config: Config, device: torch.device, planned: int | None = None) -> dict[str, int]:
+def batch_sizes(config: Config, device: torch.device, make_plan_and_rules: int | None = None) -> dict[str, int]:
     """Micro-batch budget and padding in tokens, `auto` resolved: to what was planned, or for the device where nothing was."""
     micro, multiple = config.batch.micro_tokens, config.batch.pad_multiple
     return {
-        "micro_tokens": planned or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
+        "micro_tokens": make_plan_and_rules or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
         "pad_multiple": PAD_MULTIPLE[device.type] if multiple == "auto" else multiple,
     }
 
 
 def build_evaluator(
-    config: Config, corpus: Corpus, accelerator: Accelerator, layers: Layers, sizes: dict[str, int]
+    config: Config, corpus: Dataset, accelerator: Accelerator, layers: ShardedModel, sizes: dict[str, int]
 ) -> Evaluator:
     """The fixed evaluation examples, in the order of their lengths, and what scores them."""
 

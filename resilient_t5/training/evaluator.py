@@ -20,8 +20,8 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import ExampleNll, token_nll
 from resilient_t5.restoration.scoring.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.scoring.score_report import RestorationReport
-from resilient_t5.training.hardware.process_group import ALONE, Ranks, weights_mark
-from resilient_t5.training.hardware.sharding import Layers
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_mark
+from resilient_t5.training.hardware.sharding import ShardedModel
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Evaluator:
     """The fixed examples and what is needed to score them; built once."""
 
     accelerator: Accelerator
-    layers: Layers
+    layers: ShardedModel
     loss_batches: Sequence[EvaluationBatch]
     restore_batches: Sequence[EvaluationBatch]
     restorer: Restorer
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
 
     @property
     def model(self) -> T5Model:
@@ -85,7 +85,7 @@ def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluatio
                 own_6B[row] = values_B
     if not _complete(evaluator, "evaluation", halted):
         return None
-    ranks.add_up([sums_6E])
+    ranks.all_reduce([sums_6E])
     return summarise(ExampleSums(*sums_6E[:3].numpy()), ExampleSums(*sums_6E[3:].numpy()))
 
 
@@ -111,7 +111,7 @@ def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Rest
             places[number][:, : generated_BT.shape[1]] = torch.from_numpy(generated_BT)
     if not _complete(evaluator, "restoration", halted):
         return None
-    ranks.add_up([widths, written])
+    ranks.all_reduce([widths, written])
     answers = [place[:, : int(width)].numpy() for place, width in zip(places, widths, strict=True)]
     return score_generated(
         [(batch.micro_batch.example_ids, batch.corrupted, found) for batch, found in zip(batches, answers, strict=True)],
@@ -128,7 +128,7 @@ def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
     ranks = evaluator.ranks
     if ranks.count == 1:
         return not halted
-    notes = ranks.exchange(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
+    notes = ranks.all_gather_object(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
     if len({told["weights"] for told in notes}) > 1:
         raise Diverged(
             "the weights of the processes are no longer equal, so what was trained since the last evaluation is worthless",

@@ -3,10 +3,10 @@
 from enum import StrEnum
 
 from resilient_t5.training.out_of_memory import update_within_memory
-from resilient_t5.training.recovery import guard_update, notice_suspend, save_if_due
+from resilient_t5.training.recovery import check_suspend, guard_update, save_if_due
 from resilient_t5.training.reports.update_log import log_updates, report_status
 from resilient_t5.training.run import Run
-from resilient_t5.training.run_evaluation import judge
+from resilient_t5.training.run_evaluation import run_evaluation
 from resilient_t5.training.signals import StopSignal
 
 
@@ -36,18 +36,18 @@ def train(run: Run, stop: StopSignal) -> StopReason:
         StorageError: a save failed for a reason that waiting does not fix.
     """
     while True:
-        notice_suspend(run)
+        check_suspend(run)
         if stop.status_requested:
             report_status(run, stop)
         if evaluation_due(run):
-            judge(run, stop)
+            run_evaluation(run, stop)
         save_if_due(run, stop)
         if (reason := why_stop(run, stop)) is not None:
             return reason
         with run.timing.measure("wait"):
             micro_batches = run.reader.take()
-        if run.guard.passes_over(run.state.attempted):
-            run.state.pass_over()
+        if run.guard.should_skip(run.state.attempted):
+            run.state.skip()
             continue
         with run.timing.measure("update"):
             result = update_within_memory(run, stop, micro_batches)
@@ -68,7 +68,7 @@ def why_stop(run: Run, stop: StopSignal) -> StopReason | None:
         return StopReason.INTERRUPTED
     if run.state.update >= run.plan.total_updates:
         return StopReason.MAX_UPDATES
-    if run.plan.max_time_s is not None and run.ranks.word("time", run.wall_s() >= run.plan.max_time_s):
+    if run.plan.max_time_s is not None and run.ranks.broadcast("time", run.wall_s() >= run.plan.max_time_s):
         return StopReason.MAX_TIME
     return None
 

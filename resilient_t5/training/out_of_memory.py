@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from resilient_t5.data.batches import MicroBatch, Reader
+from resilient_t5.data.batches import MicroBatch, Prefetcher
 from resilient_t5.errors import OutOfMemory
 from resilient_t5.model.adafactor import AdafactorInBackward
 from resilient_t5.model.memory import GIB, Choice, Execution, choice_at
@@ -31,7 +31,7 @@ def update_within_memory(run: Run, stop: StopSignal, micro_batches: list[MicroBa
     if failure is None:
         return result
     in_backward = isinstance(run.updater.optimizer, AdafactorInBackward)  # some weights have moved
-    in_pass = run.updater.layers.are_cut  # the others wait in it for what this process cannot give
+    in_pass = run.updater.layers.is_sharded  # the others wait in it for what this process cannot give
     if run.memory_halved or in_backward or in_pass or all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches):
         raise _refusal(run, failure)
     _halve(run, micro_batches, failure)
@@ -67,7 +67,7 @@ def _halve(run: Run, micro_batches: list[MicroBatch], failure: str) -> None:
     run.saver.conditions["micro_tokens"] = run.batches.micro_tokens
     # What was read ahead is cut the old way.
     run.reader.close()
-    run.reader = Reader(run.batches, run.state.attempted + 1, run.config.batch.readers)
+    run.reader = Prefetcher(run.batches, run.state.attempted + 1, run.config.batch.readers)
     values = {"micro_tokens": run.batches.micro_tokens, "former_micro_tokens": former, "why": failure}
     run.telemetry.row("guard", run.state.update, action="out of memory", attempted=run.state.attempted, **values)
     run.display.line(

@@ -7,13 +7,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from resilient_t5.checkpoint.manager import Loaded, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Loaded
 from resilient_t5.checkpoint.snapshot import NonFiniteState
-from resilient_t5.data.batches import MicroBatch, Reader
+from resilient_t5.data.batches import MicroBatch, Prefetcher
 from resilient_t5.errors import DeviceLost, Diverged, NoValidCheckpoint
 from resilient_t5.files import write_whole
 from resilient_t5.training.hardware.machine import slept_s
-from resilient_t5.training.hardware.process_group import Ranks
+from resilient_t5.training.hardware.process_group import ProcessGroup
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import Action, Verdict
@@ -70,13 +70,13 @@ def save_if_due(run: Run, stop: StopSignal) -> None:
             run.saver.save(run.state, cause, stop)
     except NonFiniteState as error:
         refused = f"{error.what} ({error.where})"[:300]
-    if (refused := run.ranks.word("save", refused)) is not None:
+    if (refused := run.ranks.broadcast("save", refused)) is not None:
         verdict = run.guard.not_finite(max(0, run.state.attempted - 1), refused)
         run.telemetry.row("guard", run.state.update, action=str(verdict.action), why=verdict.why)
         follow(run, stop, verdict)
 
 
-def notice_suspend(run: Run) -> None:
+def check_suspend(run: Run) -> None:
     """Say so when the machine slept since the last look.
 
     Raises:
@@ -129,7 +129,7 @@ def follow(run: Run, stop: StopSignal, verdict: Verdict) -> None:
     if verdict.action is Action.ROLLBACK:
         roll_back(run, stop, verdict)
     elif verdict.action is Action.ABORT:
-        raise give_up(run, verdict.why)
+        raise abort(run, verdict.why)
 
 
 def roll_back(run: Run, stop: StopSignal, verdict: Verdict) -> None:
@@ -145,36 +145,36 @@ def roll_back(run: Run, stop: StopSignal, verdict: Verdict) -> None:
     before, wall_s, left_behind = run.guard.memory, run.state.wall_s, run.state.update
     _settle_writer(run)
     try:
-        loaded = load_together(run.vault, run.ranks, lambda: run.vault.load_newest(healthy=True))
+        loaded = load_together(run.manager, run.ranks, lambda: run.manager.load_newest(healthy=True))
     except NoValidCheckpoint as error:
-        raise give_up(run, f"{verdict.why}, and {error.what}") from error
+        raise abort(run, f"{verdict.why}, and {error.what}") from error
     if loaded is None:
-        raise give_up(run, f"{verdict.why}, and no checkpoint was ever committed")
+        raise abort(run, f"{verdict.why}, and no checkpoint was ever committed")
     run.reader.close()
     run.state = run.saver.restore(loaded)
     run.state.wall_s = wall_s  # the time that was lost was spent all the same
     run.guard.rolled_back(before, run.state.update, verdict.attempts)
-    run.reader = Reader(run.batches, run.state.attempted, run.config.batch.readers)
+    run.reader = Prefetcher(run.batches, run.state.attempted, run.config.batch.readers)
     run.open_telemetry()
     passed_over = run.guard.memory.passed_over
     run.telemetry.row("guard", run.state.update, action="rolled back", to=loaded.name, passed_over=passed_over, why=verdict.why)
     run.display.line(f"guard  back from update {left_behind} to {loaded.name}; passes over attempted updates {passed_over}")
-    if run.ranks.is_writer or run.updater.layers.are_cut:
+    if run.ranks.is_writer or run.updater.layers.is_sharded:
         run.saver.save(run.state, "rollback", stop)
 
 
-def load_together(vault: Vault, ranks: Ranks, choose: Callable[[], Loaded | None]) -> Loaded | None:
+def load_together(manager: CheckpointManager, ranks: ProcessGroup, choose: Callable[[], Loaded | None]) -> Loaded | None:
     """What `choose` loads in process 0, loaded by every process; a damaged one is put aside by process 0 alone.
 
     Raises:
         NoValidCheckpoint, StorageError: as `choose`; or this process does not see the directory of process 0.
     """
     loaded = choose() if ranks.is_writer else None
-    name = ranks.word("load", None if loaded is None else loaded.name)
-    return loaded if ranks.is_writer or name is None else vault.load(name)
+    name = ranks.broadcast("load", None if loaded is None else loaded.name)
+    return loaded if ranks.is_writer or name is None else manager.load(name)
 
 
-def give_up(run: Run, why: str) -> Diverged:
+def abort(run: Run, why: str) -> Diverged:
     """Write diagnosis.json; returns the error that ends the run."""
     path = run.directory / DIAGNOSIS
     hint = f"{path} holds the raw values and what to try"

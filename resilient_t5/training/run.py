@@ -6,21 +6,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resilient_t5.checkpoint.manager import Vault
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.schema import Config
-from resilient_t5.data.batches import Batches, Reader
+from resilient_t5.data.batches import Batches, Prefetcher
 from resilient_t5.data.store.store import Store
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.convergence.machine import ConvergenceMachine, cooldown_factor
 from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.hardware.memory_fit import Fit
-from resilient_t5.training.hardware.process_group import Ranks
+from resilient_t5.training.hardware.process_group import ProcessGroup
 from resilient_t5.training.saver import Saver
 from resilient_t5.training.schedule import Plan, lr_at
-from resilient_t5.training.spike_guard import Guard
+from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.telemetry.console import Display
-from resilient_t5.training.telemetry.metrics_log import AuditTrail, Telemetry
+from resilient_t5.training.telemetry.console import Console
+from resilient_t5.training.telemetry.metrics_log import AuditTrail, MetricsLog
 from resilient_t5.training.telemetry.timing import Left, Timing
 from resilient_t5.training.update import Updater
 
@@ -42,16 +42,16 @@ class Run:
     updater: Updater
     evaluator: Evaluator
     convergence: ConvergenceMachine
-    guard: Guard
+    guard: SpikeGuard
     state: RunState
-    vault: Vault
+    manager: CheckpointManager
     saver: Saver
-    reader: Reader
-    telemetry: Telemetry
+    reader: Prefetcher
+    telemetry: MetricsLog
     audit: AuditTrail
-    display: Display
+    display: Console
     timing: Timing
-    ranks: Ranks
+    ranks: ProcessGroup
     slept_s: float
     """Seconds that the machine had slept when it was last asked."""
     memory_halved: bool = False
@@ -81,9 +81,9 @@ class Run:
         return self.timing.left(updates, evaluations, None if minutes is None else minutes * 60)
 
 
-def telemetry_from(state: RunState, config: Config, ranks: Ranks) -> Telemetry:
+def telemetry_from(state: RunState, config: Config, ranks: ProcessGroup) -> MetricsLog:
     """The log of a run that goes on from `state`; one that keeps nothing in a process that does not write."""
-    return Telemetry(
+    return MetricsLog(
         Path(config.run.dir) if ranks.is_writer else None,
         from_update=state.update,
         evaluated_update=state.evaluated_update,

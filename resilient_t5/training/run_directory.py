@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config.schema import Config, mathematics
+from resilient_t5.config.schema import Config, trajectory_settings
 from resilient_t5.errors import ResumeMismatch, RunDirectoryError
 from resilient_t5.files import write_whole
 
@@ -66,7 +66,7 @@ def claim(directory: RunDirectory, config: Config, config_yaml: str, device: str
     """
     if directory.is_new:
         description = {"run_id": directory.run_id, "format": FORMAT, "device": device, **describe_environment()}
-        text = json.dumps({**description, "mathematics": mathematics(config)}, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps({**description, "mathematics": trajectory_settings(config)}, indent=2, ensure_ascii=False) + "\n"
         write_whole(directory.path / ENVIRONMENT, text)
     if not (directory.path / "config.yaml").exists():
         write_whole(directory.path / "config.yaml", config_yaml)
@@ -93,14 +93,14 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
-def changed_mathematics(old: dict[str, Any], config: Config) -> list[str]:
+def changed_trajectory_settings(old: dict[str, Any], config: Config) -> list[str]:
     """`key: old -> new` for every setting of `config` that would change the mathematics of a run saved with `old`.
 
     A key that a later version brought is missing in `old`, which ran as that version does by default; one that a later
     version dropped is not looked at.
     """
-    new = mathematics(config)
-    known = {**mathematics(Config()), **old}
+    new = trajectory_settings(config)
+    known = {**trajectory_settings(Config()), **old}
     return changed_keys({key: value for key, value in known.items() if key in new}, new)
 
 
@@ -117,7 +117,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _refuse_other_mathematics(path: Path, old: dict[str, Any], config: Config) -> None:
-    if changed := changed_mathematics(old, config):
+    if changed := changed_trajectory_settings(old, config):
         raise ResumeMismatch(
             f"{path} holds another run; going on with these settings would change its mathematics",
             where="; ".join(changed),

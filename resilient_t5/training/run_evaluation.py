@@ -6,13 +6,13 @@ import time
 from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.convergence.machine import Verdict, Window
 from resilient_t5.training.evaluator import Evaluation, evaluate, restore_terms
-from resilient_t5.training.reports.artifacts import show_events, show_samples
+from resilient_t5.training.reports.artifacts import write_events, write_samples
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.telemetry.console import evaluation_line, phase_line, restoration_line
 
 
-def judge(run: Run, stop: StopSignal) -> None:
+def run_evaluation(run: Run, stop: StopSignal) -> None:
     """Evaluate and let the convergence machine decide; nothing has changed when a signal cuts it short."""
     begun_s = time.monotonic()
     evaluation = evaluate(run.evaluator, lambda: stop.requested)
@@ -27,23 +27,23 @@ def judge(run: Run, stop: StopSignal) -> None:
     ended_s = time.monotonic()
     window = window_of(run, evaluation, report)
     verdict = run.convergence.observe(window)
-    remember(run, evaluation, report, verdict)
+    record_evaluation(run, evaluation, report, verdict)
     if run.ranks.is_writer:
-        tell_evaluation(run, evaluation, window, verdict, restored_from_s - begun_s)
+        log_evaluation(run, evaluation, window, verdict, restored_from_s - begun_s)
         if report is not None:
-            tell_restoration(run, report, ended_s - restored_from_s)
-        tell_verdict(run, verdict)
+            log_restoration(run, report, ended_s - restored_from_s)
+        log_verdict(run, verdict)
     run.timing.add("evaluation", time.monotonic() - begun_s)
 
 
-def tell_verdict(run: Run, verdict: Verdict) -> None:
+def log_verdict(run: Run, verdict: Verdict) -> None:
     """The phase row, where the phase changed, the line of the phase, and the events."""
     if verdict.phase != verdict.previous:
         names = {"phase": verdict.phase.name, "former": verdict.previous.name}
         run.telemetry.row("phase", run.state.update, **names, why=verdict.why)
     run.display.line(phase_line(verdict), keep="phase")
     if verdict.events:
-        show_events(run)
+        write_events(run)
 
 
 def restoration_due(run: Run) -> bool:
@@ -69,7 +69,7 @@ def window_of(run: Run, evaluation: Evaluation, report: RestorationReport | None
     )
 
 
-def remember(run: Run, evaluation: Evaluation, report: RestorationReport | None, verdict: Verdict) -> None:
+def record_evaluation(run: Run, evaluation: Evaluation, report: RestorationReport | None, verdict: Verdict) -> None:
     """Write the evaluation into the state: last, best, the first of all, and the end if there is one."""
     state = run.state
     rate = None if report is None else report.term_rate
@@ -84,7 +84,7 @@ def remember(run: Run, evaluation: Evaluation, report: RestorationReport | None,
     state.ended = None if verdict.stop is None else str(verdict.stop)
 
 
-def tell_evaluation(run: Run, evaluation: Evaluation, window: Window, verdict: Verdict, duration_s: float) -> None:
+def log_evaluation(run: Run, evaluation: Evaluation, window: Window, verdict: Verdict, duration_s: float) -> None:
     """The evaluation row, with all that the convergence machine saw so that it can be replayed, and its line."""
     best = run.state.best or {"loss": None, "update": None}
     row = run.telemetry.row(
@@ -112,8 +112,8 @@ def tell_evaluation(run: Run, evaluation: Evaluation, window: Window, verdict: V
     run.display.line(evaluation_line(row, verdict.is_best))
 
 
-def tell_restoration(run: Run, report: RestorationReport, duration_s: float) -> None:
+def log_restoration(run: Run, report: RestorationReport, duration_s: float) -> None:
     """The restoration row, its line, and the probe examples."""
     row = run.telemetry.row("restoration", run.state.update, **report.as_row(), restoration_s=duration_s)
     run.display.line(restoration_line(row), keep="restore")
-    show_samples(run, report)
+    write_samples(run, report)

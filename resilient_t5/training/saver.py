@@ -16,16 +16,16 @@ import torch
 from resilient_t5.checkpoint import rng
 from resilient_t5.checkpoint.manager import Committed, Loaded, Parts
 from resilient_t5.checkpoint.writer import Writer
-from resilient_t5.config.schema import Config, mathematics, mathematics_sha256
+from resilient_t5.config.schema import Config, trajectory_settings, trajectory_sha256
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
 from resilient_t5.training.hardware.sharding import local, own_rows
-from resilient_t5.training.run_directory import changed_keys, changed_mathematics
+from resilient_t5.training.run_directory import changed_keys, changed_trajectory_settings
 from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.spike_guard import Guard
+from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
 from resilient_t5.training.telemetry.timing import Timing
 from resilient_t5.training.update import Updater
@@ -43,7 +43,7 @@ class Saver:
     """What bits depend on beside the mathematics: machine, versions, threads, the cut into micro-batches."""
     updater: Updater
     convergence: ConvergenceMachine
-    guard: Guard
+    guard: SpikeGuard
     timing: Timing
     submitted: tuple[int, bool] = (-1, False)
     """The update of the last save that was asked for, and whether it was the best."""
@@ -140,7 +140,7 @@ class Saver:
         return Parts(
             update=state.update,
             tensors=updater.layers.collected(tensors),
-            are_copies=updater.layers.are_cut,
+            are_copies=updater.layers.is_sharded,
             state={
                 "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
                 "convergence": self.convergence.state(),
@@ -148,13 +148,13 @@ class Saver:
                 "optimizer": optimizer_values,
                 "rng": random_values,
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "mathematics": mathematics(self.config),
+                "mathematics": trajectory_settings(self.config),
                 "conditions": self.conditions,
             },
             reason=reason,
             health={**self.guard.health(), "loss": loss},
             metric=loss,
-            fingerprints={"config": mathematics_sha256(self.config), **self.fingerprints},
+            fingerprints={"config": trajectory_sha256(self.config), **self.fingerprints},
         )
 
     def restore(self, loaded: Loaded) -> RunState:
@@ -163,7 +163,7 @@ class Saver:
         Raises:
             ResumeMismatch: the checkpoint belongs to other settings, other data or another model; every key is named.
         """
-        changed = changed_mathematics(loaded.state["mathematics"], self.config)
+        changed = changed_trajectory_settings(loaded.state["mathematics"], self.config)
         if loaded.manifest.fingerprints["data"] != self.fingerprints["data"]:
             changed.append("the prepared corpus: its fingerprint differs")
         if changed:
@@ -174,7 +174,7 @@ class Saver:
             )
         updater, scaler = self.updater, self.updater.accelerator.scaler
         # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
-        put_model_tensors(updater.model, loaded.tensors.pop("model"))
+        load_model_tensors(updater.model, loaded.tensors.pop("model"))
         own = updater.layers.own_state(loaded.tensors.pop("optimizer"))
         load_named_state(updater.optimizer, updater.layers, own, loaded.state["optimizer"])
         one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
@@ -192,7 +192,7 @@ class Saver:
         state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
         return state
 
-    def take_weights(self, loaded: Loaded) -> None:
+    def load_weights(self, loaded: Loaded) -> None:
         """Start a new run from the weights of another run's checkpoint, and from nothing else of it.
 
         Raises:
@@ -204,7 +204,7 @@ class Saver:
                 where="run.fork",
                 hint="Fork with the same tokenizer and the same active vocabulary, or start from export/ by model.name_or_path",
             )
-        put_model_tensors(self.updater.model, loaded.tensors["model"])
+        load_model_tensors(self.updater.model, loaded.tensors["model"])
 
     def _note(self, committed: list[Committed]) -> None:
         for checkpoint in committed:
@@ -235,7 +235,7 @@ def model_tensors(model: T5Model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def put_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None:
+def load_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None:
     """Copy saved parameters into the live model; of what is cut, this process' rows.
 
     Raises:

@@ -85,7 +85,7 @@ class Memory:
     passed_over: list[list[int]] = field(default_factory=list)
 
 
-class Guard:
+class SpikeGuard:
     """Watches one run. `memory` is its whole state.
 
     Args:
@@ -148,7 +148,7 @@ class Guard:
         """What the learning rate of the update after `update` applied ones is multiplied by."""
         return self.limits.backoff_factor if update < self.memory.backoff_until else 1.0
 
-    def passes_over(self, attempt: int) -> bool:
+    def should_skip(self, attempt: int) -> bool:
         """Whether a rollback found that attempted update number `attempt` leads the run astray."""
         return any(first <= attempt <= last for first, last in self.memory.passed_over)
 

@@ -103,7 +103,7 @@ class RunState:
         since.learning_rate = result.learning_rate
         since.gradient_norm_max = max(since.gradient_norm_max, result.gradient_norm)
 
-    def pass_over(self) -> None:
+    def skip(self) -> None:
         """Go on behind an update that is not attempted at all."""
         self.attempted += 1
 

@@ -24,8 +24,8 @@ from resilient_t5.model.loss import LossParts, forward_loss
 from resilient_t5.model.precision import seed_dropout
 from resilient_t5.model.vocabulary_gradients import gradient_of
 from resilient_t5.training.hardware.machine import is_out_of_memory
-from resilient_t5.training.hardware.process_group import Ranks
-from resilient_t5.training.hardware.sharding import Layers
+from resilient_t5.training.hardware.process_group import ProcessGroup
+from resilient_t5.training.hardware.sharding import ShardedModel
 from resilient_t5.training.state import UpdateResult
 
 
@@ -34,7 +34,7 @@ class Updater:
     """The parts that an update moves or reads, built once."""
 
     accelerator: Accelerator
-    layers: Layers
+    layers: ShardedModel
     optimizer: torch.optim.Optimizer
     settings: OptimConfig
     seed: int
@@ -45,7 +45,7 @@ class Updater:
         return self.layers.model
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ProcessGroup:
         """The processes that train it."""
         return self.layers.ranks
 
@@ -66,14 +66,14 @@ class Updater:
             OutOfMemory: while the optimizer moved; before that the allocator's own error comes through.
         """
         tokens = sum(micro_batch.target_tokens for micro_batch in micro_batches)
-        fault = fault_of(micro_batches, self.model.shared.weight.shape[0])
+        fault = failure_of(micro_batches, self.model.shared.weight.shape[0])
         nll_sum = norm = math.nan
         half_moved = False
         if not fault and isinstance(self.optimizer, AdafactorInBackward):
             nll_sum, norm, fault = self._move_in_backward(micro_batches, tokens, attempted, lr)
             half_moved = bool(fault) and self.optimizer.moved > 0
         elif not fault:
-            accumulate = self._accumulate_in_rounds if self.layers.are_cut else self._accumulate_all
+            accumulate = self._accumulate_in_rounds if self.layers.is_sharded else self._accumulate_all
             nll_sums = accumulate(micro_batches, tokens, attempted, interrupted)
             if nll_sums is None:
                 self.layers.drop_gradients()
@@ -123,7 +123,7 @@ class Updater:
             if self.ranks.count == 1 or not is_out_of_memory(error):
                 raise
             failure = str(error).partition("\n")[0][:300] or type(error).__name__
-        notes = self.ranks.exchange(f"update {attempted}", {"halted": halted, "failure": failure})
+        notes = self.ranks.all_gather_object(f"update {attempted}", {"halted": halted, "failure": failure})
         if short := [f"process {index}: {told['failure']}" for index, told in enumerate(notes) if told["failure"]]:
             raise MemoryError(short[0])
         if any(told["halted"] for told in notes):
@@ -141,10 +141,10 @@ class Updater:
         shares = self.ranks.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
         own, done = shares[self.ranks.index], dict[int, torch.Tensor]()
         for number in range(max(map(len, shares))):
-            notes = self.ranks.exchange(f"update {attempted}, pass {number}", {"halted": interrupted()})
+            notes = self.ranks.all_gather_object(f"update {attempted}, pass {number}", {"halted": interrupted()})
             if any(told["halted"] for told in notes):
                 return None
-            with self.ranks.adding():
+            with self.ranks.collective():
                 if number < len(own):
                     done[own[number]] = self.accumulate(micro_batches[own[number]], tokens, attempted, own[number])
                 else:
@@ -156,7 +156,7 @@ class Updater:
         """The loss sums of all pieces, those of this process and of the others; the gradients become sums where they lie."""
         nothing = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         nll_sums = torch.stack([done.get(index, nothing) for index in range(pieces)])
-        self.ranks.add_up([nll_sums, *gradients])
+        self.ranks.all_reduce([nll_sums, *gradients])
         return nll_sums
 
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
@@ -242,7 +242,7 @@ def nothing_of(micro_batch: MicroBatch) -> MicroBatch:
     return replace(micro_batch, source_BS=source_11, source_mask_BS=mask_11, labels_BT=labels_11, target_tokens=0)
 
 
-def fault_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:
+def failure_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:
     """Why these micro-batches must not reach a model of `rows` vocabulary rows; empty when nothing is wrong with them.
 
     An id out of range reads foreign memory or, on a GPU, takes the whole context down, so it is looked for on the CPU.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from resilient_t5.checkpoint.manager import Parts, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Parts
 from resilient_t5.checkpoint.reader import read_directory
 from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.files import FileSystem
@@ -57,7 +57,7 @@ def same_tensors(one, other):
     )
 
 
-def make_vault(directory, *, keep_last=2, fs=None, events=None, kind=Vault, **options):
+def make_vault(directory, *, keep_last=2, fs=None, events=None, kind=CheckpointManager, **options):
     """A vault whose audit goes to the list `events` as (kind, fields)."""
     settings = CheckpointConfig(keep_last=keep_last, **options)
     told = [] if events is None else events
@@ -66,10 +66,10 @@ def make_vault(directory, *, keep_last=2, fs=None, events=None, kind=Vault, **op
     )
 
 
-def commit(vault, *updates):
+def commit(manager, *updates):
     """Save these updates."""
     for update in updates:
-        vault.save(make_parts(update), best=False)
+        manager.save(make_parts(update), best=False)
 
 
 def live_names(directory):

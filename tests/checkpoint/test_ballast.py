@@ -38,9 +38,9 @@ class SmallDisk(FileSystem):
 def run_on(directory, **options):
     """A small disk, a writer of ours on it, the ballast's path and the events."""
     disk, events = SmallDisk(directory, quota=options.pop("quota", False)), []
-    vault = make_vault(directory, fs=disk, events=events, **options)
-    vault.reserve_bytes = 4096  # of checkpoints this small, what is beside the tensors is the larger part
-    return disk, Writer(vault, background=False), directory / "checkpoints" / BALLAST, events
+    manager = make_vault(directory, fs=disk, events=events, **options)
+    manager.reserve_bytes = 4096  # of checkpoints this small, what is beside the tensors is the larger part
+    return disk, Writer(manager, background=False), directory / "checkpoints" / BALLAST, events
 
 
 def save(writer, update, reason="periodic"):

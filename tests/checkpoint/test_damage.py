@@ -169,9 +169,9 @@ def test_a_run_that_never_committed_starts_fresh(scratch):
     """An empty directory, and one with a dead half-written save only."""
     assert make_vault(scratch).load_newest() is None
     (scratch / "checkpoints" / ".tmp-0001-1-dead").mkdir(parents=True)
-    vault = make_vault(scratch)
-    vault.sweep()
-    assert vault.load_newest() is None
+    manager = make_vault(scratch)
+    manager.sweep()
+    assert manager.load_newest() is None
     assert list((scratch / "checkpoints").iterdir()) == []
 
 
@@ -192,9 +192,9 @@ def test_a_whole_checkpoint_of_another_format_is_refused_without_being_moved(bas
     """An older program must not condemn what a newer one wrote."""
     monkeypatch.setattr("resilient_t5.checkpoint.manifest.FORMAT", 2)
     make_vault(base)  # a newer version of this program writes
-    vault = make_vault(base)
+    manager = make_vault(base)
     with pytest.raises(ResumeMismatch) as caught:
-        vault.load_newest()
+        manager.load_newest()
     assert caught.value.exit_code == 78
     assert len(live_names(base)) == 3
 
@@ -220,24 +220,24 @@ def test_pointers_are_hints_whatever_they_say(base):
     for text in (b"", b"{", b"[]", b'{"name": "../x"}', b'{"name": "u00000001-0001"}', b"\xff" * 10, b" " * 100_000):
         for pointer in ("last.json", "best.json"):
             (base / pointer).write_bytes(text)
-        vault = make_vault(base, keep_last=3)
-        assert is_exactly(vault.load_newest(), 3)
-        assert vault._next_q() == 4
+        manager = make_vault(base, keep_last=3)
+        assert is_exactly(manager.load_newest(), 3)
+        assert manager._next_q() == 4
 
 
 def test_the_best_that_is_damaged_is_replaced_by_the_next_best_that_exists(scratch):
     """Both the export and the following saves see the next best."""
-    vault = make_vault(scratch, keep_last=4)
+    manager = make_vault(scratch, keep_last=4)
     for update, best in ((1, True), (2, False), (3, True), (4, False)):
-        vault.save(make_parts(update, metric=1 / update), best=best)
-    assert is_exactly(vault.load_best(), 3)
+        manager.save(make_parts(update, metric=1 / update), best=best)
+    assert is_exactly(manager.load_best(), 3)
     flip_a_bit(scratch / "checkpoints" / "u00000003-0003" / "model.safetensors", random.Random(2))
     events = []
-    vault._audit = lambda *event: events.append(event)
-    assert is_exactly(vault.load_best(), 1)
+    manager._audit = lambda *event: events.append(event)
+    assert is_exactly(manager.load_best(), 1)
     assert [kind for kind, _ in events] == ["quarantine", "best_lost"]
-    vault.save(make_parts(5), best=False)
-    assert vault.committed()[0].manifest.best_q == 1
+    manager.save(make_parts(5), best=False)
+    assert manager.committed()[0].manifest.best_q == 1
     assert '"update": 1' in (scratch / "best.json").read_text()
 
 

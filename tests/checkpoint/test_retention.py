@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.checkpoint.manager import NoValidCheckpoint
-from resilient_t5.checkpoint.retention import most_kept
+from resilient_t5.checkpoint.retention import max_kept
 from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import CountingHook, leftovers, live_names, make_parts, make_vault, valid_updates
 
@@ -46,7 +46,7 @@ class Run:
         self.open()
 
     def open(self):
-        self.vault = make_vault(self.directory, keep_last=self.keep_last, fs=self.fs)
+        self.manager = make_vault(self.directory, keep_last=self.keep_last, fs=self.fs)
 
     def save(self, metric, healthy, hook=None, reason="periodic"):
         self.update += reason != "rollback"
@@ -56,7 +56,7 @@ class Run:
         careless = improves or (metric is not None and math.isnan(metric))
         self.fs._hook = hook
         try:
-            saved = self.vault.save(parts, best=careless)
+            saved = self.manager.save(parts, best=careless)
         finally:
             self.fs._hook = None
         self.committed[saved.q] = healthy
@@ -77,9 +77,9 @@ class Run:
     def resume(self, rollback=False):
         if not rollback:
             self.open()
-            self.vault.sweep()
+            self.manager.sweep()
             assert leftovers(self.directory) == []
-        loaded = self.vault.load_newest(healthy=rollback)
+        loaded = self.manager.load_newest(healthy=rollback)
         self.resumed_q, self.commits = (loaded.q, 0) if loaded else (None, 0)
         self.update = loaded.update if loaded else 0
         if loaded:
@@ -89,7 +89,7 @@ class Run:
             self.best = next(iter(best.items()), None)
 
     def metrics(self):
-        return {item.q: item.manifest.metric for item in self.vault.committed()}
+        return {item.q: item.manifest.metric for item in self.manager.committed()}
 
     def whole(self):
         return valid_updates(self.directory)
@@ -103,7 +103,7 @@ class Run:
         healthy = [q for q in lasting if self.committed[q]]
         assert not healthy or healthy[0] in whole, "the newest healthy one is gone"
         assert self.commits >= 2 or self.resumed_q in {None, *whole}, "the one resumed from is gone"
-        assert len(live_names(self.directory)) < most_kept(self.keep_last)
+        assert len(live_names(self.directory)) < max_kept(self.keep_last)
 
     def forget(self, q):
         """Damage took it: nothing may be asked of it any more."""
@@ -122,7 +122,7 @@ def damage(run, which):
     (run.directory / "checkpoints" / name / "model.safetensors").write_bytes(b"rot")
     run.committed.pop(q)
     run.resume()
-    run.vault.load_best()
+    run.manager.load_best()
     run.forget(q)
 
 
@@ -168,43 +168,43 @@ def test_retention_keeps_what_it_promises_whatever_happens(tried, keep_last, act
 
 def test_the_checkpoint_that_was_resumed_from_stays_until_two_newer_are_committed(scratch):
     """It is the only one that is known to load on this machine."""
-    vault = make_vault(scratch, keep_last=2)
+    manager = make_vault(scratch, keep_last=2)
     for update in range(1, 4):
-        vault.save(make_parts(update), best=False)
-    vault = make_vault(scratch, keep_last=2)
-    vault.load("u00000002-0002")
-    vault.save(make_parts(4), best=False)
+        manager.save(make_parts(update), best=False)
+    manager = make_vault(scratch, keep_last=2)
+    manager.load("u00000002-0002")
+    manager.save(make_parts(4), best=False)
     assert 2 in valid_updates(scratch).values()
-    vault.save(make_parts(5), best=False)
+    manager.save(make_parts(5), best=False)
     assert sorted(valid_updates(scratch).values()) == [4, 5]
 
 
 def test_an_unhealthy_series_does_not_push_the_last_healthy_checkpoint_out(scratch):
     """A rollback needs somewhere to go."""
-    vault = make_vault(scratch, keep_last=2)
-    vault.save(make_parts(1), best=False)
+    manager = make_vault(scratch, keep_last=2)
+    manager.save(make_parts(1), best=False)
     for update in range(2, 8):
-        vault.save(make_parts(update, health={"finite": True, "in_band": False}), best=False)
+        manager.save(make_parts(update, health={"finite": True, "in_band": False}), best=False)
     assert sorted(valid_updates(scratch).values()) == [1, 6, 7]
-    assert vault.load_newest(healthy=True).update == 1
-    vault.save(make_parts(1, reason="rollback"), best=False)
-    assert vault.load_newest().manifest.reason == "rollback"
+    assert manager.load_newest(healthy=True).update == 1
+    manager.save(make_parts(1, reason="rollback"), best=False)
+    assert manager.load_newest().manifest.reason == "rollback"
 
 
 def test_a_best_that_is_not_a_number_is_no_best(scratch):
     """NaN and infinity never replace a figure."""
-    vault = make_vault(scratch, keep_last=2)
-    vault.save(make_parts(1, metric=3.0), best=True)
+    manager = make_vault(scratch, keep_last=2)
+    manager.save(make_parts(1, metric=3.0), best=True)
     for update, metric in ((2, math.nan), (3, math.inf), (4, -math.inf), (5, math.nan)):
-        vault.save(make_parts(update, metric=metric), best=True)
-    assert vault.load_best().update == 1
+        manager.save(make_parts(update, metric=metric), best=True)
+    assert manager.load_best().update == 1
     assert '"update": 1' in (scratch / "best.json").read_text()
 
 
 def test_a_rollback_finds_no_healthy_checkpoint(scratch):
     """The caller learns it from an error, not from an unhealthy load."""
-    vault = make_vault(scratch)
-    vault.save(make_parts(1, health={"finite": False}), best=False)
+    manager = make_vault(scratch)
+    manager.save(make_parts(1, health={"finite": False}), best=False)
     with pytest.raises(NoValidCheckpoint, match="healthy"):
-        vault.load_newest(healthy=True)
+        manager.load_newest(healthy=True)
     shutil.rmtree(scratch / "checkpoints")

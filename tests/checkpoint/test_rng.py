@@ -42,8 +42,8 @@ def test_the_draws_after_a_resume_are_the_draws_without_one(scratch, draws_befor
     for _ in range(draws_before):
         random.gauss(0, 1), np.random.randn(1), torch.randn(1)
     tensors, rest = rng.capture()
-    vault = make_vault(scratch)
-    vault.save(replace(make_parts(1), tensors={"rng": tensors}, state={"rng": rest}), best=False)
+    manager = make_vault(scratch)
+    manager.save(replace(make_parts(1), tensors={"rng": tensors}, state={"rng": rest}), best=False)
     wanted = [draw() for _ in range(3)]
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     loaded = make_vault(scratch).load_newest()

@@ -254,7 +254,7 @@ def test_a_manifest_with_a_right_hash_and_wrong_content_is_refused(scratch, key,
     fields[key] = value
     fields["self_sha256"] = hashlib.sha256(strict_json.dump(fields)).hexdigest()
     (directory / "MANIFEST.json").write_bytes(strict_json.dump(fields))
-    with pytest.raises(manifest.Damaged):
+    with pytest.raises(manifest.CorruptCheckpoint):
         manifest.read_manifest(FileSystem(), directory)
 
 

@@ -37,9 +37,9 @@ class SlowDisk(FileSystem):
 def slow(scratch):
     """(disk, writer, vault, events) with a writer that is held up until `disk.go` is set."""
     disk, events = SlowDisk(), []
-    vault = make_vault(scratch, fs=disk, events=events)
-    writer = Writer(vault, background=True, available_bytes=lambda: PLENTY)
-    yield disk, writer, vault, events
+    manager = make_vault(scratch, fs=disk, events=events)
+    writer = Writer(manager, background=True, available_bytes=lambda: PLENTY)
+    yield disk, writer, manager, events
     disk.go.set()
     writer.close()
 
@@ -76,11 +76,11 @@ def test_parts_that_are_copies_already_are_written_behind_without_another(scratc
 
 def test_shared_tensors_are_copied_once_and_stay_shared(slow, scratch):
     """A tied matrix costs its memory once, in the snapshot and in the file."""
-    disk, writer, vault, _ = slow
+    disk, writer, manager, _ = slow
     disk.go.set()
     writer.submit(make_parts(1), best=False, must=False)
     writer.drain()
-    assert vault.committed()[0].manifest.shared == {"model": {"shared": "lm_head"}}
+    assert manager.committed()[0].manifest.shared == {"model": {"shared": "lm_head"}}
     model = make_vault(scratch).load_newest().tensors["model"]
     assert model["shared"].data_ptr() == model["lm_head"].data_ptr()
 
@@ -154,8 +154,8 @@ def test_an_exception_of_the_writer_is_raised_once_at_the_next_poll(scratch):
             super().rename(source, target)
 
     disk = Broken()
-    vault = make_vault(scratch, fs=disk, on_disk_full="stop")
-    writer = Writer(vault, background=True, available_bytes=lambda: PLENTY)
+    manager = make_vault(scratch, fs=disk, on_disk_full="stop")
+    writer = Writer(manager, background=True, available_bytes=lambda: PLENTY)
     writer.submit(make_parts(1), best=False, must=False)
     with pytest.raises(StorageError, match="EIO"):
         writer.drain()
@@ -180,15 +180,15 @@ def test_an_error_that_nobody_polled_is_raised_by_close(scratch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_state_that_is_not_finite_is_never_committed(scratch, place, value):
     """One bad element anywhere, whatever the health says; the older checkpoint stays."""
-    vault = make_vault(scratch)
-    vault.save(make_parts(1), best=False)
+    manager = make_vault(scratch)
+    manager.save(make_parts(1), best=False)
     bad = make_parts(2)
     bad.tensors[place[0]][place[1]].reshape(-1)[-1] = value
     with pytest.raises(NonFiniteState, match="NaN or infinity") as caught:
-        vault.save(bad, best=True)
+        manager.save(bad, best=True)
     assert place[0] in str(caught.value) and caught.value.exit_code == 70
     assert live_names(scratch) == ["u00000001-0001"]
-    assert is_exactly(vault.load_newest(), 1)
+    assert is_exactly(manager.load_newest(), 1)
 
 
 def test_finite_numbers_whose_sum_overflows_are_committed(scratch):
@@ -206,9 +206,9 @@ def test_finite_numbers_whose_sum_overflows_are_committed(scratch):
 
 def test_the_audit_is_told_in_the_thread_of_the_run_only(slow):
     """Log files need no lock; the order is that of the events."""
-    disk, writer, vault, _ = slow
+    disk, writer, manager, _ = slow
     threads = []
-    vault._audit = lambda kind, fields: threads.append((kind, threading.get_ident()))
+    manager._audit = lambda kind, fields: threads.append((kind, threading.get_ident()))
     disk.go.set()
     writer.submit(make_parts(1), best=False, must=False)
     while writer.busy:
@@ -231,8 +231,8 @@ def test_the_pointers_never_name_what_is_not_committed(slow, scratch):
 
 def test_nothing_is_saved_twice_at_one_update(scratch):
     """The final save after a periodic one is no news; a new best and a rollback are saved all the same."""
-    vault = make_vault(scratch)
-    writer = Writer(vault, background=False)
+    manager = make_vault(scratch)
+    writer = Writer(manager, background=False)
     for parts, best in (
         (make_parts(3), False),
         (make_parts(3, reason="final"), False),
@@ -243,9 +243,9 @@ def test_nothing_is_saved_twice_at_one_update(scratch):
         writer.submit(parts, best=best, must=True)
     assert [item.q for item in writer.drain()] == [1, 2, 3]
     writer.close()
-    vault = make_vault(scratch)
-    vault.load_newest()
-    writer = Writer(vault, background=False)
+    manager = make_vault(scratch)
+    manager.load_newest()
+    writer = Writer(manager, background=False)
     writer.submit(make_parts(3, reason="signal"), best=False, must=True)
     assert writer.drain() == [] and len(live_names(scratch)) == 2
     writer.close()
@@ -259,8 +259,8 @@ def test_a_signal_save_does_not_wait_behind_a_writer_that_waits_for_room(scratch
             return 0
 
     events = []
-    vault = make_vault(scratch, fs=Full(), events=events, on_disk_full="wait")
-    writer = Writer(vault, background=True, available_bytes=lambda: PLENTY)
+    manager = make_vault(scratch, fs=Full(), events=events, on_disk_full="wait")
+    writer = Writer(manager, background=True, available_bytes=lambda: PLENTY)
     writer.submit(make_parts(1), best=False, must=False)
     started_s = time.monotonic()
     writer.submit(make_parts(1, reason="signal"), best=False, must=True, should_stop=lambda: time.monotonic() > started_s + 5)

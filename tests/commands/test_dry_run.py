@@ -57,9 +57,9 @@ def test_a_plan_tells_what_the_run_itself_tells_and_touches_nothing(dry_run, fin
     before = tree(finished)
     status, console = dry_run("plan", "--run.dir", finished)
     assert status == 0, console
-    told = [line.partition(" ")[2] for line in (finished / "train.log").read_text().splitlines()]
-    assert banner(console.splitlines()) == banner(told)
-    assert len(banner(told)) == 6
+    format_statistics = [line.partition(" ")[2] for line in (finished / "train.log").read_text().splitlines()]
+    assert banner(console.splitlines()) == banner(format_statistics)
+    assert len(banner(format_statistics)) == 6
     assert "resumed from u00000012" in console
     assert tree(finished) == before
 

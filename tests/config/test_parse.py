@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from resilient_t5.config.parse import config_text, differences, parse_arguments
-from resilient_t5.config.schema import Config, check_trainable, flat, mathematics
+from resilient_t5.config.schema import Config, check_trainable, flat, trajectory_settings
 from resilient_t5.errors import ConfigError
 
 LINES = "model: {preset: tiny}\ntokenizer: {train_vocab_size: 500}\ndata: {train: corpus.txt}\n"
@@ -164,7 +164,7 @@ def test_differences_lists_what_is_not_the_default(file):
 
 def test_cadence_may_change_on_resume_and_mathematics_may_not():
     """Logging, saving and places are free; seed, rate and batch are not."""
-    keys = mathematics(Config())
+    keys = trajectory_settings(Config())
     assert {"run.seed", "optim.lr", "batch.examples_per_update", "corruption.mask_ratio", "evaluation.every"} <= set(keys)
     assert "tokenizer.max_unknown_share" not in keys
     assert not {"telemetry.log_every", "checkpoint.keep_last", "run.dir", "batch.micro_tokens", "batch.readers"} & set(keys)

@@ -18,7 +18,7 @@ from resilient_t5.data.batches import (
     MICRO_BATCH_TOKENS,
     Batches,
     MicroBatch,
-    Reader,
+    Prefetcher,
     cheapest_cut,
     cut,
     deal,
@@ -305,7 +305,7 @@ def test_readers_change_no_bit(first_update):
     split = small_split()
     expected = [batches_of(split).at(update) for update in range(first_update, first_update + 30)]
     for readers in (0, 1, 4):
-        with Reader(batches_of(split), first_update, readers) as reader:
+        with Prefetcher(batches_of(split), first_update, readers) as reader:
             assert all(same(reader.take(), update) for update in expected)
             assert reader.wait_s > 0.0
 
@@ -322,7 +322,7 @@ def test_a_reader_prepares_ahead_and_not_without_bound():
             return super().at(update)
 
     batches = Recorded(small_split(), TABLE, config_of(), seed=3, micro_tokens=400, pad_multiple=1)
-    with Reader(batches, 0, 2) as reader:
+    with Prefetcher(batches, 0, 2) as reader:
         assert enough.wait(30)
         assert sorted(asked) == list(range(8))
         reader.take()
@@ -333,14 +333,14 @@ def test_what_a_reader_thread_raises_comes_out_of_take():
     """A store with a bad example stops the run with its own error, with threads and without."""
     split = split_of([[200] * 20] * 9 + [[60_000] * 20])
     for readers in (0, 2):
-        with Reader(batches_of(split), 0, readers) as reader, pytest.raises(DataError, match="beyond its vocabulary"):
+        with Prefetcher(batches_of(split), 0, readers) as reader, pytest.raises(DataError, match="beyond its vocabulary"):
             for _ in range(10):
                 reader.take()
 
 
 def test_closing_a_reader_ends_its_threads():
     """After `close` no reader thread is alive; closing twice is harmless."""
-    reader = Reader(batches_of(small_split()), 0, 3)
+    reader = Prefetcher(batches_of(small_split()), 0, 3)
     reader.take()
     reader.close()
     reader.close()

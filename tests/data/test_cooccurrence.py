@@ -67,7 +67,7 @@ def test_the_most_frequent_ids_are_counted(chunks):
 
 def test_no_more_is_read_than_has_to_be(chunks, monkeypatch):
     """A corpus of any size costs what its first examples cost."""
-    monkeypatch.setattr(cooccurrence, "MOST_TOKENS", 100)
+    monkeypatch.setattr(cooccurrence, "MAX_TOKENS", 100)
     whole = np.cumsum([len(chunk) for chunk in chunks])
     kept = chunks[: int((whole <= 100).sum())]
     assert dense(count_neighbours(split_of(chunks), 50, 50)) == dense(count_neighbours(split_of(kept), 50, 50))

@@ -20,7 +20,7 @@ CONTENTS = {
     "zero tail": lambda data: data[:-10] + bytes(len(data[-10:])),
     "garbage": lambda data: bytes(byte ^ 0x5A for byte in data),
 }
-MOST_PENDING = 7
+MAX_PENDING = 7
 """Pending changes of names of which all subsets are tried; beyond it, all but the subsets far from both ends."""
 
 
@@ -180,9 +180,9 @@ def _choices(pending, model):
     count = len(pending)
     if model == "journal":
         return [pending[:length] for length in range(count + 1)]
-    sizes = range(count + 1) if count <= MOST_PENDING else (0, 1, 2, count - 2, count - 1, count)
+    sizes = range(count + 1) if count <= MAX_PENDING else (0, 1, 2, count - 2, count - 1, count)
     subsets = [subset for size in sizes for subset in itertools.combinations(pending, size)]
-    return subsets if count <= MOST_PENDING else subsets + [tuple(pending[:length]) for length in range(count + 1)]
+    return subsets if count <= MAX_PENDING else subsets + [tuple(pending[:length]) for length in range(count + 1)]
 
 
 def _trees(disk, names):

@@ -45,10 +45,10 @@ def base(scratch):
 def saving_with(directory, hook):
     """A vault that went on from the newest checkpoint, its hook silent until then."""
     fs = FileSystem()
-    vault = make_vault(directory, fs=fs, events=[])
-    vault.load_newest()
+    manager = make_vault(directory, fs=fs, events=[])
+    manager.load_newest()
     fs._hook = hook
-    return vault, fs
+    return manager, fs
 
 
 def count_calls(base, work):
@@ -67,9 +67,9 @@ def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_
         for code in CODES:
             directory = scratch / "run"
             shutil.copytree(base, directory)
-            vault, fs = saving_with(directory, FailingHook(at, code, goes_on))
+            manager, fs = saving_with(directory, FailingHook(at, code, goes_on))
             try:
-                saved = vault.save(make_parts(4, metric=1.0), best=True)
+                saved = manager.save(make_parts(4, metric=1.0), best=True)
                 committed += 1
                 assert valid_updates(directory)[saved.q] == 4
             except (DiskFull, StorageError) as error:
@@ -80,7 +80,7 @@ def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_
             assert 3 in valid_updates(directory).values(), f"{operation} {errno.errorcode[code]}"
             assert len(valid_updates(directory)) >= 2
             fs._hook = None
-            assert vault.save(make_parts(5), best=False).update == 5
+            assert manager.save(make_parts(5), best=False).update == 5
             assert is_exactly(make_vault(directory).load_newest(), 5)
             shutil.rmtree(directory)
     assert refused > 80
@@ -114,12 +114,12 @@ def test_no_error_at_any_call_of_a_start_deletes_anything(base, scratch, record_
 
 def test_an_error_leaves_no_descriptor_open(base):
     """A disk that fails for hours must not use up the descriptors of the process."""
-    vault, fs = saving_with(base, None)
+    manager, fs = saving_with(base, None)
     before = len(os.listdir("/proc/self/fd"))
     for at in range(40):
         fs._hook = FailingHook(at, errno.EIO)
         try:
-            vault.save(make_parts(100 + at), best=False)
+            manager.save(make_parts(100 + at), best=False)
         except StorageError:
             continue
     assert len(os.listdir("/proc/self/fd")) == before
@@ -130,13 +130,13 @@ def test_a_real_limit_of_the_file_size_is_named_and_survived(base):
 
     def save(write):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-        vault = make_vault(base)
+        manager = make_vault(base)
         try:
-            vault.save(make_parts(4), best=False)
+            manager.save(make_parts(4), best=False)
         except StorageError as error:
             write(str(error).encode())
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        vault.save(make_parts(5), best=False)
+        manager.save(make_parts(5), best=False)
 
     code, message = in_child(save)
     assert code == 0
@@ -160,10 +160,10 @@ def test_a_failed_fsync_is_never_repeated_on_the_same_file(base, operation):
                     raise OSError(errno.EIO, "injected", str(path))
             return super()._call(name, function, *arguments)
 
-    vault = make_vault(base, fs=Once())
+    manager = make_vault(base, fs=Once())
     with pytest.raises(StorageError, match="EIO"):
-        vault.save(make_parts(4), best=False)
-    vault.save(make_parts(4), best=False)
+        manager.save(make_parts(4), best=False)
+    manager.save(make_parts(4), best=False)
     tries = [path for path in Once.paths if path == Once.failed]
     assert len(tries) <= (2 if operation == "close" else 1)
     assert is_exactly(make_vault(base).load_newest(), 4)
@@ -172,10 +172,10 @@ def test_a_failed_fsync_is_never_repeated_on_the_same_file(base, operation):
 def run_writer(base, policy, reason, hook, **options):
     fs = FileSystem()
     events = []
-    vault = make_vault(base, fs=fs, events=events, on_disk_full=policy)
-    vault.load_newest()
+    manager = make_vault(base, fs=fs, events=events, on_disk_full=policy)
+    manager.load_newest()
     fs._hook = hook
-    writer = Writer(vault, background=False)
+    writer = Writer(manager, background=False)
     writer.submit(make_parts(4, reason=reason), best=False, must=True, **options)
     return writer, fs, events
 
@@ -263,10 +263,10 @@ def test_too_little_room_is_seen_before_the_first_byte(base):
 
 def test_room_is_made_from_what_may_go_and_only_when_it_is_enough(scratch):
     """Half-deleted remains and the surplus above two go; the two newest and the best never do."""
-    vault = make_vault(scratch, keep_last=5)
+    manager = make_vault(scratch, keep_last=5)
     for update in range(1, 6):
-        vault.save(make_parts(update, metric=1.0), best=update == 2)
-    size = vault.committed()[0].manifest.bytes
+        manager.save(make_parts(update, metric=1.0), best=update == 2)
+    size = manager.committed()[0].manifest.bytes
 
     class Small(FileSystem):
         room = 0
@@ -275,11 +275,11 @@ def test_room_is_made_from_what_may_go_and_only_when_it_is_enough(scratch):
             return self.room + size * (5 - len(list((scratch / "checkpoints").glob("u*"))))
 
     fs = Small()
-    vault = make_vault(scratch, keep_last=5, fs=fs)
+    manager = make_vault(scratch, keep_last=5, fs=fs)
     with pytest.raises(DiskFull):
         fs.room = -size
-        vault.save(make_parts(6), best=False)
-    assert len(vault.committed()) == 5
+        manager.save(make_parts(6), best=False)
+    assert len(manager.committed()) == 5
     fs.room = 0
-    vault.save(make_parts(6), best=False)
-    assert [item.manifest.update for item in vault.committed()] == [6, 5, 4, 2]
+    manager.save(make_parts(6), best=False)
+    assert [item.manifest.update for item in manager.committed()] == [6, 5, 4, 2]

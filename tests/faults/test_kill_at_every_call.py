@@ -25,9 +25,9 @@ from tests.checkpoint.harness import (
 
 def save_the_next(directory, hook, write):
     """The fourth save, with a victim of retention, a new best and both pointers."""
-    vault = make_vault(directory, fs=FileSystem(hook))
-    vault.load_newest()
-    vault.save(make_parts(4, metric=1.0), best=True)
+    manager = make_vault(directory, fs=FileSystem(hook))
+    manager.load_newest()
+    manager.save(make_parts(4, metric=1.0), best=True)
     write(b"4")
 
 
@@ -39,9 +39,9 @@ def save_the_first(directory, hook, write):
 
 def recover(directory, hook, write):
     """What a start does: sweep, quarantine the damaged newest one, load the next."""
-    vault = make_vault(directory, fs=FileSystem(hook))
-    vault.sweep()
-    assert vault.load_newest().update == 2
+    manager = make_vault(directory, fs=FileSystem(hook))
+    manager.sweep()
+    assert manager.load_newest().update == 2
     write(b"2")
 
 
@@ -79,13 +79,13 @@ def test_a_kill_at_any_call_of_a_save_leaves_only_whole_checkpoints(scratch, rec
     for at, directory, acknowledged in kill_at_each(save_the_next, base, scratch, record_property):
         assert set(valid_updates(directory).values()) >= {3}, f"moment {at}"
         assert len(valid_updates(directory)) >= 2
-        vault = make_vault(directory)
-        vault.sweep()
+        manager = make_vault(directory)
+        manager.sweep()
         assert leftovers(directory) == []
-        loaded = vault.load_newest()
+        loaded = manager.load_newest()
         assert loaded.update == 4 or (loaded.update == 3 and acknowledged == b"")
         assert is_exactly(loaded, loaded.update)
-        vault.save(make_parts(5), best=False)
+        manager.save(make_parts(5), best=False)
         assert is_exactly(make_vault(directory).load_newest(), 5)
 
 
@@ -94,13 +94,13 @@ def test_a_kill_at_any_call_of_the_first_save_leaves_a_run_that_can_start(scratc
     (scratch / "base").mkdir()
     outcomes = set()
     for _, directory, acknowledged in kill_at_each(save_the_first, scratch / "base", scratch, record_property):
-        vault = make_vault(directory / "new" / "run")
-        vault.sweep()
-        loaded = vault.load_newest()
+        manager = make_vault(directory / "new" / "run")
+        manager.sweep()
+        loaded = manager.load_newest()
         outcomes.add(loaded is None)
         assert loaded is None or is_exactly(loaded, 1)
         assert acknowledged == b""
-        vault.save(make_parts(2), best=False)
+        manager.save(make_parts(2), best=False)
         assert is_exactly(make_vault(directory / "new" / "run").load_newest(), 2)
     assert outcomes == {True, False}
 
@@ -112,9 +112,9 @@ def test_a_kill_at_any_call_of_a_recovery_leaves_a_run_that_recovers(scratch, da
     newest = base / "checkpoints" / live_names(base)[-1] / damaged_file
     newest.write_bytes(newest.read_bytes()[:-1])
     for _, directory, acknowledged in kill_at_each(recover, base, scratch, record_property):
-        vault = make_vault(directory)
-        vault.sweep()
+        manager = make_vault(directory)
+        manager.sweep()
         assert leftovers(directory) == []
-        assert is_exactly(vault.load_newest(), 2)
+        assert is_exactly(manager.load_newest(), 2)
         assert acknowledged == b""
         assert len(list((directory / "checkpoints" / "quarantine").iterdir())) == 1

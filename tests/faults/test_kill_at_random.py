@@ -15,17 +15,17 @@ from resilient_t5.checkpoint.writer import Writer
 from tests.checkpoint.harness import is_exactly, leftovers, make_parts, make_vault, valid_updates
 
 KILLS = int(os.environ.get("RESILIENT_T5_KILLS", "100"))
-LONGEST_S = 0.05
+MAX_S = 0.05
 
 
 def save_after_every_update(directory, background, acknowledge):
     """What a training process does, without the training."""
     with RunLock(directory):
-        vault = make_vault(directory, keep_last=3)
-        vault.sweep()
-        loaded = vault.load_newest()
+        manager = make_vault(directory, keep_last=3)
+        manager.sweep()
+        loaded = manager.load_newest()
         assert loaded is None or is_exactly(loaded, loaded.update)
-        writer = Writer(vault, background=background, available_bytes=lambda: 2**40)
+        writer = Writer(manager, background=background, available_bytes=lambda: 2**40)
         update = loaded.update if loaded else 0
         while True:
             update += 1
@@ -55,7 +55,7 @@ def test_no_kill_loses_an_acknowledged_save_or_leaves_a_part(scratch, record_pro
         pid, acknowledgements = start(scratch / "run", background=kill % 2 == 1)
         with os.fdopen(acknowledgements, "rb") as stream:
             first = [stream.readline() for _ in range(2)]
-            time.sleep(draw.random() * LONGEST_S)
+            time.sleep(draw.random() * MAX_S)
             os.kill(pid, signal.SIGKILL)
             told = [int(line) for line in first + stream.readlines() if line.endswith(b"\n")]
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 from resilient_t5.checkpoint import manager, manifest
-from resilient_t5.checkpoint.manager import Damaged, NoValidCheckpoint, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, CorruptCheckpoint, NoValidCheckpoint
 from resilient_t5.checkpoint.reader import read_directory
 from resilient_t5.files import FileSystem, remove_tree, replace_file
 from tests.checkpoint.harness import RUN_ID, commit, is_exactly, leftovers, live_names, make_parts, make_vault
@@ -40,7 +40,7 @@ def start_and_save(saving):
     saving.save(make_parts(9, metric=0.5), best=True)
 
 
-def recorded(base, work, kind=Vault, kind_of_fs=FileSystem, action=save_once):
+def recorded(base, work, kind=CheckpointManager, kind_of_fs=FileSystem, action=save_once):
     """The calls of `action` on a copy of `base`, with the moments of acknowledgement among them."""
     shutil.copytree(base, work)
     recorder = Recorder(work)
@@ -60,7 +60,7 @@ def violations(directory, acknowledged):
         try:
             read_directory(FileSystem(), directory / "checkpoints" / name, RUN_ID)
             whole += 1
-        except Damaged as damage:
+        except CorruptCheckpoint as damage:
             found.append(f"part of {name}: {damage}")
     if whole < min(KEEP_LAST, acknowledged):
         found.append(f"only {whole} whole checkpoints")
@@ -190,7 +190,7 @@ class WithoutDirectoryFsync(FileSystem):
 
 
 def no_payload_fsync(monkeypatch):
-    return Vault, type("Mutant", (WithoutFsync,), {"of": (".safetensors", "state.json")})
+    return CheckpointManager, type("Mutant", (WithoutFsync,), {"of": (".safetensors", "state.json")})
 
 
 def no_payload_fsync_and_no_checksum(monkeypatch):
@@ -199,31 +199,33 @@ def no_payload_fsync_and_no_checksum(monkeypatch):
 
 
 def no_manifest_fsync(monkeypatch):
-    return Vault, type("Mutant", (WithoutFsync,), {"of": ("MANIFEST.json",)})
+    return CheckpointManager, type("Mutant", (WithoutFsync,), {"of": ("MANIFEST.json",)})
 
 
 def no_pointer_fsync(monkeypatch):
-    return Vault, type(
+    return CheckpointManager, type(
         "Mutant", (FileSystem,), {"fsync": lambda s, f: None if "last.json" in f.path.name else FileSystem.fsync(s, f)}
     )
 
 
 def no_fsync_of_the_temporary_directory(monkeypatch):
-    return Vault, type("Mutant", (WithoutDirectoryFsync,), {"is_left_out": lambda s, path: path.name.startswith(".tmp-")})
+    return CheckpointManager, type(
+        "Mutant", (WithoutDirectoryFsync,), {"is_left_out": lambda s, path: path.name.startswith(".tmp-")}
+    )
 
 
 def no_fsync_of_the_parent_after_the_rename(monkeypatch):
     def is_left_out(self, path):
         return path.name == "checkpoints" and str(self.last_rename).startswith("u")
 
-    return Vault, type("Mutant", (WithoutDirectoryFsync,), {"is_left_out": is_left_out})
+    return CheckpointManager, type("Mutant", (WithoutDirectoryFsync,), {"is_left_out": is_left_out})
 
 
 def no_fsync_between_trash_and_removal(monkeypatch):
     def is_left_out(self, path):
         return path.name == "checkpoints" and str(self.last_rename).startswith(".trash-")
 
-    return Vault, type("Mutant", (WithoutDirectoryFsync,), {"is_left_out": is_left_out})
+    return CheckpointManager, type("Mutant", (WithoutDirectoryFsync,), {"is_left_out": is_left_out})
 
 
 def delete_without_renaming_first(monkeypatch):
@@ -232,7 +234,7 @@ def delete_without_renaming_first(monkeypatch):
             remove_tree(fs, parent / name)
 
     monkeypatch.setattr(manager, "delete", delete)
-    return Vault, FileSystem
+    return CheckpointManager, FileSystem
 
 
 def write_under_the_final_name(monkeypatch):
@@ -247,11 +249,11 @@ def write_under_the_final_name(monkeypatch):
                 super().rename(source, target)
 
     monkeypatch.setattr(manager, "write_checkpoint", write_checkpoint)
-    return Vault, Mutant
+    return CheckpointManager, Mutant
 
 
 def delete_before_the_commit(monkeypatch):
-    class Mutant(Vault):
+    class Mutant(CheckpointManager):
         def _commit(self, parts, is_best):
             oldest = [item.name for item in self._scan()][KEEP_LAST - 1 :]
             manager.delete(self._fs, self.directory, oldest, self.tell)
@@ -261,7 +263,7 @@ def delete_before_the_commit(monkeypatch):
 
 
 def move_the_pointer_before_the_commit(monkeypatch):
-    class Mutant(Vault):
+    class Mutant(CheckpointManager):
         def _draft(self, parts, is_best, shared):
             draft = super()._draft(parts, is_best, shared)
             data = json.dumps({"name": draft.name, "q": draft.q}).encode()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from resilient_t5.config.data import ModelConfig
-from resilient_t5.model.initial_weights import STREAM_SCALE, factored, put_first_vectors
+from resilient_t5.model.initial_weights import STREAM_SCALE, factored, set_initial_vectors
 from resilient_t5.model.load import SpecialIds, build_model
 
 
@@ -47,7 +47,7 @@ def test_vectors_keep_their_angles_and_the_length_of_first_weights_and_other_row
     before_VD = model.shared.weight.detach().clone()
     vectors_3R = torch.randn(3, 16, generator=torch.Generator().manual_seed(4))
     vectors_3R[1] = 0.0
-    put_first_vectors(model, np.array([7, 9, 30]), vectors_3R, seed=0)
+    set_initial_vectors(model, np.array([7, 9, 30]), vectors_3R, seed=0)
     for table_VD in (model.shared.weight, model.lm_head.weight):
         placed_2D = table_VD[[7, 30]]
         lengths = placed_2D.norm(dim=1)
@@ -64,6 +64,6 @@ def test_rounding_noise_about_an_id_is_no_vector():
     before_D = model.shared.weight[9].detach().clone()
     vectors_2R = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
     vectors_2R[1] *= 1e-5
-    put_first_vectors(model, np.array([7, 9]), vectors_2R, seed=0)
-    put_first_vectors(model, np.zeros(0, np.int64), torch.zeros(0, 16), seed=0)
+    set_initial_vectors(model, np.array([7, 9]), vectors_2R, seed=0)
+    set_initial_vectors(model, np.zeros(0, np.int64), torch.zeros(0, 16), seed=0)
     assert torch.equal(model.shared.weight[9], before_D)

@@ -11,7 +11,7 @@ from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.restoration.correction import correct
-from resilient_t5.restoration.decode import Asking
+from resilient_t5.restoration.decode import DecodeSettings
 from resilient_t5.restoration.filler import Tally, open_filler
 from resilient_t5.restoration.gaps import document_ranges, find_gaps, other_marks
 from resilient_t5.restoration.restoration_config import Usage, read_usage
@@ -91,7 +91,9 @@ def test_every_byte_outside_the_gaps_stays_over_a_thousand_random_documents(fill
         gaps = [find_gaps(text.text, [mark]) for text, mark in texts]
         for codec in {text.encoding for text, _ in texts}:
             chosen = [i for i, (text, _) in enumerate(texts) if text.encoding == codec]
-            fills = filler.fill([(texts[i][0].text, gaps[i]) for i in chosen], Asking(encoding=codec, batch_tokens=2000))
+            fills = filler.fill(
+                [(texts[i][0].text, gaps[i]) for i in chosen], DecodeSettings(encoding=codec, batch_tokens=2000)
+            )
             for i, found in zip(chosen, fills, strict=True):
                 text = texts[i][0]
                 assert [fill.gap for fill in found] == gaps[i]
@@ -127,7 +129,7 @@ def test_any_number_of_gaps_in_any_place_is_filled(filler, text):
     """Each gap has an answer, in order; more gaps than sentinels take several passes."""
     tally = Tally()
     gaps = find_gaps(text, ["[?]"])
-    fills = filler.fill([(text, gaps)], Asking(), tally)[0]
+    fills = filler.fill([(text, gaps)], DecodeSettings(), tally)[0]
     assert [fill.gap for fill in fills] == gaps
     assert all(fill.text.strip() for fill in fills)
     # At most five gaps in a window; windows of one document that touch one another wait for the next pass.
@@ -139,7 +141,7 @@ def test_what_a_text_is_filled_with_does_not_depend_on_the_texts_beside_it(fille
     """A batch of notes is filled as each note alone, alternatives included, probabilities up to rounding."""
     notes = [note.text for note in generate_notes(8, 21)]
     texts = [note[: len(note) // 3] + "[?]" + note[len(note) // 2 :] for note in notes]
-    asking = Asking(beams=2, alternatives=3)
+    asking = DecodeSettings(beams=2, alternatives=3)
     together = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], asking)
     for text, found in zip(texts, together, strict=True):
         alone = filler.fill([(text, find_gaps(text, ["[?]"]))], asking)[0]
@@ -241,7 +243,7 @@ def test_text_outside_the_vocabulary_is_counted(filler):
     """Characters spelled in bytes are told, and the fills stand all the same."""
     tally = Tally()
     text = "鼽\U0001f9ec, the[?]"
-    filler.fill([(text, find_gaps(text, ["[?]"]))], Asking(), tally)
+    filler.fill([(text, find_gaps(text, ["[?]"]))], DecodeSettings(), tally)
     assert tally.vocabulary.spelled == 3 + 4 and tally.vocabulary.tokens > 7
 
 
@@ -251,7 +253,7 @@ def test_corrections_change_the_edited_places_only(tiny_export):
     for number, note in enumerate(generate_notes(6, 8)):
         raw = f"\ufeff{note.text}\r\n鼽  {note.text[:20]}".encode("utf-16-le" if number % 2 else "utf-8")
         text = TextBytes.read(raw, "text", "utf-16-le" if number % 2 else "utf-8")
-        edits = correct(corrector, text.text, Asking(encoding=text.encoding), Tally())
+        edits = correct(corrector, text.text, DecodeSettings(encoding=text.encoding), Tally())
         assert edits and all(text.text[edit.start : edit.end] == edit.before != edit.after for edit in edits)
         assert all(a.end <= b.start for a, b in zip(edits[:-1], edits[1:], strict=True))
         result = text.replaced([(edit.start, edit.end, edit.after) for edit in edits]).decode(text.encoding)

@@ -19,7 +19,7 @@ VARIANTS = [
     for optimizer, readers, micro_tokens in product(("adamw", "adafactor"), (0, 2), (300, 4000))
 ]
 """Two optimizers, no reader thread and two, several micro-batches an update and one."""
-MOST_STARTS = 400
+MAX_STARTS = 400
 UPDATES_EACH = 5
 """Updates of a run for each interruption that it is to get, so that there is something left to interrupt."""
 
@@ -75,7 +75,7 @@ def interrupt_until_done(arena, name, options, interruptions, latest_s, draw, se
 
     Returns how many it got.
     """
-    for done in range(MOST_STARTS):
+    for done in range(MAX_STARTS):
         pid = arena.server.start(arena.argv(name, *options), arena.console(name))
         number = draw.choice(SIGNALS)
         if done < interruptions:
@@ -88,7 +88,7 @@ def interrupt_until_done(arena, name, options, interruptions, latest_s, draw, se
             return done
         assert status in (-number, 130), f"exit {status} after {number.name}: {console(arena, name)}"
         sent[number.name] += 1
-    raise AssertionError(f"{name} did not end in {MOST_STARTS} starts: {console(arena, name)}")
+    raise AssertionError(f"{name} did not end in {MAX_STARTS} starts: {console(arena, name)}")
 
 
 def console(arena, name):

@@ -97,14 +97,14 @@ def _after_restore(change):
 def _parameters():
     from resilient_t5.training import saver
 
-    inner = saver.put_model_tensors
+    inner = saver.load_model_tensors
 
     def put(model, tensors):
         own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         first = next(iter(own.keys() & tensors.keys() - {"shared.weight"}))
         inner(model, {**tensors, first: own[first]})
 
-    saver.put_model_tensors = put
+    saver.load_model_tensors = put
 
 
 def _optimizer():
@@ -217,9 +217,9 @@ def _log_rows():
 
 
 def _guard_history():
-    from resilient_t5.training.spike_guard import Guard
+    from resilient_t5.training.spike_guard import SpikeGuard
 
-    Guard.restore = lambda self, values: None
+    SpikeGuard.restore = lambda self, values: None
 
 
 def _without(part):

@@ -46,8 +46,8 @@ def forget_setting(key):
     from resilient_t5.training import run_directory, saver
 
     for module in (run_directory, saver):
-        settings = module.mathematics
-        module.mathematics = lambda config, settings=settings: {k: v for k, v in settings(config).items() if k != key}
+        settings = module.trajectory_settings
+        module.trajectory_settings = lambda config, settings=settings: {k: v for k, v in settings(config).items() if k != key}
 
 
 def before(owner, name, action):
@@ -118,9 +118,9 @@ def _export():
 
 
 def _rows():
-    from resilient_t5.training.hardware.process_group import Ranks
+    from resilient_t5.training.hardware.process_group import ProcessGroup
 
-    return Ranks, "joined"
+    return ProcessGroup, "joined"
 
 
 PLACES = {
@@ -188,9 +188,9 @@ def sleep_machine(call, device):
 
     inner, counter = recovery.slept_s, iter(range(1, 1 << 60))
     recovery.slept_s = lambda: inner() + (3600.0 if next(counter) >= call else 0.0)
-    look = recovery.notice_suspend
+    look = recovery.check_suspend
 
-    def notice_suspend(run):
+    def check_suspend(run):
         own, run.device = run.device, torch.device(device)
         try:
             look(run)
@@ -199,14 +199,14 @@ def sleep_machine(call, device):
 
     from resilient_t5.training import loop
 
-    loop.notice_suspend = notice_suspend
+    loop.check_suspend = check_suspend
 
 
 def kill_after_rollback():
     """SIGKILL as soon as a rollback is committed."""
-    from resilient_t5.checkpoint.manager import Vault
+    from resilient_t5.checkpoint.manager import CheckpointManager
 
-    inner = Vault.save
+    inner = CheckpointManager.save
 
     def save(self, parts, *, best):
         committed = inner(self, parts, best=best)
@@ -214,7 +214,7 @@ def kill_after_rollback():
             os.kill(os.getpid(), signal.SIGKILL)
         return committed
 
-    Vault.save = save
+    CheckpointManager.save = save
 
 
 def spoil(place, update=6, value="nan", updates=1):

@@ -16,7 +16,7 @@ from tests.forkserver import LIMIT_S
 from tests.resume.harness import Arena, differences, main, newest_checkpoint, whole_rows
 
 RESUMABLE = 75
-MOST_WRITES = 25
+MAX_WRITES = 25
 """A kill comes at one of this many writes of a process: in the first saves of its life, so that each life gets further."""
 UPDATES_EACH = 3
 
@@ -92,7 +92,7 @@ def weigh(place, update):
 
 def spoil_rows(update):
     """In attempted update `update` the first value of the gradients that only this process holds is not a number."""
-    from resilient_t5.training.hardware.sharding import Layers
+    from resilient_t5.training.hardware.sharding import ShardedModel
     from tests.resume.placing import before
 
     counter = iter(range(1 << 60))
@@ -101,7 +101,7 @@ def spoil_rows(update):
         if next(counter) == update:
             next(iter(layers.own.values())).grad.view(-1)[0] = float("nan")
 
-    before(Layers, "gradient_norm", spoil)
+    before(ShardedModel, "gradient_norm", spoil)
 
 
 def begin_otherwise(shift):
@@ -116,7 +116,7 @@ def begin_otherwise(shift):
         for parameter in model.decoder.block.parameters():
             parameter.add_(shift)
 
-    before(build, "cut_layers", move)
+    before(build, "shard_model", move)
 
 
 def held_bytes(tensors):
@@ -165,7 +165,7 @@ def attack_lost(server, folder, kills, seed, more=()):
     assert run_together(arena, "reference", 2, *options) == [0, 0], console(arena, "reference")
     bad, struck, slowest_s = [], 0, 0.0
     while struck < kills:
-        victim, call = draw.randrange(2), draw.randint(1, MOST_WRITES)
+        victim, call = draw.randrange(2), draw.randint(1, MAX_WRITES)
         pid_file = arena.folder / "victim.pid"
         pid_file.unlink(missing_ok=True)
         fault = ("tests.resume.several:kill_at_write", {"call": call, "pid_file": str(pid_file)})

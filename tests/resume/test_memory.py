@@ -6,13 +6,13 @@ benchmarks/checkpoint_io.py measures what this test holds fast.
 import dataclasses
 import weakref
 
-from resilient_t5.checkpoint.manager import Vault
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
 from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 
@@ -21,14 +21,14 @@ def test_a_restored_checkpoint_is_not_held_in_memory_a_second_time(tiny_config, 
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "test", "")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, every=1000))
     audit = AuditTrail()
-    vault = Vault(tmp_path, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    store, display = prepare(config, tmp_path / "store"), Display("quiet", tmp_path / "train.log")
-    run = build_run(config, store, vault, None, audit=audit, display=display, claim=lambda: None)
+    manager = CheckpointManager(tmp_path, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    store, display = prepare(config, tmp_path / "store"), Console("quiet", tmp_path / "train.log")
+    run = build_run(config, store, manager, None, audit=audit, display=display, claim=lambda: None)
     run.plan = dataclasses.replace(run.plan, total_updates=2)
     with StopSignal() as stop:
         train(run, stop)
         run.saver.finish(run.state, "final", stop)
-    loaded = vault.load_newest()
+    loaded = manager.load_newest()
     moments = {tensor.data_ptr() for name, tensor in loaded.tensors["optimizer"].items() if "exp_avg" in name}
     weights = [weakref.ref(tensor) for tensor in loaded.tensors["model"].values()]
     run.saver.restore(loaded)

@@ -10,8 +10,8 @@ from resilient_t5.errors import ConfigError
 from resilient_t5.model.load import PRESETS
 from resilient_t5.model.memory import optimizer_bytes
 from resilient_t5.model.shapes import sizes_of_shape
-from resilient_t5.training.hardware.process_group import Ranks, join
-from resilient_t5.training.hardware.sharding import cut_layers
+from resilient_t5.training.hardware.process_group import ProcessGroup, join
+from resilient_t5.training.hardware.sharding import shard_model
 from tests.resume.harness import Arena, committed_update, differences, metric_rows, newest_checkpoint, tensor_sha256, whole_rows
 from tests.resume.several import attack_lost, console, damage, run_together, start_together, summary, wait_for_both
 from tests.resume.test_several import UPDATES, assert_close, order
@@ -188,7 +188,7 @@ def test_a_number_format_with_a_loss_scaler_is_refused_where_a_card_chose_it():
     """fp16 by `auto` on an old card, in every process alike; asked for by name it is refused with the settings."""
     cut = HardwareConfig(shard_layers=True)
     with pytest.raises(ConfigError, match="fp16"):
-        cut_layers(None, Config(hardware=cut), Ranks(count=2), "fp16", is_new=True)
+        shard_model(None, Config(hardware=cut), ProcessGroup(count=2), "fp16", is_new=True)
     with pytest.raises(ConfigError, match="fp16"):
         Config(hardware=HardwareConfig(shard_layers=True, precision="fp16"))
 

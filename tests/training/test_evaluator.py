@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.checkpoint.manager import Vault
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.evaluator import ExampleSums, evaluate, restore_terms, summarise
 from resilient_t5.training.saver import model_tensors
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 
@@ -26,9 +26,9 @@ def run(tiny_config, tmp_path_factory):
     directory.mkdir()
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(directory)], "train", "test")
     audit = AuditTrail()
-    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
     store = prepare(config, directory / "store")
-    run = build_run(config, store, vault, None, audit=audit, display=Display("quiet", None), claim=lambda: None)
+    run = build_run(config, store, manager, None, audit=audit, display=Console("quiet", None), claim=lambda: None)
     yield run
     run.reader.close()
     run.telemetry.close()
@@ -118,9 +118,9 @@ def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: P
     again = [batch.micro_batch for batch in run.evaluator.loss_batches]
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "train", "test")
     audit = AuditTrail()
-    vault = Vault(tmp_path, run_id="1" * 32, settings=config.checkpoint, audit=audit)
+    manager = CheckpointManager(tmp_path, run_id="1" * 32, settings=config.checkpoint, audit=audit)
     store = prepare(config, tmp_path / "store")
-    other = build_run(config, store, vault, None, audit=audit, display=Display("quiet", None), claim=lambda: None)
+    other = build_run(config, store, manager, None, audit=audit, display=Console("quiet", None), claim=lambda: None)
     other.reader.close()
     other.telemetry.close()
     torch.set_flush_denormal(False)

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from resilient_t5.checkpoint.manager import Vault
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.parse import parse_config
 from resilient_t5.commands.failure import reported
 from resilient_t5.data.store.prepare import prepare, store_directory
@@ -32,7 +32,7 @@ def main():
     directory = Path(config.run.dir)
     directory.mkdir()
     audit = AuditTrail()
-    vault = Vault(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    vault = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
     run = build_run(config, prepare(config, store_directory(config)), vault, None, audit, Display("plain", directory / "log"))
     run.state.evaluated_update = 0
     peak = run.fit.choice.peak

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from resilient_t5.training.spike_guard import Action, Guard, Limits
+from resilient_t5.training.spike_guard import Action, Limits, SpikeGuard
 
 LIMITS = Limits()
 
@@ -30,7 +30,7 @@ def spike(guard, at, loss=9.0, norm=1.0):
 
 def test_a_few_single_refusals_are_survived():
     """One refusal now and then never does more than skip, however long the run is."""
-    guard = Guard()
+    guard = SpikeGuard()
     for attempt in range(0, 100_000, LIMITS.skip_window_updates // 5):
         assert guard.refused(attempt).action is Action.SKIP
         guard.applied(attempt + 1, attempt + 1, 2.0, 1.0)
@@ -38,7 +38,7 @@ def test_a_few_single_refusals_are_survived():
 
 def test_the_fourth_refusal_in_a_row_rolls_back_and_names_all_four():
     """Their examples are what the run will pass over."""
-    guard = Guard()
+    guard = SpikeGuard()
     verdicts = [guard.refused(attempt) for attempt in range(7, 11)]
     assert [verdict.action for verdict in verdicts] == [Action.SKIP] * 3 + [Action.ROLLBACK]
     assert verdicts[-1].attempts == (7, 8, 9, 10)
@@ -46,7 +46,7 @@ def test_the_fourth_refusal_in_a_row_rolls_back_and_names_all_four():
 
 def test_more_than_one_percent_of_the_last_thousand_rolls_back():
     """Every other update refused is no training; ten in a thousand are allowed, the eleventh is not."""
-    guard, verdicts = Guard(), []
+    guard, verdicts = SpikeGuard(), []
     for attempt in range(0, 22, 2):
         verdicts.append(guard.refused(attempt).action)
         guard.applied(attempt + 1, attempt + 1, 2.0, 1.0)
@@ -55,7 +55,7 @@ def test_more_than_one_percent_of_the_last_thousand_rolls_back():
 
 def test_three_updates_far_above_the_usual_loss_halve_the_learning_rate_for_200_updates():
     """The third one does; the factor ends by itself, at a known update."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     assert guard.factor_at(at) == 1.0
     assert spike(guard, at).action is Action.BACKOFF
@@ -65,7 +65,7 @@ def test_three_updates_far_above_the_usual_loss_halve_the_learning_rate_for_200_
 
 def test_two_bad_updates_and_a_good_one_are_no_spike():
     """A row is broken by one update within the band."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     for number in range(at, at + 30):
         loss = 2.05 if number % 3 == 2 else 9.0
@@ -74,7 +74,7 @@ def test_two_bad_updates_and_a_good_one_are_no_spike():
 
 def test_one_gradient_far_above_the_usual_norm_is_clipped_and_forgotten():
     """However large, and however often, as long as it comes alone; three in a row back off, whatever the loss says."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     for number in range(at, at + 30):
         norm = 100.0 if number % 3 else 1.0
@@ -85,17 +85,17 @@ def test_one_gradient_far_above_the_usual_norm_is_clipped_and_forgotten():
 
 def test_nothing_is_a_spike_before_the_warm_up_is_over_or_enough_is_known():
     """The loss of the first updates falls and jumps; no median is known yet either."""
-    guard = Guard(warmup_updates=300)
+    guard = SpikeGuard(warmup_updates=300)
     for number in range(300):
         assert guard.applied(number, number + 1, 10.0 if number % 2 else 1e4, 1e3 * (number % 7)).action is Action.OK
-    guard = Guard()
+    guard = SpikeGuard()
     for number in range(LIMITS.spike_window_fewest):
         assert guard.applied(number, number + 1, 1e4 if number > 30 else 1.0, 1.0).action is Action.OK
 
 
 def test_a_memorised_corpus_is_no_reason_to_call_every_breath_a_spike():
     """The median absolute deviation of a loss near zero is near zero; the band is not."""
-    guard = Guard()
+    guard = SpikeGuard()
     for number in range(100):
         guard.applied(number, number + 1, 0.01, 1.0)
     for number in range(100, 110):
@@ -106,7 +106,7 @@ def test_a_memorised_corpus_is_no_reason_to_call_every_breath_a_spike():
 
 def test_a_second_spike_within_the_backed_off_updates_rolls_back():
     """And names the updates of the second spike."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     assert spike(guard, at).action is Action.BACKOFF
     at = calm(guard, 40, at + 3)
@@ -117,7 +117,7 @@ def test_a_second_spike_within_the_backed_off_updates_rolls_back():
 
 def test_a_second_spike_after_the_backed_off_updates_backs_off_again():
     """200 calm updates are a new beginning."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     spike(guard, at)
     at = calm(guard, LIMITS.backoff_updates, at + 3)
@@ -126,7 +126,7 @@ def test_a_second_spike_after_the_backed_off_updates_backs_off_again():
 
 def test_a_rollback_passes_over_what_led_to_it_and_keeps_what_was_learned():
     """The older state knows nothing of the spike; the guard still does, and the halved rate lasts the whole span again."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     healthy = json.loads(json.dumps(guard.state()))
     assert spike(guard, at).action is Action.BACKOFF
@@ -135,14 +135,14 @@ def test_a_rollback_passes_over_what_led_to_it_and_keeps_what_was_learned():
     guard.restore(healthy)
     guard.rolled_back(before, 100, verdict.attempts)
     assert guard.memory.rollbacks == 1
-    assert [guard.passes_over(at + k) for k in range(2, 7)] == [False, True, True, True, False]
+    assert [guard.should_skip(at + k) for k in range(2, 7)] == [False, True, True, True, False]
     assert [guard.factor_at(update) for update in (100, 299, 300)] == [0.5, 0.5, 1.0]
     assert guard.memory.passed_over == [[at + 3, at + 5]]
 
 
 def test_after_three_rollbacks_the_fourth_reason_ends_the_run():
     """And the message says that rolling back did not help."""
-    guard = Guard()
+    guard = SpikeGuard()
     for round_number in range(LIMITS.rollbacks + 1):
         state = guard.state()
         verdict = [guard.refused(10 * round_number + k) for k in range(4)][-1]
@@ -155,7 +155,7 @@ def test_after_three_rollbacks_the_fourth_reason_ends_the_run():
 
 def test_an_overflow_of_float16_is_calibration_until_it_never_ends():
     """It is not counted among the refusals; twenty-one in a row are no calibration."""
-    guard = Guard()
+    guard = SpikeGuard()
     verdicts = [guard.refused(attempt, overflow=True).action for attempt in range(21)]
     assert verdicts == [Action.SKIP] * 20 + [Action.ROLLBACK]
     assert guard.memory.skipped == 0 and guard.health()["finite"]
@@ -163,7 +163,7 @@ def test_an_overflow_of_float16_is_calibration_until_it_never_ends():
 
 def test_health_says_what_a_rollback_must_not_go_back_to():
     """A state amid refusals, or with a loss out of band, is not healthy; the next good update mends both."""
-    guard = Guard()
+    guard = SpikeGuard()
     at = calm(guard, 100)
     assert guard.health() == {"finite": True, "in_band": True}
     guard.applied(at, at + 1, 9.0, 1.0)
@@ -177,10 +177,10 @@ def test_health_says_what_a_rollback_must_not_go_back_to():
 @pytest.mark.parametrize("seed", range(5))
 def test_a_guard_that_is_saved_and_restored_anywhere_decides_the_same(seed):
     """Through JSON text, at every update of a stormy run: same verdicts, same factors, bit for bit."""
-    draw, straight, restarted = random.Random(seed), Guard(20), Guard(20)
+    draw, straight, restarted = random.Random(seed), SpikeGuard(20), SpikeGuard(20)
     update = 0
     for attempt in range(600):
-        restored = Guard(20)
+        restored = SpikeGuard(20)
         restored.restore(json.loads(json.dumps(restarted.state())))
         restarted = restored
         if draw.random() < 0.008:
@@ -198,7 +198,7 @@ def test_a_guard_that_is_saved_and_restored_anywhere_decides_the_same(seed):
 
 def test_a_state_with_a_part_missing_is_refused():
     """By name; a default in its place would forget a rollback in silence."""
-    state = Guard().state()
+    state = SpikeGuard().state()
     del state["passed_over"]
     with pytest.raises(TypeError, match="passed_over"):
-        Guard().restore(state)
+        SpikeGuard().restore(state)

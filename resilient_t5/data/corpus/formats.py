@@ -1,7 +1,7 @@
 """The file formats: plain text, .jsonl, .csv and .tsv to records of text, line by line.
 
 Memory is one record and a block, whatever the size of the file: a plain text document longer than
-`LONGEST_DOCUMENT_CHARACTERS` leaves in parts, a longer line of .jsonl or field of .csv is an error.
+`MAX_DOCUMENT_CHARACTERS` leaves in parts, a longer line of .jsonl or field of .csv is an error.
 """
 
 import csv
@@ -18,12 +18,12 @@ from resilient_t5.config.data import DataConfig
 from resilient_t5.data.corpus.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
 from resilient_t5.errors import DataError
 
-LONGEST_DOCUMENT_CHARACTERS = 1 << 20
-LONGEST_RECORD_CHARACTERS = 1 << 24
+MAX_DOCUMENT_CHARACTERS = 1 << 20
+MAX_RECORD_CHARACTERS = 1 << 24
 SMALL_FILE_BYTES = 32 * 1024
 COLUMN_SAMPLE_ROWS = 200
 TEXT_COLUMN_WIDTH = 20  # mean width of a text column's fields; a wide (CJK) character counts two
-LONGEST_COLUMN_NAME = 100
+MAX_COLUMN_NAME = 100
 
 # C0 (tab and line feed stay), DEL, C1, and lone surrogates, which .jsonl escapes can spell and no tokenizer can read.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -117,8 +117,8 @@ def read_records(path: Path, settings: DataConfig, counts: CorpusCounts) -> Iter
 def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = False) -> Iterator[Line]:
     """The lines of a text file without their line feed, cleaned.
 
-    A line longer than `LONGEST_DOCUMENT_CHARACTERS` comes in parts of the same number when `cut`; without it a line
-    longer than `LONGEST_RECORD_CHARACTERS` is a DataError.
+    A line longer than `MAX_DOCUMENT_CHARACTERS` comes in parts of the same number when `cut`; without it a line
+    longer than `MAX_RECORD_CHARACTERS` is a DataError.
     """
     number, held = 1, ""
     beginning: str | None = None
@@ -128,19 +128,19 @@ def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = F
         lines[0] = held + lines[0]
         held = lines.pop()
         for line in lines:
-            if beginning is not None or (cut and len(line) > LONGEST_DOCUMENT_CHARACTERS):
+            if beginning is not None or (cut and len(line) > MAX_DOCUMENT_CHARACTERS):
                 yield from _parts(line, number, beginning)
                 beginning = None
             else:
                 yield Line(line, number)
             number += 1
-        if cut and len(held) > 2 * LONGEST_DOCUMENT_CHARACTERS:
+        if cut and len(held) > 2 * MAX_DOCUMENT_CHARACTERS:
             *parts, rest = _parts(held, number, beginning)
             yield from parts
             held, beginning = rest.text, rest.part_of
-        elif len(held) > LONGEST_RECORD_CHARACTERS:
+        elif len(held) > MAX_RECORD_CHARACTERS:
             raise DataError(
-                f"a line is longer than {LONGEST_RECORD_CHARACTERS} characters",
+                f"a line is longer than {MAX_RECORD_CHARACTERS} characters",
                 where=f"{path}:{number}",
                 hint="Write one record per line",
             )
@@ -149,11 +149,11 @@ def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = F
 
 
 def _parts(text: str, number: int, beginning: str | None) -> Iterator[Line]:
-    """A line in parts of at most `LONGEST_DOCUMENT_CHARACTERS`, cut after the last stop that is near the limit."""
+    """A line in parts of at most `MAX_DOCUMENT_CHARACTERS`, cut after the last stop that is near the limit."""
     start = 0
-    while len(text) - start > LONGEST_DOCUMENT_CHARACTERS:
-        limit = start + LONGEST_DOCUMENT_CHARACTERS
-        near = limit - LONGEST_DOCUMENT_CHARACTERS // 8
+    while len(text) - start > MAX_DOCUMENT_CHARACTERS:
+        limit = start + MAX_DOCUMENT_CHARACTERS
+        near = limit - MAX_DOCUMENT_CHARACTERS // 8
         end = max(text.rfind(stop, near, limit) for stop in STOPS) + 1 or limit
         part = text[start:end]
         yield Line(part, number, beginning)
@@ -204,7 +204,7 @@ def _block_records(lines: Iterator[Line], *, at_blank_lines: bool) -> Iterator[R
     size, beginning = 0, None
     for line in lines:
         ends = at_blank_lines and (not line.text or line.text.isspace())
-        if held and (ends or line.part_of is not None or size + len(line.text) > LONGEST_DOCUMENT_CHARACTERS):
+        if held and (ends or line.part_of is not None or size + len(line.text) > MAX_DOCUMENT_CHARACTERS):
             text = "\n".join(part.text for part in held)
             yield Record(text, held[0].number, None, beginning)
             held, size, beginning = [], 0, beginning or text
@@ -269,7 +269,7 @@ def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts
     if first is None:
         return
     header = [name.strip() for name in first[1]]
-    if any(len(name) > LONGEST_COLUMN_NAME for name in header):
+    if any(len(name) > MAX_COLUMN_NAME for name in header):
         raise DataError(
             "the first record does not name columns", where=f"{path}:1", hint="Put a line with the columns' names on top"
         )
@@ -297,7 +297,7 @@ def _table_rows(path: Path, lines: Iterator[Line]) -> Iterator[tuple[int, list[s
         return
     delimiter = "\t" if file_kind(path) == "tsv" else max(",;\t", key=head.text.count)
     # The module's limit is process-wide; a lower one would refuse long notes, and it is only ever raised.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD_CHARACTERS))
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_CHARACTERS))
     reader = csv.reader((line.text + "\n" for line in chain([head], lines)), delimiter=delimiter, strict=True)
     start = 1
     try:

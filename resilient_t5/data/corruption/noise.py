@@ -22,7 +22,7 @@ from resilient_t5.data.ragged import RowKeys, Rows, cumulated
 KINDS: tuple[NoiseKind, ...] = ("drop", "double", "swap", "replace")
 DROP, DOUBLE, SWAP, REPLACE = range(4)
 # Above this share noise stops being noise; rows that are nearly all terms would ask for more.
-HIGHEST_SHARE = 0.5
+MAX_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _bursts(rows: Rows, visible: np.ndarray, free: np.ndarray, row_keys: RowKeys
     """bool (N,): slots at which the chain is in a burst."""
     free_counts = np.bincount(rows.row[free], minlength=len(rows))
     share = settings.noise_ratio * np.bincount(rows.row[visible], minlength=len(rows)) / np.maximum(free_counts, 1)
-    share = np.minimum(share, HIGHEST_SHARE)
+    share = np.minimum(share, MAX_SHARE)
     stay = np.maximum(1.0 - 1.0 / settings.noise_burst_tokens, share)
     if "swap" in settings.noise_kinds:
         # A swap at the end of a burst also moves the token behind it.

@@ -32,7 +32,7 @@ from resilient_t5.data.store.corpus_report import (
     unknown_figures,
     visible_characters,
 )
-from resilient_t5.data.store.fingerprint import BUILTIN, Identity, differences, is_builtin
+from resilient_t5.data.store.fingerprint import BUILTIN, Fingerprint, differences, is_builtin
 from resilient_t5.data.store.shards import PART, Part, PartWriter, choose_active, hashed_files, join_parts
 from resilient_t5.data.store.store import FORMAT, META, REPORT, TERMS, TOKENIZER, TOKENIZER_RECORD, VOCABULARY
 from resilient_t5.data.terms import TermList, TermMatcher
@@ -54,7 +54,7 @@ class Job:
     """What a pass needs: settings, inputs, tokenizer, terms by id, and whom to tell (bytes read, bytes to read)."""
 
     config: Config
-    identity: Identity
+    identity: Fingerprint
     tokenizer: TextTokenizer
     terms: TermList
     on_progress: Progress
@@ -264,7 +264,7 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
     )
 
 
-def bytes_to_read(identity: Identity) -> int:
+def bytes_to_read(identity: Fingerprint) -> int:
     """Unpacked bytes of the inputs; of packed files an estimate."""
     entries = [entry for entry in identity.inputs if entry["key"] in ("data.train", "data.validation")]
     return sum(entry["bytes"] * (USUAL_PACKING if entry["path"].endswith(PACKED_SUFFIXES) else 1) for entry in entries)
@@ -326,7 +326,7 @@ def write_shard_identity(part: Part, job: Job, shard: int, shards: int) -> None:
     _write(part.directory / PART, {**described, "tokenizer": job.tokenizer.fingerprint()})
 
 
-def open_shard(directory: Path, identity: Identity, shard: int, shards: int) -> Part:
+def open_shard(directory: Path, identity: Fingerprint, shard: int, shards: int) -> Part:
     """The part of one shard.
 
     Raises:

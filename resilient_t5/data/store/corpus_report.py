@@ -21,7 +21,7 @@ from resilient_t5.data.tokenizer.tokenizer import EncodedBatch
 from resilient_t5.errors import DataError
 
 SHARE = "unknown_character_share"
-MOST_FREQUENT = "unknown_characters"
+UNKNOWN_CHARACTERS = "unknown_characters"
 LISTED = 10
 WORTH_SHOWING = 1e-4
 WORTH_A_WARNING = 0.01
@@ -57,12 +57,12 @@ def segments_between_marks(text: str) -> list[str]:
 def unknown_figures(unknown: Mapping[str, int], visible: int) -> dict[str, Any]:
     """What `report.json` says of unknown characters: their share of `visible` characters and the most frequent ones."""
     order = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
-    return {SHARE: sum(unknown.values()) / max(visible, 1), MOST_FREQUENT: dict(order[:LISTED])}
+    return {SHARE: sum(unknown.values()) / max(visible, 1), UNKNOWN_CHARACTERS: dict(order[:LISTED])}
 
 
 def most_frequent(report: Mapping[str, Any]) -> str:
     """The most frequent unknown characters with their counts; one that cannot be seen as its code point."""
-    return ", ".join(f"{_shown(character)} {count:,}" for character, count in report[MOST_FREQUENT].items())
+    return ", ".join(f"{_shown(character)} {count:,}" for character, count in report[UNKNOWN_CHARACTERS].items())
 
 
 def unknown_warning(report: Mapping[str, Any]) -> str | None:
@@ -224,7 +224,7 @@ def readable(report: dict[str, Any]) -> str:
 def _unknown(report: dict[str, Any]) -> str:
     if SHARE not in report:
         return "not counted in characters by the version that made this store"
-    if not report[MOST_FREQUENT]:
+    if not report[UNKNOWN_CHARACTERS]:
         return "none; every character has a piece"
     return f"{report[SHARE]:.4%} of the characters that are not white space; most frequent: {most_frequent(report)}"
 

@@ -24,7 +24,7 @@ CONTENT_KEYS = ("data.train", "data.validation", "data.terms")
 
 
 @dataclass
-class Identity:
+class Fingerprint:
     """`values` decides what a store holds; `inputs` are the files behind it; `tokenizer` is set when it had to be loaded."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Identity:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
 
 
-def identify(config: Config, recorded: dict[str, Any] | None) -> Identity:
+def identify(config: Config, recorded: dict[str, Any] | None) -> Fingerprint:
     """The identity of the store that `config` asks for.
 
     Args:
@@ -45,7 +45,7 @@ def identify(config: Config, recorded: dict[str, Any] | None) -> Identity:
     Raises:
         DataError: inputs, terms or tokenizer that are missing.
     """
-    identity = Identity()
+    identity = Fingerprint()
     known = {entry["path"]: entry for entry in (recorded or {}).get("inputs", ())}
     data = config.data
     if is_builtin(config):
@@ -106,13 +106,13 @@ def terms_path(name: str) -> Path:
     return path
 
 
-def _digest(identity: Identity, key: str, paths: Sequence[Path], known: dict[str, dict[str, Any]]) -> str:
+def _digest(identity: Fingerprint, key: str, paths: Sequence[Path], known: dict[str, dict[str, Any]]) -> str:
     """Digest of the files' contents in order; each file is noted in `identity.inputs`."""
     sums = [_note_file(identity, key, path, known)["sha256"] for path in paths]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _note_file(identity: Identity, key: str, path: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _note_file(identity: Fingerprint, key: str, path: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = path.resolve()
     status = found.stat()
     entry: dict[str, Any] = {"key": key, "path": str(found), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -124,7 +124,7 @@ def _note_file(identity: Identity, key: str, path: Path, known: dict[str, dict[s
 
 
 def _identify_tokenizer(
-    identity: Identity, config: Config, recorded: dict[str, Any] | None, known: dict[str, dict[str, Any]]
+    identity: Fingerprint, config: Config, recorded: dict[str, Any] | None, known: dict[str, dict[str, Any]]
 ) -> None:
     settings = config.tokenizer
     if settings.train_vocab_size is not None:

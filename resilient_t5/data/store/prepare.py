@@ -45,10 +45,10 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
     """
     directory = Path(directory)
     report_progress = on_progress or (lambda done, total: None)
-    if (store := standing_store(config, directory)) is not None:
+    if (store := existing_store(config, directory)) is not None:
         return store
     with storage_errors(directory), only_maker(directory, lambda: report_progress(0, 0)):
-        if (store := standing_store(config, directory)) is not None:  # made by another process while this one waited
+        if (store := existing_store(config, directory)) is not None:  # made by another process while this one waited
             return store
         with making(directory) as temporary:
             job, tokenizer_seconds = _job(config, report_progress)
@@ -89,7 +89,7 @@ def merge_shards(config: Config, directory: Path, shards: int) -> Store:
         DataError: a part is missing or was made from something else.
     """
     directory = Path(directory)
-    if (store := standing_store(config, directory)) is not None:
+    if (store := existing_store(config, directory)) is not None:
         return store
     with storage_errors(directory), only_maker(directory, lambda: None):
         identity = identify(config, None)
@@ -111,7 +111,7 @@ def store_directory(config: Config) -> Path:
     return Path(config.data.store) if config.data.store is not None else Path(config.run.dir) / "store"
 
 
-def standing_store(config: Config, directory: Path) -> Store | None:
+def existing_store(config: Config, directory: Path) -> Store | None:
     """The store that stands at `directory`; None when there is nothing yet. Writes nothing.
 
     Raises:

@@ -202,7 +202,7 @@ class TextTokenizer:
             return () if start < 0 else (start,)
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
-    def begun_as_text(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+    def starts_as_text(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """The tokens that replace the first ones of `ids` where these are to begin a text, and how many they replace.
 
         Of tokens that continue a word (in Chinese nearly all do), the rest of that word is encoded as the beginning of a text.

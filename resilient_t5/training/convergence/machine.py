@@ -86,7 +86,7 @@ def statistics_of(rules: Rules, state: State, trend: Trend | None, train_trend: 
     }
 
 
-def told(plateau: int, patience: int, trend: Trend | None) -> str:
+def format_statistics(plateau: int, patience: int, trend: Trend | None) -> str:
     """The counter and the trend, as the console shows them."""
     counter = f"plateau={plateau}/{patience}"
     if trend is None:
@@ -96,12 +96,12 @@ def told(plateau: int, patience: int, trend: Trend | None) -> str:
     return f"{counter} trend={trend.direction} {gain} worth={trend.worth:.2g} sigma={trend.sigma:.2g}"
 
 
-def told_earliest(update: int | None) -> str:
+def format_earliest(update: int | None) -> str:
     """The end of the line: when the run could stop at the earliest."""
     return f", earliest stop {update}" if update is not None else ""
 
 
-def told_verdict(verdict: Verdict) -> str:
+def format_verdict(verdict: Verdict) -> str:
     """Why the run goes on or stops, with the events in brackets; a change of phase shows in the phase itself."""
     events = ", ".join(event for event in verdict.events if event != "phase")
     return f"{verdict.why} [{events}]" if events else verdict.why
@@ -213,13 +213,14 @@ class ConvergenceMachine:
             state.reason = Reason.SATURATED_MAX if at_bound else Reason.SATURATED
         events += self._events(window, previous, sign, trend)
         cause = broken or cause_of(rules, state, window, reference, previous=previous, sign=sign)
+        statistics = format_statistics(state.plateau, rules.patience, trend)
         earliest = self._earliest_stop()
         return Verdict(
             update=window.update,
             phase=phase,
             previous=previous,
             stop=self.reason,
-            why=f"{told(state.plateau, rules.patience, trend)} -> {self._action(sign)} ({cause}{told_earliest(earliest)})",
+            why=f"{statistics} -> {self._action(sign)} ({cause}{format_earliest(earliest)})",
             earliest_stop_update=earliest,
             is_best=is_best,
             events=tuple(events),

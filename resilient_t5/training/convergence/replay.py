@@ -11,7 +11,7 @@ from statistics import median_low
 
 from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
 from resilient_t5.config.values import updates_at
-from resilient_t5.training.convergence.machine import ConvergenceMachine, told_verdict
+from resilient_t5.training.convergence.machine import ConvergenceMachine, format_verdict
 from resilient_t5.training.convergence.phases import Mark, Phase, Verdict, Window
 from resilient_t5.training.convergence.rules import Rules, unreachable
 
@@ -124,7 +124,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ReplayComparison:
     """Another rule over the same recording, with the name it is told and drawn by."""
 
     name: str
@@ -189,7 +189,7 @@ def story(result: Replay, *, whole: bool = False) -> list[str]:
     lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
     for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
         if whole or number == 0 or verdict.events or verdict.stop:
-            lines.append(f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {told_verdict(verdict)}")
+            lines.append(f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {format_verdict(verdict)}")
     return lines + _balance(result, min(finite), finite[0])
 
 

@@ -132,8 +132,8 @@ def table(comparison: Comparison) -> list[str]:
     lines = [f"{'rule':<18}{'forgone %':>16}{'updates %':>11}{'p95 %':>8}{'before min':>12}{'against the frontier':>24}"]
     for name, scores in comparison.rules.items():
         distance = against_frontier(scores, comparison.sweep)
-        told = f"{distance[0]:+.2f} +- {distance[1]:.2f}" if distance else "-"
-        lines.append(_row(name, summary(scores)) + f"{told:>24}")
+        shown = f"{distance[0]:+.2f} +- {distance[1]:.2f}" if distance else "-"
+        lines.append(_row(name, summary(scores)) + f"{shown:>24}")
     lines.append("presets are scored at saturation, since no recording cooled down; +cooldown counts its windows as well")
     lines += ["", "anchored patience, judged from window 12, counted gain 0.001 (the frontier):"]
     lines += [_row(f"patience-{p}", summary(comparison.sweep[p])) for p in SWEEP if p <= 10 or p % 5 == 0 or p == 12]

@@ -14,44 +14,44 @@ from pathlib import Path
 
 import torch
 
-from resilient_t5.checkpoint.manager import Vault
-from resilient_t5.checkpoint.retention import most_kept
+from resilient_t5.checkpoint.manager import CheckpointManager
+from resilient_t5.checkpoint.retention import max_kept
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import EvaluationBatch, MicroBatch
 from resilient_t5.data.store.fingerprint import identify
-from resilient_t5.data.store.prepare import prepare, standing_store, store_directory
+from resilient_t5.data.store.prepare import existing_store, prepare, store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
 from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint
 from resilient_t5.training.evaluator import evaluate, restore_terms
 from resilient_t5.training.hardware.machine import MIB, memory_mib
-from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, outlook_of, outlook_over
+from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, preview_of, preview_over
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import inspect
 from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
 from resilient_t5.training.state import RunState
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 from resilient_t5.training.telemetry.timing import readable
 
 WORKSHOP = ".dry_run-"
 
 
-def show_plan(config: Config, given: Given, tell: Callable[[str], None]) -> bool:
+def write_plan(config: Config, given: Given, tell: Callable[[str], None]) -> bool:
     """Print the banner of the run that `config` asks for and write nothing; False when the corpus is not prepared yet.
 
     Raises:
         ResilientError: what would keep the run from starting.
     """
     resumed_from = newest_checkpoint(config)
-    store = standing_store(config, store_directory(config))
+    store = existing_store(config, store_directory(config))
     if store is None:
         identify(config, None)  # finds what is missing: text, terms, tokenizer
         tell(f"run    {config.run.dir}, {f'resumed from {resumed_from}' if resumed_from else 'new'}")
         tell(f"data   no prepared corpus at {store_directory(config)} yet: bin/prepare, or --dry_run update, counts it")
         return False
-    for line in banner_lines(outlook_over(config, store), given, resumed_from):
+    for line in banner_lines(preview_over(config, store), given, resumed_from):
         tell(line)
     return True
 
@@ -64,7 +64,7 @@ def rehearse(config: Config, given: Given) -> ExitCode:
     """
     resumed_from = newest_checkpoint(config)
     stop = StopSignal(deadline_s=config.run.deadline_s)
-    with stop, Display("quiet" if config.telemetry.progress == "quiet" else "plain", None) as display:
+    with stop, Console("quiet" if config.telemetry.progress == "quiet" else "plain", None) as display:
         place = nearest_existing(Path(config.run.dir))
         with tempfile.TemporaryDirectory(prefix=WORKSHOP, dir=place) as workshop:
             try:
@@ -86,20 +86,22 @@ def newest_checkpoint(config: Config) -> str | None:
         NoValidCheckpoint: the one that run.resume names is not there, or none is whole.
     """
     directory = inspect(config)
-    vault = Vault(directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=lambda event, fields: None)
-    names, wanted = [stored.name for stored in vault.committed()], named_checkpoint(config, vault)
-    if not names and any(vault.directory.glob("u*-*")):
-        raise NoValidCheckpoint("there are checkpoints and none of them is whole", where=str(vault.directory))
+    manager = CheckpointManager(
+        directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=lambda event, fields: None
+    )
+    names, wanted = [stored.name for stored in manager.committed()], named_checkpoint(config, manager)
+    if not names and any(manager.directory.glob("u*-*")):
+        raise NoValidCheckpoint("there are checkpoints and none of them is whole", where=str(manager.directory))
     return wanted or next(iter(names), None)
 
 
-def _rehearse_in(workshop: Path, config: Config, start: tuple[Given, str | None], stop: StopSignal, display: Display) -> None:
-    store = standing_store(config, store_directory(config))
+def _rehearse_in(workshop: Path, config: Config, start: tuple[Given, str | None], stop: StopSignal, display: Console) -> None:
+    store = existing_store(config, store_directory(config))
     if store is None:
         store = prepare(config, workshop / "store", progress_teller(stop, display.line))
     run = _build(workshop / "run", config, store, display)
     try:
-        for line in banner_lines(replace(outlook_of(run), config=config), *start):
+        for line in banner_lines(replace(preview_of(run), config=config), *start):
             display.line(line)
         _update(run, stop)
         run.timing.add("evaluation", _evaluate(run, stop) + _generate(run, stop))
@@ -111,13 +113,13 @@ def _rehearse_in(workshop: Path, config: Config, start: tuple[Given, str | None]
         close(run)
 
 
-def _build(directory: Path, config: Config, store: Store, display: Display) -> Run:
+def _build(directory: Path, config: Config, store: Store, display: Console) -> Run:
     """The run, new, in `directory`."""
     directory.mkdir()
     settings, telemetry = replace(config.run, dir=str(directory)), replace(config.telemetry, tensorboard=False)
     own, audit = replace(config, run=settings, telemetry=telemetry), AuditTrail(config.run.deadline_s)
-    vault = Vault(directory, run_id=uuid.uuid4().hex, settings=config.checkpoint, audit=audit)
-    return build_run(own, store, vault, None, audit, display)
+    manager = CheckpointManager(directory, run_id=uuid.uuid4().hex, settings=config.checkpoint, audit=audit)
+    return build_run(own, store, manager, None, audit, display)
 
 
 def _update(run: Run, stop: StopSignal) -> None:
@@ -178,7 +180,7 @@ def _save_and_load(run: Run, stop: StopSignal) -> int:
         StorageError: the disk gave back something else.
     """
     run.saver.finish(run.state, "final", stop)
-    loaded = run.vault.load_newest()
+    loaded = run.manager.load_newest()
     live = run.saver.capture(run.state, "final").tensors
     count = 0
     for part, tensors in live.items():
@@ -198,8 +200,8 @@ def _projection(run: Run, config: Config, peak_mib: float, save_bytes: int) -> I
     yield f"peak   {peak_mib:.0f} MiB in this process, of which {planned_mib:.0f} MiB were planned for model and updates"
     yield f"time   about {run.left().text()} for {run.plan.total_updates} updates"
     full = 4 * fit.sizes.with_rows(max(fit.sizes.rows, run.store.tokenizer.size)).parameters
-    needed = most_kept(config.checkpoint.keep_last) * save_bytes + 2 * full
-    free = free_bytes(replace(outlook_of(run), config=config))
+    needed = max_kept(config.checkpoint.keep_last) * save_bytes + 2 * full
+    free = free_bytes(replace(preview_of(run), config=config))
     yield f"disk   at most {needed / GIB:.2f} GiB for checkpoints and two exports; {free / GIB:.1f} GiB free"
     if free < needed:
         yield "plan warning: the disk will become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"

@@ -18,7 +18,7 @@ import torch
 from resilient_t5.config.schema import Config, ModelConfig
 from resilient_t5.data.batches import EvaluationBatch, evaluation_batches
 from resilient_t5.data.corruption.token_table import build_token_table
-from resilient_t5.data.dataset import Corpus, in_full_ids
+from resilient_t5.data.dataset import Dataset, in_full_ids
 from resilient_t5.data.store.prepare import prepare, store_directory
 from resilient_t5.data.store.store import Split, Store
 from resilient_t5.errors import DataError
@@ -105,7 +105,7 @@ def open_examination(run: Path, config: Config, which: str, text: Sequence[str],
     store = Store.open(store_directory(config))
     device, _, _ = build_device(config)
     model = load_model(str(export), ModelConfig())
-    own = Corpus.over(store, config)
+    own = Dataset.over(store, config)
     if not text:
         ids, train, split, foreign_share = own.active_to_full, own.train, own.validation, 0.0
     else:
@@ -134,7 +134,7 @@ def breakdown(report: RestorationReport) -> dict[str, dict[str, dict[str, float]
     }
 
 
-def _with_other_text(config: Config, store: Store, own: Corpus, text: Sequence[str]) -> tuple[np.ndarray, Split, Split, float]:
+def _with_other_text(config: Config, store: Store, own: Dataset, text: Sequence[str]) -> tuple[np.ndarray, Split, Split, float]:
     """The ids of both corpora together, the training split and the other text in them, and the share never trained."""
     with tempfile.TemporaryDirectory() as folder:
         terms = Path(folder, "terms.txt")

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from resilient_t5.checkpoint.manager import Loaded, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Loaded
 from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.checkpoint.retention import Stored, find_best
 from resilient_t5.config.schema import Config
-from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.prepare import store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DataError, NoValidCheckpoint, RunDirectoryError
@@ -20,7 +20,7 @@ from resilient_t5.training.build import build_trained_model, original_tables, tr
 from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
 from resilient_t5.training.entrypoints.model_directory import exported, write_export
 from resilient_t5.training.run_directory import ENVIRONMENT
-from resilient_t5.training.saver import put_model_tensors
+from resilient_t5.training.saver import load_model_tensors
 from resilient_t5.training.telemetry.metrics_log import read_rows
 
 Which = Literal["best", "last"]
@@ -38,10 +38,10 @@ def export_run(config: Config, which: Which, directory: Path, license: str | Non
     run_directory = Path(config.run.dir)
     loaded = find_checkpoint(config, run_directory, which)
     store = Store.open(store_directory(config))
-    corpus = Corpus.over(store, config)
+    corpus = Dataset.over(store, config)
     model = build_trained_model(config, corpus, torch.device("cpu"), Precision("fp32", "an export"), checkpointing=False)
     with torch.no_grad():
-        put_model_tensors(model, loaded.tensors["model"])
+        load_model_tensors(model, loaded.tensors["model"])
     facts = facts_of(store, run_directory, which, loaded.state["run"], license)
     parts = exported(config, store, model, trained_ids(corpus, model), original_tables(config, store))
     write_export(parts, model_card(facts, config, parts.usage), directory)
@@ -57,15 +57,15 @@ def find_checkpoint(config: Config, run_directory: Path, which: Which) -> Loaded
         raise RunDirectoryError(
             f"{run_directory} holds no run", where=str(environment), hint="Name the directory that bin/train wrote"
         ) from error
-    vault = Vault(run_directory, run_id=run_id, settings=config.checkpoint, audit=lambda event, fields: None)
-    left = list(vault.committed())
+    manager = CheckpointManager(run_directory, run_id=run_id, settings=config.checkpoint, audit=lambda event, fields: None)
+    left = list(manager.committed())
     while candidate := _next(left, which):
         try:
-            return load_checkpoint(vault.directory / candidate.name)
+            return load_checkpoint(manager.directory / candidate.name)
         except NoValidCheckpoint:
             left.remove(candidate)
     raise NoValidCheckpoint(
-        f"{run_directory} has no whole checkpoint yet", where=str(vault.directory), hint="Train on, then export again"
+        f"{run_directory} has no whole checkpoint yet", where=str(manager.directory), hint="Train on, then export again"
     )
 
 

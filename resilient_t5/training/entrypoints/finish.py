@@ -12,11 +12,11 @@ from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
 from resilient_t5.training.entrypoints.model_directory import Exported, exported, write_export
 from resilient_t5.training.evaluator import restore_terms
 from resilient_t5.training.hardware.machine import memory_mib
-from resilient_t5.training.hardware.process_group import ALONE
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS
 from resilient_t5.training.loop import StopReason
-from resilient_t5.training.reports.artifacts import show_outcome
+from resilient_t5.training.reports.artifacts import write_outcome
 from resilient_t5.training.run import Run
-from resilient_t5.training.saver import put_model_tensors
+from resilient_t5.training.saver import load_model_tensors
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.telemetry.timing import readable
 
@@ -45,7 +45,7 @@ def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
         export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)
-    show_outcome(run)
+    write_outcome(run)
     for line in closing_lines(run, reason):
         run.display.line(line)
     return code
@@ -53,7 +53,7 @@ def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
 
 def attend(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     """What the processes that do not write have to do in the ending: with cut layers, hand in their rows."""
-    if run.updater.layers.are_cut:
+    if run.updater.layers.is_sharded:
         interrupted = reason is StopReason.INTERRUPTED
         run.saver.finish(run.state, "signal" if interrupted else "final", stop)
         if not interrupted:
@@ -77,12 +77,12 @@ def _interrupt(run: Run, stop: StopSignal) -> ExitCode:
     return stop.exit_code
 
 
-def save_what_stands(run: Run, stop: StopSignal) -> None:
+def save_current_state(run: Run, stop: StopSignal) -> None:
     """Save the last whole update after another process was lost; no sum over processes is waited for behind a move."""
     if not run.ranks.is_writer:
         return
     try:
-        if not run.updater.layers.are_cut:
+        if not run.updater.layers.is_sharded:
             run.saver.finish(run.state, "signal", stop)
             return
         run.saver.settle()
@@ -122,17 +122,17 @@ def export_best_and_last(run: Run, stop: StopSignal) -> None:
     best = state.best
     update, target_tokens = state.update, state.target_tokens
     if best is not None and best["update"] != state.update:
-        stored = run.vault.load_best()
+        stored = run.manager.load_best()
         if stored is None:
             raise NoValidCheckpoint(
                 f"the checkpoint of the best update {best['update']} is gone",
-                where=str(run.vault.directory),
+                where=str(run.manager.directory),
                 hint="export/last holds the final weights",
             )
         if stored.update != best["update"]:  # a save that the disk refused, or damage
             run.display.line(f"best   update {best['update']} is not on disk any more; export/best is update {stored.update}")
             best = state.best = stored.state["run"]["best"]
-        put_model_tensors(run.updater.model, stored.tensors["model"])
+        load_model_tensors(run.updater.model, stored.tensors["model"])
         update, target_tokens = stored.update, stored.state["run"]["target_tokens"]
     facts = facts_of(run.store, run.directory, "best", state.to_json())
     _export(run, parts, replace(facts, update=update, target_tokens=target_tokens, record=best), best, stop)
@@ -152,7 +152,7 @@ def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) 
     """
     if record is None or record["term_restoration"] is not None or run.config.evaluation.restore_examples == 0:
         return {}
-    report = restore_terms(replace(run.evaluator, ranks=ALONE), lambda: stop.requested)
+    report = restore_terms(replace(run.evaluator, ranks=SINGLE_PROCESS), lambda: stop.requested)
     record["term_restoration"] = None if report is None else report.term_rate
     return {} if report is None else report.as_row()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from resilient_t5.checkpoint.lock import RunLock
-from resilient_t5.checkpoint.manager import Loaded, Vault
+from resilient_t5.checkpoint.manager import CheckpointManager, Loaded
 from resilient_t5.config.schema import Config
 from resilient_t5.data.store.build import Progress
 from resilient_t5.data.store.prepare import prepare, store_directory
@@ -22,17 +22,17 @@ from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
 from resilient_t5.model.load import check_checkpoint
 from resilient_t5.training.build import build_run
-from resilient_t5.training.entrypoints.finish import attend, conclude, conclude_failure, is_concluded, save_what_stands
+from resilient_t5.training.entrypoints.finish import attend, conclude, conclude_failure, is_concluded, save_current_state
 from resilient_t5.training.hardware.machine import choose_device, describe
-from resilient_t5.training.hardware.process_group import Ranks, join
+from resilient_t5.training.hardware.process_group import ProcessGroup, join
 from resilient_t5.training.loop import train
 from resilient_t5.training.recovery import load_together
-from resilient_t5.training.reports.artifacts import show_start
-from resilient_t5.training.reports.preview import banner_lines, outlook_of, process_lines
+from resilient_t5.training.reports.artifacts import write_start
+from resilient_t5.training.reports.preview import banner_lines, preview_of, process_lines
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import RunDirectory, claim, inspect, refuse_foreign_files
 from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.metrics_log import AuditTrail
 
 Given = Mapping[str, tuple[Any, str]]
@@ -65,7 +65,7 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
         try:
             with ranks.leaving_together(), _entered(config, ranks) as display:
                 code = _train_locked(config, config_yaml, given, display, ranks)
-                code = ExitCode(ranks.word("end", int(code)))
+                code = ExitCode(ranks.broadcast("end", int(code)))
         except Stopped:
             code = stop.exit_code
     if stop.received in STOPPING and code == stop.exit_code and config.run.signal_exit == "signal":
@@ -74,15 +74,15 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
 
 
 @contextmanager
-def _entered(config: Config, ranks: Ranks) -> Iterator[Display]:
+def _entered(config: Config, ranks: ProcessGroup) -> Iterator[Console]:
     """Hold the run directory and open the console; a process that does not write gets a console that shows nothing."""
     path = Path(config.run.dir)
     if not ranks.is_writer:
-        yield Display("quiet", None)
+        yield Console("quiet", None)
         return
     refuse_foreign_files(path)
     path.mkdir(parents=True, exist_ok=True)
-    with RunLock(path), Display(config.telemetry.progress, path / "train.log") as display:
+    with RunLock(path), Console(config.telemetry.progress, path / "train.log") as display:
         (path / "STOP").unlink(missing_ok=True)
         try:
             yield display
@@ -91,46 +91,46 @@ def _entered(config: Config, ranks: Ranks) -> Iterator[Display]:
             raise
 
 
-def _train_locked(config: Config, config_yaml: str, given: Given, display: Display, ranks: Ranks) -> ExitCode:
+def _train_locked(config: Config, config_yaml: str, given: Given, display: Console, ranks: ProcessGroup) -> ExitCode:
     stop = ranks.stop
     assert stop is not None
     directory = inspect(config) if ranks.is_writer else RunDirectory(Path(config.run.dir), "", is_new=False)
-    run_id = ranks.word("run", directory.run_id)
+    run_id = ranks.broadcast("run", directory.run_id)
     audit = AuditTrail(config.run.deadline_s)
-    vault = Vault(directory.path, run_id=run_id, settings=config.checkpoint, audit=audit)
+    manager = CheckpointManager(directory.path, run_id=run_id, settings=config.checkpoint, audit=audit)
     if ranks.is_writer:
-        vault.sweep()
+        manager.sweep()
     if ranks.is_writer and config.model.name_or_path is not None:
         check_checkpoint(config.model.name_or_path)  # before the corpus is read: a wrong name should not cost an hour
     store = _prepared(config, ranks, progress_teller(stop, display.line))
-    loaded = load_together(vault, ranks, lambda: _resumed(config, vault))
+    loaded = load_together(manager, ranks, lambda: _resumed(config, manager))
 
     def claim_directory() -> None:
         if ranks.is_writer:
             claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
 
-    run = build_run(config, store, vault, loaded, audit, display, claim=claim_directory, ranks=ranks)
+    run = build_run(config, store, manager, loaded, audit, display, claim=claim_directory, ranks=ranks)
     resumed_from = None if loaded is None else loaded.name
     if ranks.is_writer:
-        for line in banner_lines(outlook_of(run), given, resumed_from, run.saver.changed_conditions):
+        for line in banner_lines(preview_of(run), given, resumed_from, run.saver.changed_conditions):
             display.line(line)
         for line in process_lines(run):
             display.line(line)
-    if ranks.word("concluded", ranks.is_writer and is_concluded(run)):
+    if ranks.broadcast("concluded", ranks.is_writer and is_concluded(run)):
         display.line(f"nothing left to do: {directory.path / 'summary.json'} says how this run ended")
         close(run)
         return ExitCode.OK
     changed, rules = run.saver.changed_conditions, dataclasses.asdict(run.convergence.rules)
     run.telemetry.row("start", run.state.update, resumed_from=resumed_from, changed_conditions=changed, rules=rules)
     if ranks.is_writer:
-        show_start(run, config_yaml)
+        write_start(run, config_yaml)
     return _train_to_the_end(run, stop)
 
 
-def _prepared(config: Config, ranks: Ranks, progress: Progress) -> Store:
+def _prepared(config: Config, ranks: ProcessGroup, progress: Progress) -> Store:
     """The store, made by process 0 if it is missing; the others wait for that, however long it takes, and open it."""
     store = prepare(config, store_directory(config), progress) if ranks.is_writer else None
-    ranks.word("prepared", None)
+    ranks.broadcast("prepared", None)
     return store or prepare(config, store_directory(config), progress)
 
 
@@ -150,7 +150,7 @@ def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
         raise lost from error
     except ResilientError as error:
         if isinstance(error, ProcessLost):
-            save_what_stands(run, stop)
+            save_current_state(run, stop)
         conclude_failure(run, error)
         raise
     finally:
@@ -167,17 +167,17 @@ def close(run: Run) -> None:
         run.telemetry.close()
 
 
-def _resumed(config: Config, vault: Vault) -> Loaded | None:
+def _resumed(config: Config, manager: CheckpointManager) -> Loaded | None:
     """The checkpoint to go on from: the newest valid one, or the one that `run.resume` names; None for a new run.
 
     Raises:
         NoValidCheckpoint: there are checkpoints and none of them is whole.
     """
-    name = named_checkpoint(config, vault)
-    return vault.load_newest() if name is None else vault.load(name)
+    name = named_checkpoint(config, manager)
+    return manager.load_newest() if name is None else manager.load(name)
 
 
-def named_checkpoint(config: Config, vault: Vault) -> str | None:
+def named_checkpoint(config: Config, manager: CheckpointManager) -> str | None:
     """The checkpoint of this run that `run.resume` names; None where it leaves the choice.
 
     Raises:
@@ -186,6 +186,8 @@ def named_checkpoint(config: Config, vault: Vault) -> str | None:
     if config.run.resume in ("auto", "none"):
         return None
     name = Path(config.run.resume).name
-    if name not in {committed.name for committed in vault.committed()}:
-        raise NoValidCheckpoint(f"run.resume: {name} is no checkpoint of this run", where=str(vault.directory), hint="Use auto")
+    if name not in {committed.name for committed in manager.committed()}:
+        raise NoValidCheckpoint(
+            f"run.resume: {name} is no checkpoint of this run", where=str(manager.directory), hint="Use auto"
+        )
     return name

@@ -73,7 +73,7 @@ def memory_mib(device: torch.device) -> float:
         return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
-def give_large_blocks_back() -> None:
+def return_freed_memory_to_os() -> None:
     """Make the C library give every freed block of 1 MiB or more back to the system at once; for this whole process.
 
     glibc keeps blocks of up to 32 MiB in its heap once some were freed, and tensors of changing sizes tear holes into it:

@@ -18,7 +18,7 @@ from resilient_t5.model.memory import GIB, Choice, Execution, Memory, Task, choi
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
 from resilient_t5.training.hardware.machine import host_memory_bytes
-from resilient_t5.training.hardware.process_group import ALONE, Ranks
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Fit:
         return [f"the plan is {short:.2f} GiB above the memory that is there; see bin/plan for what would fit"]
 
 
-def fit_run(config: Config, store: Store, device: torch.device, precision: PrecisionName, ranks: Ranks = ALONE) -> Fit:
+def fit_run(
+    config: Config, store: Store, device: torch.device, precision: PrecisionName, ranks: ProcessGroup = SINGLE_PROCESS
+) -> Fit:
     """Resolve what the configuration leaves to the plan, for a run over `store` on `device`.
 
     Raises:
@@ -49,7 +51,7 @@ def fit_run(config: Config, store: Store, device: torch.device, precision: Preci
     """
     memory = memory_of(config, device, ranks.local_count)
     # The same cut in every process: what the one with the least memory can do.
-    memory = replace(memory, total=ranks.least("plan", memory.total))
+    memory = replace(memory, total=ranks.all_reduce_min("plan", memory.total))
     task = task_of(config, store)
     sizes = sizes_of_settings(config.model, trained_rows(config, store))
     return fit(config, sizes, task, memory, precision, ranks.count)

@@ -49,7 +49,7 @@ MICRO_BATCH_TOKENS = 64
 
 
 @dataclass(eq=False)
-class Ranks:
+class ProcessGroup:
     """This process among those of its run; `ALONE` is the usual one. `join` makes it.
 
     index: from 0; process 0 writes.
@@ -78,7 +78,7 @@ class Ranks:
         """Whether the run is to stop: the same answer in every process, so it may lag behind a signal by an exchange."""
         return stop.requested if self.count == 1 else self.stop_agreed
 
-    def exchange(self, place: str, note: Mapping[str, Any], *, patient: bool = False) -> list[dict[str, Any]]:
+    def all_gather_object(self, place: str, note: Mapping[str, Any], *, patient: bool = False) -> list[dict[str, Any]]:
         """What every process says at this place, in the order of their indices; all wait until the last one comes.
 
         Args:
@@ -105,14 +105,14 @@ class Ranks:
             raise ProcessLost(f"the processes are not at the same place of the run ({places})")
         return notes
 
-    def word(self, place: str, value: Any, *, patient: bool = True) -> Any:
+    def broadcast(self, place: str, value: Any, *, patient: bool = True) -> Any:
         """What process 0 says at this place: a small JSON value; what the others hand in is not looked at."""
         said = value if self.is_writer else None
-        return self.exchange(place, {"word": said}, patient=patient)[0]["word"]
+        return self.all_gather_object(place, {"word": said}, patient=patient)[0]["word"]
 
-    def least(self, place: str, value: float) -> float:
+    def all_reduce_min(self, place: str, value: float) -> float:
         """The smallest of the values that all processes hold."""
-        return float(min(told["value"] for told in self.exchange(place, {"value": value})))
+        return float(min(told["value"] for told in self.all_gather_object(place, {"value": value})))
 
     def share(self, padded_tokens: Sequence[int]) -> list[int]:
         """Which of these pieces this process computes, ascending."""
@@ -132,7 +132,7 @@ class Ranks:
             shares[least].append(piece)
         return [sorted(share) for share in shares]
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes; afterwards its bits are the same in each of them.
 
         Large tensors are added where they lie, neighbours of one type travel together in a buffer. The order of the
@@ -153,7 +153,7 @@ class Ranks:
                     tensor.copy_(part.view_as(tensor))
         self._adding = False
 
-    def joined(self, own: torch.Tensor, rows: int) -> torch.Tensor:
+    def all_gather(self, own: torch.Tensor, rows: int) -> torch.Tensor:
         """The rows of all processes under one another, `rows` in all, cut as torch.chunk cuts; inside `adding`.
 
         Raises:
@@ -171,7 +171,7 @@ class Ranks:
         return whole[:rows]
 
     @contextmanager
-    def adding(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         """Around what torch waits for by itself: a process that fails in here ends without a word, since nobody listens.
 
         Raises:
@@ -293,11 +293,11 @@ class Ranks:
                 raise ProcessLost(f"another process has not answered for {patience_s / 60:.0f} minutes")
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 """One process; nothing in it ever changes."""
 
 
-def join(on_gpu: bool) -> Ranks:
+def join(on_gpu: bool) -> ProcessGroup:
     """Meet the other processes that a launcher started, or be alone.
 
     Blocks until all have come. No signal handler of ours should be installed yet: it could not run in here.
@@ -311,7 +311,7 @@ def join(on_gpu: bool) -> Ranks:
             " --multi_gpu or torchrun, and set hardware.shard_layers true"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return Ranks()
+        return ProcessGroup()
     missing = [name for name in ENVIRONMENT if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -320,8 +320,8 @@ def join(on_gpu: bool) -> Ranks:
         )
     state = PartialState(cpu=not on_gpu)
     group = dist.new_group(backend="gloo", timeout=FOREVER)
-    ranks = Ranks(state.process_index, state.num_processes, backend=str(state.backend), _group=group)
-    hosts = [told["host"] for told in ranks.exchange("start", {"host": _host()})]
+    ranks = ProcessGroup(state.process_index, state.num_processes, backend=str(state.backend), _group=group)
+    hosts = [told["host"] for told in ranks.all_gather_object("start", {"host": _host()})]
     ranks.local_count = hosts.count(hosts[ranks.index])
     return ranks
 
@@ -349,7 +349,7 @@ def _host() -> str:
     return os.uname().nodename[:80]
 
 
-def begin_equal(ranks: Ranks, model: nn.Module, values: Mapping[str, str], *, is_new: bool) -> None:
+def begin_equal(ranks: ProcessGroup, model: nn.Module, values: Mapping[str, str], *, is_new: bool) -> None:
     """Give a new run the first weights of process 0 everywhere, and make sure that all hold the same weights and values.
 
     Raises:
@@ -359,7 +359,7 @@ def begin_equal(ranks: Ranks, model: nn.Module, values: Mapping[str, str], *, is
         return
     if is_new:
         follow(ranks, _whole(model))
-    notes = ranks.exchange("ready", {**values, "weights": weights_mark(model)})
+    notes = ranks.all_gather_object("ready", {**values, "weights": weights_mark(model)})
     for index, told in enumerate(notes):
         odd = [f"{name} {notes[0][name]} and {told[name]}" for name in (*values, "weights") if notes[0][name] != told[name]]
         if odd:
@@ -370,12 +370,12 @@ def begin_equal(ranks: Ranks, model: nn.Module, values: Mapping[str, str], *, is
 
 
 @torch.no_grad()
-def follow(ranks: Ranks, tensors: Sequence[torch.Tensor]) -> None:
+def follow(ranks: ProcessGroup, tensors: Sequence[torch.Tensor]) -> None:
     """Give every process the tensors of process 0; afterwards their bits are the same in each of them."""
     if not ranks.is_writer:
         for tensor in tensors:
             tensor.zero_()
-    ranks.add_up(tensors)
+    ranks.all_reduce(tensors)
 
 
 def weights_mark(model: nn.Module) -> str:

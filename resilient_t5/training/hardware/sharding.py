@@ -31,19 +31,19 @@ from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.precision import PrecisionName
-from resilient_t5.training.hardware.machine import give_large_blocks_back
-from resilient_t5.training.hardware.process_group import ALONE, Ranks, follow
+from resilient_t5.training.hardware.machine import return_freed_memory_to_os
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, follow
 
 
 @dataclass(eq=False)
-class Layers:
+class ShardedModel:
     """The model of a run and how its layers lie in the processes; without `blocks` every process holds all of them.
 
-    With whole layers nothing here is told, gathered or copied. `cut_layers` makes the other kind.
+    With whole layers nothing here is told, gathered or copied. `shard_model` makes the other kind.
     """
 
     model: T5Model
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
     blocks: tuple[FSDPModule, ...] = ()
     """What is gathered for a pass, in the order of the forward pass."""
     own: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Layers:
     _are_gathered: bool = False
 
     @property
-    def are_cut(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether each process holds its rows of the layers only."""
         return bool(self.blocks)
 
@@ -92,15 +92,15 @@ class Layers:
         rows = set(self.own.values())
         own = [parameter.grad for parameter in parameters if parameter in rows and parameter.grad is not None]
         whole = [parameter.grad for parameter in parameters if parameter not in rows and parameter.grad is not None]
-        if not self.are_cut:
+        if not self.is_sharded:
             return torch.nn.utils.get_total_norm(whole)
         squares, of_whole = (torch.nn.utils.get_total_norm(found).double().square() for found in (own, whole))
-        self.ranks.add_up([squares])
+        self.ranks.all_reduce([squares])
         return (squares + of_whole).sqrt().float()
 
     def agreed(self, place: str, value: Any) -> Any:
         """With cut layers what process 0 says at this place of the run, since all take part in what follows from it."""
-        return self.ranks.word(place, value) if self.are_cut else value
+        return self.ranks.broadcast(place, value) if self.is_sharded else value
 
     @contextmanager
     def gathered(self, *, patient: bool = False) -> Iterator[None]:
@@ -111,11 +111,11 @@ class Layers:
         Args:
             patient: wait without a limit for the others to come here.
         """
-        if not self.are_cut or self._are_gathered:
+        if not self.is_sharded or self._are_gathered:
             yield
             return
-        self.ranks.exchange("gather", {}, patient=patient)
-        with self.ranks.adding():
+        self.ranks.all_gather_object("gather", {}, patient=patient)
+        with self.ranks.collective():
             for block in self.blocks:
                 block.set_reshard_after_forward(False, recurse=False)
                 block.unshard()
@@ -134,18 +134,18 @@ class Layers:
         Args:
             files: the tensors of the model and of the optimizer by their names, as this process holds them, and others.
         """
-        if not self.are_cut:
+        if not self.is_sharded:
             return files
         rows_of = {name: parameter.shape[0] for name, parameter in self.model.named_parameters() if name in self.own}
         found: TensorFiles = {stem: {} for stem in files}
         whole: TensorFiles = {stem: {} for stem in files}
-        with self.ranks.adding():
+        with self.ranks.collective():
             for stem, name, tensor in ((s, n, local(t)) for s, part in sorted(files.items()) for n, t in sorted(part.items())):
                 owner = name.partition("/")[0]
                 if owner not in self.own or tensor.shape != self.own[owner].shape:
                     whole[stem][name] = tensor
                     continue
-                joined = self.ranks.joined(tensor, rows_of[owner])
+                joined = self.ranks.all_gather(tensor, rows_of[owner])
                 if self.ranks.is_writer:
                     found[stem][name] = torch.empty(joined.shape, dtype=joined.dtype).copy_(joined)
             copies = take_snapshot(whole) if self.ranks.is_writer else found
@@ -153,7 +153,7 @@ class Layers:
 
     def own_state(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """This process' rows of an optimizer's named state; what is not of the shape of its parameter stays as it is."""
-        if not self.are_cut:
+        if not self.is_sharded:
             return tensors
         parameters = dict(self.model.named_parameters())
 
@@ -166,7 +166,7 @@ class Layers:
         return {name: rows(name, tensor) for name, tensor in tensors.items()}
 
 
-def cut_layers(model: T5Model, config: Config, ranks: Ranks, precision: PrecisionName, *, is_new: bool) -> Layers:
+def shard_model(model: T5Model, config: Config, ranks: ProcessGroup, precision: PrecisionName, *, is_new: bool) -> ShardedModel:
     """The layers of `model`, cut over the processes where the configuration says so; with one process nothing is cut.
 
     Args:
@@ -177,13 +177,13 @@ def cut_layers(model: T5Model, config: Config, ranks: Ranks, precision: Precisio
         ConfigError: a number format chosen for the user that needs a loss scaler.
     """
     if not config.hardware.shard_layers or ranks.count == 1:
-        return Layers(model, ranks)
+        return ShardedModel(model, ranks)
     if precision == "fp16":
         raise ConfigError(
             "hardware.precision: fp16 was chosen for this card, and its loss scaler knows no cut layers; set fp32"
         )
     if model.shared.weight.device.type == "cpu":
-        give_large_blocks_back()  # what is gathered and let go is not to be kept by the heap
+        return_freed_memory_to_os()  # what is gathered and let go is not to be kept by the heap
     tables = {model.shared.weight, model.lm_head.weight}
     if is_new:
         follow(ranks, [parameter for parameter in model.parameters() if parameter not in tables])
@@ -197,7 +197,7 @@ def cut_layers(model: T5Model, config: Config, ranks: Ranks, precision: Precisio
     # A block hands on the position bias of the first one, which passed through FSDP as a view; nothing is added to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     own = {name: nn.Parameter(local(p.detach())) for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    return Layers(model, ranks, tuple(blocks), own)
+    return ShardedModel(model, ranks, tuple(blocks), own)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ SETTINGS_SHOWN = (
 )
 
 
-def show_start(run: Run, config_yaml: str) -> None:
+def write_start(run: Run, config_yaml: str) -> None:
     """The settings and the machine of this process, as texts."""
     update = run.state.update
     run.telemetry.text("run/config", f"```yaml\n{config_yaml}\n```", update)
@@ -43,7 +43,7 @@ def show_start(run: Run, config_yaml: str) -> None:
     run.telemetry.text("run/environment", f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```", update)
 
 
-def show_samples(run: Run, report: RestorationReport) -> None:
+def write_samples(run: Run, report: RestorationReport) -> None:
     """One restored example on the console; all of them in TensorBoard and in samples/ as a table."""
     if not report.samples:
         return
@@ -58,7 +58,7 @@ def show_samples(run: Run, report: RestorationReport) -> None:
     run.display.line(f"sample {run.state.update:>6} {report.samples[0].restored}", keep="sample")
 
 
-def show_events(run: Run) -> None:
+def write_events(run: Run) -> None:
     """Everything that the convergence machine had to tell so far, as one table in TensorBoard."""
     told = [row for row in read_rows(run.telemetry.path) if row["kind"] == "evaluation" and row.get("events")]
     lines = [f"| {row['update']} | {row['phase']} | {', '.join(row['events'])} | {_cell(row['why'])} |" for row in told]
@@ -66,7 +66,7 @@ def show_events(run: Run) -> None:
     run.telemetry.text("events/log", table, run.state.update)
 
 
-def show_outcome(run: Run) -> None:
+def write_outcome(run: Run) -> None:
     """The loss windows as a picture, and what was set beside what came of it."""
     try:
         draw_windows(run.directory)

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from resilient_t5.checkpoint.retention import most_kept
+from resilient_t5.checkpoint.retention import max_kept
 from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import Batches
-from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.corpus_report import SHARE, WORTH_SHOWING, percent, unknown_warning
 from resilient_t5.data.store.store import Store
 from resilient_t5.model.memory import WIDE, optimizer_bytes
 from resilient_t5.model.precision import Precision
-from resilient_t5.training.build import batch_sizes, planned
+from resilient_t5.training.build import batch_sizes, make_plan_and_rules
 from resilient_t5.training.convergence.machine import Rules, unreachable
 from resilient_t5.training.hardware.device import build_device
 from resilient_t5.training.hardware.machine import describe
@@ -30,7 +30,7 @@ from resilient_t5.training.schedule import Plan
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Preview:
     """What can be said of a run before its first update."""
 
     config: Config
@@ -47,12 +47,12 @@ class Outlook:
         return Path(self.config.run.dir)
 
 
-def outlook_of(run: Run) -> Outlook:
+def preview_of(run: Run) -> Preview:
     """The outlook of a run that has been built."""
-    return Outlook(run.config, run.device, run.precision, run.fit, run.store, run.plan, run.convergence.rules)
+    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, run.convergence.rules)
 
 
-def outlook_over(config: Config, store: Store) -> Outlook:
+def preview_over(config: Config, store: Store) -> Preview:
     """The outlook of the run that `config` asks for: no model is built or read, and nothing is written.
 
     One thing may still come out otherwise: a 16-bit format that was chosen for a GPU is tried when the model is there.
@@ -61,11 +61,11 @@ def outlook_over(config: Config, store: Store) -> Outlook:
         ConfigError, DataError: a part cannot be built as it is configured.
     """
     device, precision, _ = build_device(config)
-    corpus = Corpus.over(store, config)
+    corpus = Dataset.over(store, config)
     fit = fit_run(config, store, device, precision.name)
     sizes = batch_sizes(config, device, fit.choice.micro_tokens)
     batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
-    return Outlook(config, device, precision, fit, store, *planned(config, batches))
+    return Preview(config, device, precision, fit, store, *make_plan_and_rules(config, batches))
 
 
 def nearest_existing(path: Path) -> Path:
@@ -80,7 +80,7 @@ GIB = 1 << 30
 
 
 def banner_lines(
-    outlook: Outlook, given: Mapping[str, tuple[Any, str]], resumed_from: str | None, changed_conditions: Sequence[str] = ()
+    outlook: Preview, given: Mapping[str, tuple[Any, str]], resumed_from: str | None, changed_conditions: Sequence[str] = ()
 ) -> Iterator[str]:
     """The start banner, line by line.
 
@@ -114,7 +114,7 @@ def banner_lines(
     if changed_conditions:
         changed = "; ".join(changed_conditions)
         yield f"resume warning: the run goes on under other conditions, so not bit for bit: {changed}"
-    if free_bytes(outlook) < most_bytes(outlook):
+    if free_bytes(outlook) < max_bytes(outlook):
         yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
     yield from (f"plan warning: {warning}" for warning in outlook.fit.warnings())
     yield from (f"plan warning: {warning}" for warning in unreachable(rules, plan.total_updates, plan.evaluate_every))
@@ -137,7 +137,7 @@ def process_lines(run: Run) -> Iterator[str]:
         yield "procs  1 process" + (", so hardware.shard_layers cuts nothing" if run.config.hardware.shard_layers else "")
         return
     yield f"procs  {ranks.count} processes, {ranks.local_count} on this machine, sums by {ranks.backend}"
-    if run.updater.layers.are_cut:
+    if run.updater.layers.is_sharded:
         yield (
             f"layers cut over {ranks.count} processes with their gradients and optimizer state; whole in every process: the"
             " vocabulary tables, and during evaluation and export all weights"
@@ -149,7 +149,7 @@ def process_lines(run: Run) -> Iterator[str]:
         )
 
 
-def model_line(outlook: Outlook) -> str:
+def model_line(outlook: Preview) -> str:
     """Which model, how large, and how much of the vocabulary it trains."""
     settings, sizes = outlook.config.model, outlook.fit.sizes
     name = settings.name_or_path or f"{settings.preset} from scratch"
@@ -159,14 +159,14 @@ def model_line(outlook: Outlook) -> str:
     )
 
 
-def memory_line(outlook: Outlook) -> str:
+def memory_line(outlook: Preview) -> str:
     """How an update is cut, and the memory that this needs."""
     choice = outlook.fit.choice
     checkpointing = "with" if choice.checkpointing else "without"
     return f"memory micro-batches of {choice.micro_tokens} tokens, {checkpointing} gradient checkpointing: {outlook.fit.why}"
 
 
-def disk_line(outlook: Outlook) -> str:
+def disk_line(outlook: Preview) -> str:
     """How often is saved, how large a checkpoint will be, and how much of the disk they take at most."""
     settings = outlook.config.checkpoint
     often = [f"every {settings.every_updates} updates"] if settings.every_updates is not None else []
@@ -174,22 +174,22 @@ def disk_line(outlook: Outlook) -> str:
     size = checkpoint_bytes(outlook)
     return (
         f"disk   saves {' and '.join(often) or 'the best and the last'}, about {size / GIB:.3f} GiB each,"
-        f" {most_bytes(outlook) / GIB:.2f} GiB at most, {free_bytes(outlook) / GIB:.1f} GiB free"
+        f" {max_bytes(outlook) / GIB:.2f} GiB at most, {free_bytes(outlook) / GIB:.1f} GiB free"
     )
 
 
-def most_bytes(outlook: Outlook) -> int:
+def max_bytes(outlook: Preview) -> int:
     """What the checkpoints of the run and its ballast take at most."""
     settings = outlook.config.checkpoint
-    return (most_kept(settings.keep_last) + settings.ballast) * checkpoint_bytes(outlook)
+    return (max_kept(settings.keep_last) + settings.ballast) * checkpoint_bytes(outlook)
 
 
-def free_bytes(outlook: Outlook) -> int:
+def free_bytes(outlook: Preview) -> int:
     """Free bytes of the disk that the run directory lies on, or will lie on."""
     return shutil.disk_usage(nearest_existing(outlook.directory)).free
 
 
-def checkpoint_bytes(outlook: Outlook) -> int:
+def checkpoint_bytes(outlook: Preview) -> int:
     """Size of a checkpoint once the optimizer has all its state: float32 weights, and moments."""
     sizes = outlook.fit.sizes
     return int(WIDE * sizes.parameters + optimizer_bytes(sizes, outlook.config.optim.name))

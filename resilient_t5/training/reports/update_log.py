@@ -47,7 +47,7 @@ def report_status(run: Run, stop: StopSignal) -> None:
     stop.status_requested = False
     if not run.ranks.is_writer:
         return
-    state, newest, memory = run.state, run.vault.newest, run.guard.memory
+    state, newest, memory = run.state, run.manager.newest, run.guard.memory
     status = {
         "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "pid": os.getpid(),

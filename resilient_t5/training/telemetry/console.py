@@ -15,13 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from resilient_t5.training.convergence.machine import told_verdict
+from resilient_t5.training.convergence.machine import format_verdict
 from resilient_t5.training.convergence.phases import Verdict
 from resilient_t5.training.telemetry.timing import Left, readable
 
@@ -30,10 +31,10 @@ KEPT_ROWS = ("numbers", "phase", "restore", "sample")
 """The rows below the bar, in this order; a row that nothing was said for is left out."""
 
 
-class LiveView:
+class LiveProgress:
     """The bar and the kept rows; `rich` paints it from a thread of its own, this class only holds what to paint."""
 
-    def __init__(self, console: Console, update: int, total_updates: int):
+    def __init__(self, console: RichConsole, update: int, total_updates: int):
         self.update, self.total_updates = update, total_updates
         self._rows: dict[str, str] = {}
         self._live = Live(self, console=console, refresh_per_second=REFRESH_PER_S, transient=True)
@@ -54,7 +55,7 @@ class LiveView:
         """Show `text` in a row of KEPT_ROWS until the next one."""
         self._rows[row] = text
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
         """The view as rich paints it."""
         table: Any = Table.grid(expand=True, padding=(0, 1))
         table.add_column(no_wrap=True)
@@ -70,7 +71,7 @@ class LiveView:
                 yield Text(self._rows[row], no_wrap=cut, overflow="ellipsis" if cut else "fold")
 
 
-class Display:
+class Console:
     """Prints the lines of a run and, on a terminal, keeps one live view below them.
 
     Args:
@@ -80,12 +81,12 @@ class Display:
 
     def __init__(self, mode: str, log: Path | None):
         self.quiet = mode == "quiet"
-        self.console = Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
+        self.console = RichConsole(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
         self._live = not self.quiet and (mode == "live" or (mode == "auto" and self.console.is_terminal))
         self._log = None if log is None else log.open("a", encoding="utf-8")
-        self._view: LiveView | None = None
+        self._view: LiveProgress | None = None
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -117,7 +118,7 @@ class Display:
     def begin(self, update: int, total_updates: int) -> None:
         """Show the live view of a run that stands at `update`, where there is a terminal for it."""
         if self._live:
-            self._view = LiveView(self.console, update, total_updates)
+            self._view = LiveProgress(self.console, update, total_updates)
             self._view.start()
 
     def advance(self, update: int) -> None:
@@ -169,7 +170,7 @@ def restoration_line(row: Mapping[str, Any]) -> str:
 
 def phase_line(verdict: Verdict) -> str:
     """The console line of a verdict: the phase, why the run goes on or stops, and what happened beside that."""
-    return f"phase  {verdict.phase.name} {told_verdict(verdict)}"
+    return f"phase  {verdict.phase.name} {format_verdict(verdict)}"
 
 
 def tokens_text(tokens_per_s: float) -> str:

@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.training.telemetry.console import Display
-from resilient_t5.training.telemetry.tensorboard import Board
+from resilient_t5.training.telemetry.console import Console
+from resilient_t5.training.telemetry.tensorboard import TensorBoardWriter
 
 QUIET_EVENTS = ("delete", "sweep")
 
@@ -24,7 +24,7 @@ AUDIT_KINDS = ("start", "end", "save", "guard", "signal")
 """Rows that stay when a run goes back to an older update; all others beyond it are dropped."""
 
 
-class Telemetry:
+class MetricsLog:
     """Writes the rows of one run.
 
     Args:
@@ -37,13 +37,13 @@ class Telemetry:
     def __init__(self, directory: Path | None, *, from_update: int, evaluated_update: int | None = None, tensorboard: bool):
         self.path = Path(os.devnull) if directory is None else directory / "metrics.jsonl"
         self.write_errors = 0
-        self._board: Board | None = None
+        self._board: TensorBoardWriter | None = None
         if directory is None:
             self._file = self.path.open("a", encoding="utf-8")
             return
         drop_rows_beyond(self.path, from_update, from_update if evaluated_update is None else evaluated_update)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = Board(directory / "tensorboard", from_update=from_update) if tensorboard else None
+        self._board = TensorBoardWriter(directory / "tensorboard", from_update=from_update) if tensorboard else None
 
     def row(self, kind: str, update: int, **values: Any) -> dict[str, Any]:
         """Append one row, draw it, and return it as it was written."""
@@ -153,7 +153,7 @@ class AuditTrail:
     def __init__(self, deadline_s: float = float("inf")) -> None:
         self._deadline_s = deadline_s
         self._kept: list[tuple[str, dict[str, Any]]] = []
-        self._log: tuple[Telemetry, Display] | None = None
+        self._log: tuple[MetricsLog, Console] | None = None
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """Note one event of the vault."""
@@ -177,7 +177,7 @@ class AuditTrail:
         elif event not in QUIET_EVENTS:
             display.line(f"checkpoint {event}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
 
-    def attach(self, telemetry: Telemetry, display: Display) -> None:
+    def attach(self, telemetry: MetricsLog, display: Console) -> None:
         """Open the log, and tell what was kept."""
         self._log = (telemetry, display)
         kept, self._kept = self._kept, []

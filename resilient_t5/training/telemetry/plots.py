@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resilient_t5.errors import StorageError
 from resilient_t5.training.convergence.phases import Phase
-from resilient_t5.training.convergence.replay import Beside, Replay, lowest
+from resilient_t5.training.convergence.replay import Replay, ReplayComparison, lowest
 from resilient_t5.training.convergence.scoring import Comparison, Summary, summary
 from resilient_t5.training.convergence.trend import HORIZON_WINDOWS
 
@@ -173,7 +173,7 @@ ANCHOR, USED, INTERVAL, ERROR = (200, 110, 20), (214, 158, 46), (219, 210, 232),
 STOP, BEST, SECOND, UNTRAINED, OTHER = (192, 28, 40), (24, 122, 62), (20, 108, 60), (244, 245, 247), (122, 44, 130)
 
 
-def draw_replay(result: Replay, path: Path, beside: Beside | None = None) -> None:
+def draw_replay(result: Replay, path: Path, beside: ReplayComparison | None = None) -> None:
     """Three panels above one axis of updates: losses, patience used, projected gain; and where another rule stops."""
     windows, rules = result.windows, result.rules
     x_range = (windows[0].update - 0.5 * rules.every, windows[-1].update + 0.5 * rules.every)
@@ -327,7 +327,7 @@ def _marks(canvas: Canvas, panels: Sequence[Axes], result: Replay) -> None:
         )
 
 
-def _other_stop(canvas: Canvas, panels: Sequence[Axes], beside: Beside) -> None:
+def _other_stop(canvas: Canvas, panels: Sequence[Axes], beside: ReplayComparison) -> None:
     """The stop and the best of a rule that did not steer the run."""
     axes, other = panels[0], beside.replay
     if other.stopped is not None:

@@ -57,7 +57,7 @@ LAYOUT = {
 }
 
 
-class Board:
+class TensorBoardWriter:
     """The event files of one run, opened with the update that the run goes on from (0 for a new one)."""
 
     def __init__(self, directory: Path, *, from_update: int):

@@ -312,7 +312,7 @@ def test_a_document_too_long_to_hold_leaves_in_parts_on_one_side(
     tmp_path: Path, mode: str, breaks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory stays bounded, no character is lost, and all parts share the key that decides the split."""
-    monkeypatch.setattr(formats, "LONGEST_DOCUMENT_CHARACTERS", 64)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_CHARACTERS", 64)
     monkeypatch.setattr(formats, "SMALL_FILE_BYTES", 64)
     monkeypatch.setattr(encodings, "BLOCK_BYTES", 50)
     sentences = [f"{number}{CHINESE}{number}." for number in range(40)]
@@ -393,9 +393,9 @@ def test_a_malformed_jsonl_line_is_named_by_number(tmp_path: Path, line: str, sa
 
 def test_a_record_longer_than_memory_allows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the limit a line is whole, even at the end of the file; beyond it the line is named."""
-    monkeypatch.setattr(formats, "LONGEST_DOCUMENT_CHARACTERS", 10)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_CHARACTERS", 10)
     assert texts(written(tmp_path / "a.jsonl", '{"text": "a text of more than ten"}')) == ["a text of more than ten"]
-    monkeypatch.setattr(formats, "LONGEST_RECORD_CHARACTERS", 20)
+    monkeypatch.setattr(formats, "MAX_RECORD_CHARACTERS", 20)
     with pytest.raises(DataError, match="longer than 20"):
         read(tmp_path / "a.jsonl")
 

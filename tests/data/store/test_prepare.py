@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from resilient_t5.config.schema import BatchConfig, Config, DataConfig, RunConfig, TokenizerConfig
 from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
-from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.examples import cut_examples, find_terms
 from resilient_t5.data.store.corpus_report import scale_reading
 from resilient_t5.data.store.prepare import merge_shards, prepare, prepare_shard
@@ -124,12 +124,12 @@ def test_an_example_has_the_ids_of_its_own_text(config, corpus):
 def test_a_store_of_an_earlier_version_is_trained_as_it_was_made(config, corpus):
     """Its sources are read token by token: a run over it goes on with the same examples, and no id outside its vocabulary."""
     store = prepare(config, corpus / "store")
-    assert Corpus.over(store, config).table.gap_encoding is not None
+    assert Dataset.over(store, config).table.gap_encoding is not None
     meta = json.loads((corpus / "store" / "meta.json").read_text(encoding="utf-8"))
     del meta["tokenizer_files"]
     (corpus / "store" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     old = prepare(config, corpus / "store")
-    assert not old.encodes_gaps and Corpus.over(old, config).table.gap_encoding is None
+    assert not old.encodes_gaps and Dataset.over(old, config).table.gap_encoding is None
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused_before_the_text_is_read(config, corpus, monkeypatch):

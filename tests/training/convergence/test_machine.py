@@ -118,8 +118,8 @@ def test_the_whole_story_of_two_descents_runs_through_the_phases_in_order():
 
 def test_every_verdict_tells_why_and_when_it_could_stop():
     """The line has the counter, the trend and the earliest stop."""
-    told = ConvergenceMachine(RULES).observe(window(1, 5.0))
-    assert told.why == "plateau=0/4 trend=none -> continue (watching from 10, judging from 20, earliest stop 24)"
+    format_statistics = ConvergenceMachine(RULES).observe(window(1, 5.0))
+    assert format_statistics.why == "plateau=0/4 trend=none -> continue (watching from 10, judging from 20, earliest stop 24)"
     machine = ConvergenceMachine(JUDGED)
     last = feed(machine, [5 - 0.01 * i for i in range(4)])[-1]
     assert last.why.startswith("plateau=3/4 trend=DECLINE gain/5w=0.05 [0.05,0.05] worth=0.005 sigma=")
@@ -133,14 +133,14 @@ def test_a_flat_run_stops_exactly_at_the_earliest_stop_that_was_told_from_the_fi
     settings = ConvergenceConfig(preset=preset)
     rules = Rules.from_config(settings, lambda point: updates_at(point, 8000, 1.0), EvaluationConfig(every=500))
     machine = ConvergenceMachine(rules)
-    told = []
+    format_statistics = []
     for update in range(0, 10**6, 500):
         verdict = machine.observe(window(update, 2.0))
-        told.append(verdict.earliest_stop_update)
+        format_statistics.append(verdict.earliest_stop_update)
         if verdict.stop:
             break
-    assert set(told[:-1]) == {update} == {rules.earliest_stop()}
-    assert told[-1] is None
+    assert set(format_statistics[:-1]) == {update} == {rules.earliest_stop()}
+    assert format_statistics[-1] is None
 
 
 def test_state_is_restored_at_every_index_of_a_curve_without_a_trace():
@@ -284,8 +284,8 @@ def test_a_change_point_on_a_plateau_is_announced_before_patience_counts_a_gain(
     noise = [0.001, -0.001, 0.0005, -0.0005, 0.001, -0.001, 0.0]
     losses = [2 + n for n in noise * 2] + [1.99, 1.989, 1.988, 1.5]
     patient = feed(ConvergenceMachine(replace(JUDGED, patience=8, on_saturation="continue")), losses)
-    told = [(verdict.update, verdict.phase) for verdict in patient if "secondary_convergence" in verdict.events]
-    assert told == [(16, Phase.SATURATED)]
+    format_statistics = [(verdict.update, verdict.phase) for verdict in patient if "secondary_convergence" in verdict.events]
+    assert format_statistics == [(16, Phase.SATURATED)]
     assert patient[-1].phase is Phase.SECONDARY_CONVERGENCE
     longer = feed(ConvergenceMachine(replace(JUDGED, patience=8, on_saturation="continue")), [*losses, *[1.5] * 6, 1.0])
     assert [verdict.update for verdict in longer if "secondary_convergence" in verdict.events] == [16, 25]

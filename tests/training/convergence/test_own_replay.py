@@ -86,9 +86,9 @@ def test_the_cooldown_takes_the_learning_rate_to_zero_and_the_best_of_all_is_kep
 def test_a_replayed_run_gives_the_decisions_that_it_made(cooled, capsys):
     """bin/replay over the run directory finds every verdict as it was, and does not call a cooldown that was one missing."""
     assert main([str(cooled[0]), "--png", "none"]) == 0
-    told = capsys.readouterr().out
-    assert "agrees with the run's own verdicts at all 9 evaluations" in told
-    assert "did not cool down" not in told
+    format_statistics = capsys.readouterr().out
+    assert "agrees with the run's own verdicts at all 9 evaluations" in format_statistics
+    assert "did not cool down" not in format_statistics
 
 
 def test_a_saturated_run_goes_on_with_a_raised_patience_and_replays_as_it_happened(fork_server, tiny_config, tmp_path, capsys):
@@ -103,10 +103,10 @@ def test_a_saturated_run_goes_on_with_a_raised_patience_and_replays_as_it_happen
     assert fork_server.run([*argv, "4"], console) == 0, console.read_text()
     assert (read_summary(run)["stop_reason"], read_summary(run)["updates"]) == ("saturated", 5)
     assert main([str(run), "--png", "none"]) == 0
-    told = capsys.readouterr().out
-    assert "plateau=2/2" in told
-    assert "plateau=4/4" in told
-    assert "agrees with the run's own verdicts at all 6 evaluations" in told
+    format_statistics = capsys.readouterr().out
+    assert "plateau=2/2" in format_statistics
+    assert "plateau=4/4" in format_statistics
+    assert "agrees with the run's own verdicts at all 6 evaluations" in format_statistics
 
 
 def test_a_phase_that_the_run_cannot_reach_is_said_at_its_start(fork_server, tiny_config, tmp_path):

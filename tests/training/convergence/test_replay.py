@@ -156,10 +156,10 @@ def test_a_recording_that_is_not_one_is_refused_with_its_place(tmp_path, name, c
     """Exit code 65, one line, no traceback."""
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert main([str(tmp_path / name), "--png", "none"]) == 65
-    told = capsys.readouterr().err
-    assert words in told
-    assert name in told
-    assert "Traceback" not in told
+    stories = capsys.readouterr().err
+    assert words in stories
+    assert name in stories
+    assert "Traceback" not in stories
 
 
 def test_a_packed_file_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
@@ -183,15 +183,17 @@ def test_an_evaluation_is_a_window_unless_the_curve_says_otherwise():
 def test_the_story_tells_stop_best_and_what_is_given_up_and_saved():
     """A second descent after five flat windows: seed stops before it, thorough lives to see it."""
     curve = curve_of(LOSSES)
-    told = {p: "\n".join(story(replay(curve, replay_rules(curve, ConvergenceConfig(preset=p))))) for p in ("seed", "thorough")}
-    assert "-> continue (first judged window, anchor 3.83, earliest stop 17000)" in told["seed"]
-    assert "SECONDARY_CONVERGENCE" in told["seed"]
+    stories = {
+        p: "\n".join(story(replay(curve, replay_rules(curve, ConvergenceConfig(preset=p))))) for p in ("seed", "thorough")
+    }
+    assert "-> continue (first judged window, anchor 3.83, earliest stop 17000)" in stories["seed"]
+    assert "SECONDARY_CONVERGENCE" in stories["seed"]
     early = replay(curve, replay_rules(curve, ConvergenceConfig(preset="seed", patience=4)))
     words = "\n".join(story(early))
     assert "stops at update 16000 of 28000 (saturated), after 16 of 28 windows" in words
     assert "gives up 0.93 (15.25 % of the descent): the lowest, 2.9, came at 19000" in words
     assert "saves 12 windows, 43 % of the recording" in words
-    assert "never stops: the recording ends in PLATEAU" in told["thorough"]
+    assert "never stops: the recording ends in PLATEAU" in stories["thorough"]
 
 
 def test_forgone_is_the_share_of_the_descent_and_updates_that_of_the_recording():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resilient_t5.config.parse import parse_config
-from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import fitted
@@ -20,7 +20,7 @@ CANDIDATE = Precision("bf16", "the device does it natively")
 def parts(tiny_config, tmp_path_factory):
     """A configuration, and the model and batches that a run over it would have."""
     config = parse_config(["--config", str(tiny_config)], "train", "")
-    corpus = Corpus.over(prepare(config, tmp_path_factory.mktemp("store") / "store"), config)
+    corpus = Dataset.over(prepare(config, tmp_path_factory.mktemp("store") / "store"), config)
     _, model, _, batches = fitted(config, corpus, CPU, CANDIDATE)
     return config, model, batches
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from resilient_t5.config.parse import parse_config
-from resilient_t5.config.schema import mathematics
+from resilient_t5.config.schema import trajectory_settings
 from resilient_t5.data.batches import Batches
-from resilient_t5.data.dataset import Corpus
+from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.load import PRESETS
@@ -66,7 +66,7 @@ def test_the_task_is_bounded_by_the_longest_example_of_the_store(tiny_config, st
     """No source of three epochs is longer, nor any target; and the bound is not simply what the settings allow."""
     config = settings(tiny_config)
     task = task_of(config, store)
-    corpus = Corpus.over(store, config)
+    corpus = Dataset.over(store, config)
     batches = Batches(corpus.train, corpus.table, config, seed=1, micro_tokens=10**6, pad_multiple=1)
     updates = range(int(3 * batches.updates_per_epoch))
     shapes = [(m.source_BS.shape[1], m.labels_BT.shape[1]) for update in updates for m in batches.at(update)]
@@ -81,9 +81,9 @@ def test_what_is_planned_changes_no_mathematics(tiny_config):
     other = settings(
         tiny_config, "--hardware.memory_gib", "3", "--model.gradient_checkpointing", "true", "--batch.micro_tokens", "64"
     )
-    assert mathematics(config) == mathematics(other)
+    assert trajectory_settings(config) == trajectory_settings(other)
     compiled = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, compile=True))
-    assert mathematics(config) == mathematics(compiled)
+    assert trajectory_settings(config) == trajectory_settings(compiled)
 
 
 def test_an_optimizer_inside_the_backward_pass_gets_its_update_in_one_micro_batch(tiny_config, store):

@@ -4,15 +4,15 @@ import io
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console as RichConsole
 
-from resilient_t5.training.telemetry.console import Display, LiveView
+from resilient_t5.training.telemetry.console import Console, LiveProgress
 from resilient_t5.training.telemetry.timing import Left, Timing
 
 
 def painted(view, width):
     """The view as lines of a terminal of `width` cells."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console = RichConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(view)
     return console.file.getvalue().splitlines()
 
@@ -20,7 +20,7 @@ def painted(view, width):
 @pytest.mark.parametrize("width", [24, 40, 80, 200])
 def test_no_row_is_wider_than_the_terminal_whatever_the_script(width):
     """Chinese characters take two cells; rows are folded or cut by cells, brackets of the data are no markup."""
-    view = LiveView(Console(file=io.StringIO()), 1200, 2000)
+    view = LiveProgress(RichConsole(file=io.StringIO()), 1200, 2000)
     view.keep("numbers", "update 1200/2000 60.0% | loss 1.8423 | lr 9.95e-06 | 3.9k tok/s | eta 1d 02h (train 23h, eval 2h)")
     view.keep("sample", "sample 1200 患者[/b]反复[咳嗽]咳痰十余年，加重伴[气促]三天，查体双肺可闻及[湿性啰音]，血压正常" * 3)
     lines = painted(view, width)
@@ -31,7 +31,7 @@ def test_no_row_is_wider_than_the_terminal_whatever_the_script(width):
 
 def test_rows_keep_their_order_and_show_their_last_word():
     """Whatever was said last in a row stands there, below the bar, in a fixed order."""
-    view = LiveView(Console(file=io.StringIO()), 5, 10)
+    view = LiveProgress(RichConsole(file=io.StringIO()), 5, 10)
     for row, text in (("sample", "old"), ("phase", "phase OBSERVE"), ("numbers", "loss 2"), ("sample", "new")):
         view.keep(row, text)
     view.advance(6)
@@ -42,7 +42,7 @@ def test_rows_keep_their_order_and_show_their_last_word():
 
 def test_on_a_pipe_every_line_is_printed_and_logged(tmp_path, capsys):
     """Without a terminal there is no view: the same plain lines go to the console and to train.log."""
-    with Display("plain", tmp_path / "train.log") as display:
+    with Console("plain", tmp_path / "train.log") as display:
         display.begin(0, 10)
         display.line("update 5/10 | loss 2.0", keep="numbers")
         display.line("phase  OBSERVE", keep="phase")

@@ -5,12 +5,12 @@ import math
 
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from resilient_t5.training.telemetry.metrics_log import Telemetry, read_rows
+from resilient_t5.training.telemetry.metrics_log import MetricsLog, read_rows
 
 
 def write(directory, updates, from_update=0):
     """Log one training row per update, as a run that goes on from `from_update` does."""
-    telemetry = Telemetry(directory, from_update=from_update, tensorboard=True)
+    telemetry = MetricsLog(directory, from_update=from_update, tensorboard=True)
     for update in updates:
         telemetry.row("train", update, loss=1.0 / update, tokens_per_s=5.0)
     telemetry.row("save", max(updates), name="u", write_s=0.1)
@@ -58,7 +58,7 @@ def test_curves_go_on_cleanly_in_tensorboard_after_a_crash(tmp_path):
 
 def test_a_value_that_is_no_number_is_written_as_text(tmp_path):
     """JSON has no NaN; the raw value is never hidden and the file stays valid."""
-    telemetry = Telemetry(tmp_path, from_update=0, tensorboard=False)
+    telemetry = MetricsLog(tmp_path, from_update=0, tensorboard=False)
     telemetry.row("guard", 1, loss=math.nan, gradient_norm=math.inf)
     telemetry.close()
     (row,) = read_rows(tmp_path / "metrics.jsonl")

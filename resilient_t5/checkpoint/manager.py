@@ -9,7 +9,6 @@ keeps is there. An fsync that failed is never repeated: the next save writes eve
 All methods but the constructor expect that this process holds the run lock, and one of them runs at a time.
 """
 
-import errno
 import math
 import os
 import secrets
@@ -43,7 +42,6 @@ from resilient_t5.checkpoint.retention import (
     TEMPORARY_PREFIXES,
     TRASH,
     Stored,
-    Tell,
     delete,
     find_best,
     pointed_q,
@@ -57,52 +55,17 @@ from resilient_t5.checkpoint.snapshot import refuse_non_finite
 from resilient_t5.checkpoint.tensors import lay_out
 from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
-from resilient_t5.files import FileSystem, closing, make_directories
+from resilient_t5.files import FileSystem, make_directories
 
 __all__ = ["Committed", "Loaded", "Parts", "CheckpointManager"]
 
-BALLAST = ".ballast"
+OLD_BALLAST = ".ballast"
+"""A file of earlier versions that held disk space back for the last save."""
 
 
 def with_spare(size_bytes: int, reserve_bytes: int) -> int:
     """Free bytes that a checkpoint of this size needs."""
     return size_bytes + size_bytes // 20 + reserve_bytes
-
-
-class Ballast:
-    """The ballast of one checkpoint directory. What the file system refuses is told, once, and never raised."""
-
-    def __init__(self, fs: FileSystem, directory: Path, tell: Tell):
-        self._fs, self._path, self._tell, self._told = fs, directory / BALLAST, tell, False
-
-    def keep(self, size_bytes: int) -> None:
-        """Set at least `size_bytes` aside, unless that would take the room of the next save."""
-        try:
-            if self._is_there() and self._fs.file_size(self._path) >= size_bytes:
-                return
-            self.drop()
-            if self._fs.free_bytes(self._path.parent) < 2 * size_bytes:
-                raise OSError(errno.ENOSPC, "no room for it beside the next checkpoint", str(self._path))
-            with closing(self._fs, self._fs.open_new(self._path)) as file:
-                self._fs.allocate(file, size_bytes)
-            if self._fs.file_size(self._path) < size_bytes:
-                raise OSError(errno.ENOTSUP, "this file system reserves nothing", str(self._path))
-        except OSError as error:
-            self.drop()
-            if not self._told:
-                self._tell("ballast_failed", size_bytes=size_bytes, error=describe(error))
-                self._told = True
-
-    def drop(self) -> bool:
-        """Give the room back; False when there was none."""
-        with suppress(OSError):  # then the save that wanted the room says what is wrong
-            if self._is_there():
-                self._fs.unlink(self._path)
-                return True
-        return False
-
-    def _is_there(self) -> bool:
-        return self._path.name in self._fs.names(self._path.parent)
 
 
 RESERVE_BYTES = 32 * 2**20
@@ -138,7 +101,6 @@ class CheckpointManager:
         self.settings = settings
         self._run_id, self._fs, self.reserve_bytes = run_id, fs or FileSystem(), reserve_bytes
         self._audit, self._audit_thread = audit, threading.get_ident()
-        self.ballast = Ballast(self._fs, self.directory, self.emit)
         self._untold: deque[tuple[str, dict[str, Any]]] = deque()
         self._parent: Manifest | None = None
         self.newest: Committed | None = None  # the last one this process committed or went on from
@@ -185,7 +147,7 @@ class CheckpointManager:
             StorageError: the directories cannot be listed.
         """
         for parent, prefixes in (
-            (self.directory, (TEMPORARY, TRASH)),
+            (self.directory, (TEMPORARY, TRASH, OLD_BALLAST)),
             (self.run_directory, TEMPORARY_PREFIXES),
         ):
             with reporting(f"{parent} cannot be read"):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
-from resilient_t5.checkpoint.manager import CheckpointManager, with_spare
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.checkpoint.manifest import Committed, Parts
 from resilient_t5.checkpoint.snapshot import available_memory_bytes, snapshot_bytes, take_snapshot
 from resilient_t5.errors import DiskFull, StorageError
@@ -109,10 +109,6 @@ class Writer:
         self._wait_for_slot(should_stop, poll_s)
         return self.poll()
 
-    def drop_ballast(self) -> None:
-        """Give back the room that was kept for a last save: there will be none. Call it while nothing is in flight."""
-        self._manager.ballast.drop()
-
     def hurry(self) -> None:
         """A save that waits for room on the disk gives up; one that is being written goes on."""
         self._give_up.set()
@@ -164,12 +160,8 @@ class Writer:
         policy, told = self._manager.settings.on_disk_full, False
         while True:
             try:
-                committed = self._manager.save(parts, best=best)
-                self._keep_ballast(parts, committed)
-                return committed
+                return self._manager.save(parts, best=best)
             except (DiskFull, StorageError) as error:
-                if isinstance(error, DiskFull) and parts.reason in ENDING and self._manager.ballast.drop():
-                    continue
                 waits = policy == "wait" and isinstance(error, DiskFull) and parts.reason != "signal"
                 if not waits and (policy == "stop" or parts.reason in ENDING):
                     raise
@@ -180,11 +172,6 @@ class Writer:
                     if parts.reason in ENDING:
                         raise
                     return None
-
-    def _keep_ballast(self, parts: Parts, committed: Committed) -> None:
-        if self._manager.settings.ballast and parts.reason not in ENDING:
-            grown = committed.bytes + committed.bytes // 20  # a state grows a little from save to save
-            self._manager.ballast.keep(with_spare(grown, self._manager.reserve_bytes))
 
     def _wait_for_room(self, should_stop: Callable[[], bool] | None) -> bool:
         """Wait a little; False when the waiting has to end."""

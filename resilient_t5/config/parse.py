@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import resilient_t5
-from resilient_t5.config.schema import Config, flat
+from resilient_t5.config.schema import REMOVED_KEYS, Config, flat
 from resilient_t5.errors import ConfigError, ExitCode
 
 SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
@@ -70,11 +70,11 @@ def parse_arguments(
     if "--version" in argv:
         sys.stdout.write(f"resilient_t5 {resilient_t5.__version__}\n")
         raise SystemExit(ExitCode.OK)
-    given, problems = _collect(argv, [name for name, _ in flags])
+    given, flag_arguments, problems = _collect(argv, [name for name, _ in flags])
     if problems:
         raise ConfigError(*problems, *_wrong_values(parser, given))
     try:
-        namespace = _parse_quietly(parser, [argument for argument in argv if argument != "--print_config"])
+        namespace = _parse_quietly(parser, [*(f"--{item.key}={item.text}" for item in given), *flag_arguments])
     except Exception as error:  # noqa: BLE001  jsonargparse raises several types; all of them become one message
         raise ConfigError(*(_wrong_values(parser, given) or [str(error).replace("\n", " ")])) from None
     config = _instantiate(namespace)
@@ -137,9 +137,13 @@ def _instantiate(namespace: Namespace) -> Config:
     return Config(**sections)
 
 
-def _collect(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[Given], list[str]]:
-    """Every setting given, in order, and the problems of form: unknown keys, repeated keys, missing files, order."""
+def _collect(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[Given], list[str], list[str]]:
+    """The settings in order of precedence, the arguments that are flags, and the problems of form.
+
+    Problems of form are unknown, repeated and removed keys, unreadable files, and files after overrides.
+    """
     given: list[Given] = []
+    flag_arguments: list[str] = []
     problems: list[str] = []
     known = {f"--{key}" for key in KEYS} | {"--config", "--print_config", *flags}
     overridden = ""
@@ -148,6 +152,11 @@ def _collect(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[Given], li
         name, separator, text = argv[position].partition("=")
         position += 1
         if name == "--print_config":
+            continue
+        if (key := name.removeprefix("--")) in REMOVED_KEYS:
+            if not separator and position < len(argv):
+                text, position = argv[position], position + 1
+            problems += _removed(key, text, "command line")
             continue
         if name not in known:
             problems.append(_unknown(name.removeprefix("--"), "command line", is_option=name.startswith("--")))
@@ -164,10 +173,12 @@ def _collect(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[Given], li
             given_in_file, problems_in_file = _read_file(Path(text))
             given += given_in_file
             problems += problems_in_file
-        elif name not in flags:
+        elif name in flags:
+            flag_arguments.append(f"{name}={text}")
+        else:
             overridden = overridden or name
-            given.append(Given(name.removeprefix("--"), text, "command line"))
-    return given, problems
+            given.append(Given(key, text, "command line"))
+    return given, flag_arguments, problems
 
 
 def _read_file(path: Path) -> tuple[list[Given], list[str]]:
@@ -195,6 +206,8 @@ def _read_file(path: Path) -> tuple[list[Given], list[str]]:
             where = f"{path}:{value.start_mark.line + 1}"
             if key in KEYS:
                 given.append(Given(key, _node_text(value), where))
+            elif key in REMOVED_KEYS:
+                problems += _removed(key, _node_text(value), where)
             else:
                 problems.append(_unknown(key, where, is_option=False))
     return given, problems
@@ -228,6 +241,14 @@ def _unknown(key: str, where: str, *, is_option: bool) -> str:
     if not is_option and "=" not in key and where == "command line":
         return f"{key!r} is no option ({where}); settings are written --section.key value"
     return f"{key} is not a setting ({where}). {hint}"
+
+
+def _removed(key: str, text: str, where: str) -> list[str]:
+    """The problem of a setting that this version no longer has; none for a value that had no effect."""
+    removed = REMOVED_KEYS[key]
+    if yaml.safe_load(text) in removed.inert:
+        return []
+    return [f"{key}: {text} is no longer a setting ({where}). {removed.hint}"]
 
 
 def _wrong_values(parser: ArgumentParser, given: Sequence[Given]) -> list[str]:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from resilient_t5.config.data import (
     BatchConfig,
@@ -88,6 +88,19 @@ FREE_KEYS = (
     "tokenizer.name_or_path",
 )
 LENGTH_KEYS = ("schedule.max_updates", "schedule.epochs")
+
+
+class RemovedKey(NamedTuple):
+    """A setting of an earlier version: the values that had no effect, and what to do about any other value."""
+
+    inert: tuple[Any, ...]
+    hint: str
+
+
+REMOVED_KEYS = {
+    "checkpoint.ballast": RemovedKey((False,), "Remove it; keep free space for one more checkpoint on the disk"),
+}
+"""An inert value is accepted, since every config.yaml of an earlier version holds one; any other value is refused."""
 
 
 @dataclass(frozen=True)

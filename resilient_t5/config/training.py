@@ -165,8 +165,6 @@ class CheckpointConfig:
     """Newest checkpoints that are kept, beside the best."""
     on_disk_full: Literal["continue", "wait", "stop"] = "continue"
     """A save that finds no room: go on and try later, wait for room, or stop with 73."""
-    ballast: bool = False
-    """Keep a file as large as a checkpoint, whose room the save that a run leaves with may take when the disk is full."""
     background: bool = True
     """Write in a thread while training goes on, where memory allows a second copy."""
 

@@ -118,8 +118,6 @@ class Saver:
         if missing:
             self.save(state, cause, stop)
             self.settle()
-        if cause == "final" and self.updater.ranks.is_writer:
-            self.writer.drop_ballast()
         self.timing.add("save", time.monotonic() - begun_s)
 
     def settle(self) -> None:

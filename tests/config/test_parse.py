@@ -1,10 +1,12 @@
 """The command line and YAML files. Run: python -m pytest tests/config/test_parse.py"""
 
+import json
+
 import pytest
 import yaml
 
 from resilient_t5.config.parse import config_text, differences, parse_arguments
-from resilient_t5.config.schema import Config, check_trainable, flat, trajectory_settings
+from resilient_t5.config.schema import REMOVED_KEYS, Config, check_trainable, flat, trajectory_settings
 from resilient_t5.errors import ConfigError
 
 LINES = "model: {preset: tiny}\ntokenizer: {train_vocab_size: 500}\ndata: {train: corpus.txt}\n"
@@ -75,6 +77,19 @@ def test_several_problems_are_told_at_once(file):
 def test_an_unquoted_no_is_explained(file):
     """YAML turns it into a boolean; the message says so."""
     assert "boolean" in problems_of("--config", file("hardware:\n  precision: no\n"))[0]
+
+
+@pytest.mark.parametrize("key, removed", REMOVED_KEYS.items())
+def test_a_removed_setting_is_accepted_where_it_had_no_effect_and_refused_with_a_hint_elsewhere(key, removed, file):
+    """config.yaml of an earlier version holds every setting, so an inert value there must not stop the run."""
+    section, _, name = key.partition(".")
+    for value in removed.inert:
+        text = yaml.safe_dump({section: {name: value}})
+        assert parse("--config", file(text)).config == Config()
+        assert parse(f"--{key}", json.dumps(value), "--run.seed", "3").config.run.seed == 3
+    for argv in (["--config", file(f"{section}: {{{name}: 777}}")], [f"--{key}=777"]):
+        (problem,) = problems_of(*argv)
+        assert "no longer a setting" in problem and removed.hint in problem
 
 
 def test_a_repeated_key_is_refused(file):

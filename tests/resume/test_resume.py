@@ -180,16 +180,6 @@ def test_a_fork_starts_a_new_run_from_the_weights_of_a_checkpoint(fork_server, t
     assert "nothing left to do" in console.read_text()
 
 
-def test_a_stopped_run_keeps_its_ballast_and_a_finished_one_leaves_none(fork_server, tiny_config, tmp_path):
-    """A signal that finds room enough leaves the ballast for the next one; at the end of the run the room is given back."""
-    run, console = tmp_path / "run", tmp_path / "console.txt"
-    argv = ["--config", tiny_config, "--run.dir", run, "--checkpoint.ballast", "true"]
-    stop_when(fork_server, argv, run, {"kind": "train", "update": 5})
-    assert (run / "checkpoints" / ".ballast").stat().st_size > 2**25
-    assert fork_server.run(argv, console) == 0, console.read_text()
-    assert not (run / "checkpoints" / ".ballast").exists()
-
-
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -179,9 +179,9 @@ def disk_line(outlook: Preview) -> str:
 
 
 def max_bytes(outlook: Preview) -> int:
-    """What the checkpoints of the run and its ballast take at most."""
+    """Most bytes that the checkpoints of the run take."""
     settings = outlook.config.checkpoint
-    return (max_kept(settings.keep_last) + settings.ballast) * checkpoint_bytes(outlook)
+    return max_kept(settings.keep_last) * checkpoint_bytes(outlook)
 
 
 def free_bytes(outlook: Preview) -> int:

@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "files": 1,
     "hub": 1,
+    "host_memory": 1,
     "config": 2,
     "checkpoint": 3,
     "data": 3,

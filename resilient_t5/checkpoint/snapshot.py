@@ -1,7 +1,6 @@
-"""Copies of the parts in host memory, whether there is room for one, and whether every number in them is finite."""
+"""Copies of the parts in host memory, their size, and whether every number in them is finite."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -10,9 +9,6 @@ from resilient_t5.errors import Diverged
 
 TensorFiles = dict[str, dict[str, torch.Tensor]]
 """File stem -> tensor name -> tensor."""
-
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class NonFiniteState(Diverged):
@@ -72,30 +68,3 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 def _all_finite(tensor: torch.Tensor) -> bool:
     values = tensor.detach().to(torch.float32) if tensor.element_size() == 1 else tensor.detach()
     return bool(torch.isfinite(values).all())
-
-
-def available_memory_bytes() -> int | None:
-    """Host memory that may still be allocated, by the machine and by the container's limit; None when unknown."""
-    known = [amount for amount in (_machine_available(), _container_available()) if amount is not None]
-    return min(known) if known else None
-
-
-def _machine_available() -> int | None:
-    if not MEMINFO.exists():
-        return None
-    for line in MEMINFO.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _container_available() -> int | None:
-    limit, current, details = (CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
-    if not (limit.exists() and current.exists() and details.exists()):
-        return None
-    words = limit.read_text(encoding="ascii").split()
-    if words == ["max"]:
-        return None
-    counts = dict(line.split() for line in details.read_text(encoding="ascii").splitlines())
-    # Pages of files that nobody uses count as current, and are given back on demand.
-    return int(words[0]) - int(current.read_text(encoding="ascii")) + int(counts.get("inactive_file", 0))

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.checkpoint.manifest import Committed, Parts
-from resilient_t5.checkpoint.snapshot import available_memory_bytes, snapshot_bytes, take_snapshot
+from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
 from resilient_t5.errors import DiskFull, StorageError
+from resilient_t5.host_memory import available_bytes
 
 ENDING = ("signal", "final", "rollback")
 """Reasons of saves that the caller cannot go on without."""
@@ -44,7 +45,7 @@ class Writer:
         manager: CheckpointManager,
         *,
         background: bool,
-        available_bytes: Callable[[], int | None] = available_memory_bytes,
+        available_bytes: Callable[[], int | None] = available_bytes,
     ):
         self._manager, self._background, self._available_bytes = manager, background, available_bytes
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

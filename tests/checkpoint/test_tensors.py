@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.checkpoint import manifest, strict_json, tensors
-from resilient_t5.checkpoint.snapshot import available_memory_bytes, snapshot_bytes, take_snapshot
+from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
 from resilient_t5.files import FileSystem, make_directories, read_bounded, remove_tree, replace_file
 from tests.checkpoint.harness import commit, live_names, make_parts, make_vault, same_tensors
 
@@ -275,22 +275,6 @@ def test_a_snapshot_is_independent_and_counts_its_memory():
     parts.tensors["model"]["shared"].zero_()
     assert copy["model"]["shared"].abs().sum() > 0
     assert copy["model"]["shared"] is copy["model"]["lm_head"]
-
-
-def test_the_free_memory_is_a_figure_between_nothing_and_the_machine():
-    """From the machine, and from the container's limit when there is one."""
-    available = available_memory_bytes()
-    assert available is None or 0 < available < 2**50
-
-
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    """Its unused file pages count as free, as the kernel gives them back."""
-    for name, text in (("memory.max", "1000\n"), ("memory.current", "700\n"), ("memory.stat", "anon 1\ninactive_file 50\n")):
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr("resilient_t5.checkpoint.snapshot.CGROUP", tmp_path)
-    assert available_memory_bytes() == 350
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory_bytes() != 350
 
 
 def test_removing_a_tree_follows_no_link(tmp_path):

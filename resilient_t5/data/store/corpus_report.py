@@ -6,12 +6,9 @@ does not tell how much of the text is lost. White space is left out on both side
 """
 
 import re
-import resource
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ import numpy as np
 from resilient_t5.data.terms import TermList
 from resilient_t5.data.tokenizer.tokenizer import EncodedBatch
 from resilient_t5.errors import DataError
+from resilient_t5.host_memory import peak_mib
 
 SHARE = "unknown_character_share"
 UNKNOWN_CHARACTERS = "unknown_characters"
@@ -111,7 +109,6 @@ def _shown(character: str) -> str:
     return character if seen else f"U+{ord(character):04X}"
 
 
-MIB = 1 << 20
 TOP_TERMS = 20
 # Where span restoration of Chinese medical text was seen to start to hold, and to hold stably, in million bytes.
 ALIGNED_MEGABYTES = 25
@@ -173,7 +170,7 @@ def build_report(
         "seconds": totals["seconds"],
         "tokenizer_seconds": totals["tokenizer_seconds"],
         "megabytes_per_s": corpus["bytes"] / 1e6 / max(totals["seconds"], 1e-9),
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": peak_mib(include_children=True),
     }
 
 
@@ -239,22 +236,3 @@ def _dropped(corpus: dict[str, Any]) -> str:
     ]
     columns = [f"{path}: {', '.join(names)}" for path, names in corpus.get("columns_taken", {}).items()]
     return ("; ".join(parts) or "nothing") + "".join(f"; columns taken of {entry}" for entry in columns)
-
-
-def peak_memory_mib() -> float:
-    """Highest resident memory so far of this process, or of one that it started and that has ended, in MiB."""
-    return max(_own_peak_mib(), _maxrss_mib(resource.RUSAGE_CHILDREN))
-
-
-def _own_peak_mib() -> float:
-    status = Path("/proc/self/status")
-    if status.is_file():  # of this program alone; getrusage also counts what the parent had before it started us
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return _maxrss_mib(resource.RUSAGE_SELF)
-
-
-def _maxrss_mib(who: int) -> float:
-    peak = resource.getrusage(who).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024

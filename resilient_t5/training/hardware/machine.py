@@ -4,16 +4,13 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
+from resilient_t5.host_memory import peak_mib
 
 MIB = 1 << 20
 CPU_SIGNS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
@@ -61,16 +58,8 @@ def numeric_conditions(device: torch.device) -> dict[str, Any]:
 
 
 def memory_mib(device: torch.device) -> float:
-    """Peak memory of this process so far, in MiB: what the GPU allocator reserved, or the resident size on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / MIB
-    try:
-        # getrusage keeps the peak of the process that forked this one; the high-water mark of /proc does not.
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / MIB if sys.platform == "darwin" else peak / 1024
+    """Peak memory of this process so far, in MiB: reserved by the GPU allocator, or resident on a CPU."""
+    return torch.cuda.max_memory_reserved(device) / MIB if device.type == "cuda" else peak_mib()
 
 
 def return_freed_memory_to_os() -> None:
@@ -97,21 +86,3 @@ def slept_s() -> float:
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
-
-
-def host_memory_bytes() -> float:
-    """Bytes of main memory that this process may still use: what is available, within the limit of its group."""
-    limits = []
-    for path in GROUP_LIMITS:
-        try:
-            limits.append(int(Path(path).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration):
-        import psutil  # comes with accelerate; where there is no /proc
-
-        limits.append(psutil.virtual_memory().available)
-    return float(min(limits))

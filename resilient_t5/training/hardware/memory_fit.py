@@ -14,10 +14,10 @@ import torch
 from resilient_t5.config.schema import Config
 from resilient_t5.data.store.store import Split, Store
 from resilient_t5.errors import ConfigError
+from resilient_t5.host_memory import available_bytes
 from resilient_t5.model.memory import GIB, Choice, Execution, Memory, Task, choice_at, choose_micro_tokens
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
-from resilient_t5.training.hardware.machine import host_memory_bytes
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -143,4 +143,4 @@ def memory_of(config: Config, device: torch.device, sharing: int = 1) -> Memory:
         return Memory(float(asked) * GIB, on_gpu)
     if on_gpu:
         return Memory(float(torch.cuda.mem_get_info(device)[0]), on_gpu, context_counted=False)
-    return Memory(host_memory_bytes() / sharing, on_gpu)
+    return Memory(available_bytes() / sharing, on_gpu)

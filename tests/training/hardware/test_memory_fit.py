@@ -13,10 +13,10 @@ from resilient_t5.data.batches import Batches
 from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.errors import ConfigError
+from resilient_t5.host_memory import available_bytes
 from resilient_t5.model.load import PRESETS
 from resilient_t5.model.memory import GIB, Memory, Task
 from resilient_t5.model.shapes import sizes_of_shape
-from resilient_t5.training.hardware.machine import host_memory_bytes
 from resilient_t5.training.hardware.memory_fit import fit, fit_run, task_of
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_a_cpu_with_room_takes_2048_tokens_and_recomputes_nothing(tiny_config, s
     found = fit_run(settings(tiny_config), store, CPU, "fp32")
     assert (found.choice.micro_tokens, found.choice.checkpointing, found.choice.fits) == (2048, False, True)
     assert found.warnings() == []
-    assert host_memory_bytes() > 0.1 * GIB
+    assert available_bytes() > 0.1 * GIB
 
 
 def test_less_memory_takes_smaller_micro_batches_then_recomputes_then_warns():

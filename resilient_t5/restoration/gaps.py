@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resilient_t5.data.corpus.formats import Line, document_lines
 from resilient_t5.errors import ConfigError
 from resilient_t5.restoration.restoration_config import DocumentMode
 
@@ -11,7 +12,6 @@ DEFAULT_MARK = "[?]"
 KNOWN_MARKS = ("[?]", "\u25a1\u25a1", "___", "<extra_id_0>")
 SENTINEL = re.compile(r"<extra_id_\d{1,2}>")
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
-SMALL_DOCUMENT_BYTES = 32 * 1024  # as in the reading of a corpus: a longer part without blank lines is read by line
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,8 @@ def other_marks(text: str, marks: Sequence[str]) -> list[str]:
 
 
 def document_ranges(text: str, mode: DocumentMode) -> list[tuple[int, int]]:
-    """Characters [start, end) of each document, in order; they tile the text but for blank lines.
-
-    `auto` is what the reading of a corpus does: parts between blank lines, a part above 32 KiB by its lines.
-    """
-    if mode == "file":
-        return [(0, len(text))] if text else []
-    lines = [match.span() for match in LINE.finditer(text)]
-    if mode == "line":
-        return [(start, end) for start, end in lines if not text[start:end].isspace()]
-    parts: list[list[tuple[int, int]]] = [[]]
-    for start, end in lines:
-        if text[start:end].isspace():
-            parts.append([])
-        else:
-            parts[-1].append((start, end))
-    ranges: list[tuple[int, int]] = []
-    for part in filter(None, parts):
-        whole = (part[0][0], part[-1][1])
-        large = mode == "auto" and len(text[slice(*whole)].encode("utf-8", "surrogatepass")) > SMALL_DOCUMENT_BYTES
-        ranges += part if large else [whole]
-    return ranges
+    """Characters [start, end) of each document, in order, as the corpus reader splits a text; blank lines may be left out."""
+    spans = [match.span() for match in LINE.finditer(text)]
+    lines = [Line(text[start:end].rstrip("\r\n"), number) for number, (start, end) in enumerate(spans)]
+    groups = [group for group, _ in document_lines(lines, mode)]
+    return [(spans[group[0].number][0], spans[group[-1].number][1]) for group in groups]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from resilient_t5.config.data import DataConfig
 from resilient_t5.data.corpus.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
@@ -29,6 +29,7 @@ MAX_COLUMN_NAME = 100
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 FIRST_SURROGATE = 0xD800
 WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\U00020000-\U0003ffff]")
+DocumentMode = Literal["auto", "file", "blank_line", "line"]
 STOPS = "\u3002\uff01\uff1f\uff1b.!?\n "
 
 
@@ -161,60 +162,53 @@ def _parts(text: str, number: int, beginning: str | None) -> Iterator[Line]:
     yield Line(text[start:], number, beginning)
 
 
-def _plain_records(lines: Iterator[Line], document: str, counts: CorpusCounts) -> Iterator[Record]:
-    """Documents of plain text by `data.document`."""
-    if document == "auto":
-        records = _auto_records(lines)
-    elif document == "line":
-        records = (Record(line.text, line.number, None, line.part_of) for line in lines)
-    else:
-        records = _block_records(lines, at_blank_lines=document == "blank_line")
-    for record in records:
-        counts.long_document_parts += record.part_of is not None
-        yield record
+def document_lines(
+    lines: Iterable[Line], mode: DocumentMode, max_characters: int | None = None
+) -> Iterator[tuple[list[Line], bool]]:
+    """Group the lines of a plain text into documents.
 
+    Args:
+        lines: the lines, without their line breaks.
+        mode: as `data.document`. `auto`: a block between blank lines is a document up to `SMALL_FILE_BYTES`; in a larger
+            block each line is one. This needs no look-ahead beyond `SMALL_FILE_BYTES`.
+        max_characters: most characters of a group; a longer document becomes several groups. None: no limit.
 
-def _auto_records(lines: Iterator[Line]) -> Iterator[Record]:
-    """What stands between blank lines is one record up to `SMALL_FILE_BYTES`; above that each of its lines is one.
-
-    A file without a blank line is one such part, so no look ahead through the whole file is needed.
+    Yields:
+        the lines of a group, and whether the group continues the document of the group before it.
     """
-    held: list[Line] = []
-    size, by_line = 0, False
+    group: list[Line] = []
+    size, continued, by_line = 0, False, mode == "line"
     for line in lines:
-        if not line.text or line.text.isspace():
-            if held:
-                yield Record("\n".join(part.text for part in held), held[0].number)
-            held, size, by_line = [], 0, False
-        elif by_line:
-            yield Record(line.text, line.number, None, line.part_of)
-        else:
-            held.append(line)
-            size += len(line.text.encode()) + 1
-            if size > SMALL_FILE_BYTES:
-                yield from (Record(part.text, part.number, None, part.part_of) for part in held)
-                held, by_line = [], True
-    if held:
-        yield Record("\n".join(part.text for part in held), held[0].number)
+        if mode != "file" and (not line.text or line.text.isspace()):
+            if group:
+                yield group, continued
+            group, size, continued, by_line = [], 0, False, mode == "line"
+            continue
+        if by_line:
+            yield [line], False
+            continue
+        too_long = max_characters is not None and size + len(line.text) > max_characters
+        if group and mode != "auto" and (too_long or line.part_of is not None):
+            yield group, continued
+            group, size, continued = [], 0, True
+        group.append(line)
+        size += (len(line.text.encode("utf-8", "surrogatepass")) if mode == "auto" else len(line.text)) + 1
+        if mode == "auto" and size > SMALL_FILE_BYTES:
+            yield from (([line], False) for line in group)
+            group, by_line = [], True
+    if group:
+        yield group, continued
 
 
-def _block_records(lines: Iterator[Line], *, at_blank_lines: bool) -> Iterator[Record]:
-    """What stands between blank lines, or the whole file, is one record; a long one leaves in parts."""
-    held: list[Line] = []
-    size, beginning = 0, None
-    for line in lines:
-        ends = at_blank_lines and (not line.text or line.text.isspace())
-        if held and (ends or line.part_of is not None or size + len(line.text) > MAX_DOCUMENT_CHARACTERS):
-            text = "\n".join(part.text for part in held)
-            yield Record(text, held[0].number, None, beginning)
-            held, size, beginning = [], 0, beginning or text
-        if ends:
-            beginning = None
-        else:
-            held.append(line)
-            size += len(line.text) + 1
-    if held:
-        yield Record("\n".join(part.text for part in held), held[0].number, None, beginning)
+def _plain_records(lines: Iterator[Line], document: DocumentMode, counts: CorpusCounts) -> Iterator[Record]:
+    """Documents of plain text by `data.document`."""
+    beginning = ""
+    for group, continued in document_lines(lines, document, MAX_DOCUMENT_CHARACTERS):
+        text = "\n".join(line.text for line in group)
+        part_of = beginning if continued else group[0].part_of
+        beginning = beginning if continued else text
+        counts.long_document_parts += part_of is not None
+        yield Record(text, group[0].number, None, part_of)
 
 
 def _json_records(path: Path, lines: Iterator[Line], text_field: str, counts: CorpusCounts) -> Iterator[Record]:

@@ -1,9 +1,8 @@
 """Load a T5 or mT5 tokenizer, or train one; text -> ids with exact character positions, fast.
 
-Positions cost nothing where they can be counted: when normalisation maps every character of a text to a known number of
-characters and the pieces' lengths add up to them, a running sum places each token. The other texts are encoded again
-with the backend's own offsets. The padding, the end mark, the unknown token and the sentinels are never read out of a
-text that happens to hold their names; the names are spelled in pieces.
+Where the tokens of a text spell it character by character, positions are running sums of their lengths. The other texts
+are encoded again with the offsets of the tokenizers backend, which take a third more time. The padding, the end mark, the
+unknown token and the sentinels are never read from a text that contains their names; the names are spelled in pieces.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from resilient_t5 import hub
-from resilient_t5.data.tokenizer.character_lengths import CharacterLengths
 from resilient_t5.data.tokenizer.published import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -59,7 +57,7 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Noncharacters, which no text holds. In front of a special piece's name: no text can spell it, so none reaches its id.
 UNREACHABLE = "\U0010ffff"
 GAP_MARK = "\U0010fffe"  # stands for a sentinel while a text with gaps is encoded
-NO_LENGTH = -1  # piece that stands for an unknown number of characters
+BYTES = "\0"  # spelling of a character's first byte piece; its continuation bytes spell nothing
 WORD_STARTS_KEPT = 1 << 16
 
 
@@ -128,8 +126,12 @@ class TextTokenizer:
         byte_pieces = [i for i, piece in enumerate(self._pieces) if BYTE_PIECE.fullmatch(piece)]
         self.byte_ids = np.array(byte_pieces if fallback else [], dtype=np.int32)
         self._backend = _backend(_backend_document(document, hidden, self.size, int(self.sentinel_ids[0])), where)
-        self._lengths, self._carries_space = self._piece_tables()
-        self._characters = CharacterLengths(document.get("normalizer"))
+        self._carries_space = np.array([len(piece) > 1 and piece[0] == SPACE for piece in self._pieces], dtype=bool)
+        self._spellings = list(self._pieces)
+        for number in self.byte_ids.tolist():
+            self._spellings[number] = "" if 0x80 <= int(self._pieces[number][3:5], 16) < 0xC0 else BYTES
+        self._lengths = np.array([len(spelling) for spelling in self._spellings], dtype=np.int32)
+        self._normalized = cache(self._normalize)
         self._fingerprint = ""
         self.text_start = lru_cache(WORD_STARTS_KEPT)(self._text_start)
 
@@ -146,10 +148,11 @@ class TextTokenizer:
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, found), np.int64, len(found)), out=offsets[1:])
         ids = np.fromiter(itertools.chain.from_iterable(found), np.int32, int(offsets[-1]))
-        starts, ends, uncounted = self._count_positions(texts, ids, offsets)
-        if len(uncounted):
-            slow = self._backend.encode_batch([texts[i] for i in uncounted], add_special_tokens=False)
-            for number, encoding in zip(uncounted, slow, strict=True):
+        starts, ends = self._spelled_positions(ids, offsets)
+        others = [number for number, text in enumerate(texts) if not self._spells(found[number], text)]
+        if others:  # encode again: the fast encoding reports no offsets
+            encodings = self._backend.encode_batch([texts[number] for number in others], add_special_tokens=False)
+            for number, encoding in zip(others, encodings, strict=True):
                 part = slice(offsets[number], offsets[number + 1])
                 starts[part], ends[part] = self._backend_positions(texts[number], ids[part], encoding.offsets)
         return EncodedBatch(Encoded(ids, starts, ends), offsets)
@@ -299,46 +302,31 @@ class TextTokenizer:
         number = self._backend.token_to_id(piece)
         return -1 if number is None else int(number)
 
-    def _piece_tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per id: characters a piece stands for, and whether it carries a space in front of something."""
-        lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int16)
-        for number in self.byte_ids.tolist():
-            match = BYTE_PIECE.fullmatch(self._pieces[number])
-            lengths[number] = 0 if match and 0x80 <= int(match[1], 16) < 0xC0 else 1
-        lengths[self.added_ids] = NO_LENGTH
-        carries = np.array([len(piece) > 1 and piece[0] == SPACE for piece in self._pieces], dtype=bool)
-        return lengths, carries
+    def _spells(self, ids: list[int], text: str) -> bool:
+        """Whether the tokens spell a word-start mark and then each character of `text` as one character."""
+        spelled = "".join([self._spellings[number] for number in ids])
+        expected = SPACE + text.replace(" ", SPACE)
+        if len(spelled) != len(expected):
+            return not ids
+        # Where normalisation splits, joins, drops or reorders characters, the first place that it changes differs.
+        return spelled == expected or all(
+            one == other or self._normalized(one) == other or (other == BYTES and len(self._normalized(one)) == 1)
+            for one, other in set(zip(expected, spelled, strict=True))
+        )
 
-    def _count_positions(
-        self, texts: Sequence[str], ids: np.ndarray, offsets: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions by running sums, and the numbers of the texts for which the sums cannot be trusted."""
-        lengths = self._lengths[ids].astype(np.int64)
-        normal_ends = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))])
-        unknown = np.concatenate([[0], np.cumsum(lengths == NO_LENGTH)])
-        first, last = offsets[:-1], offsets[1:]
-        text_bounds = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=text_bounds[1:])
-        origin, wanted, counted = self._characters.origins(texts, text_bounds)
-        prefix = (last > first).astype(np.int64)  # the dummy space, which has no character
-        trusted = counted & (normal_ends[last] - normal_ends[first] == wanted + prefix) & (unknown[last] == unknown[first])
-        # Origins of all texts lie one after another; a text's tokens begin one before them, with the dummy space.
-        shift = np.concatenate([[0], np.cumsum(wanted)])[:-1] - normal_ends[first] - prefix
-        counts = last - first
-        shift_of_token = np.repeat(shift, counts)
-        normal_start, normal_end = normal_ends[:-1] + shift_of_token, normal_ends[1:] + shift_of_token
-        normal_start = normal_start + self._carries_space[ids]
-        low = np.repeat(shift + normal_ends[first] + prefix, counts)
-        normal_start -= lengths == 0  # a continuation byte shares the character of the byte before it
-        if origin is None:
-            starts, ends = np.maximum(normal_start, low), np.maximum(normal_end, low)
-        else:
-            limit = max(len(origin) - 1, 0)
-            origin = origin if len(origin) else np.zeros(1, dtype=np.int64)
-            starts = origin[np.clip(normal_start, low, limit)]
-            ends = np.where(normal_end > low, origin[np.clip(normal_end - 1, 0, limit)] + 1, starts)
-        base = np.repeat(text_bounds[:-1], counts)
-        return (starts - base).astype(np.int32), (ends - base).astype(np.int32), np.flatnonzero(~trusted)
+    def _normalize(self, character: str) -> str:
+        """What the tokenizer's normaliser makes of one character inside a text; cached as `_normalized`."""
+        normalizer = self._backend.normalizer
+        return normalizer.normalize_str(f"a{character}a")[1:-1].replace(" ", SPACE) if normalizer else character
+
+    def _spelled_positions(self, ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of tokens in texts that they spell as `_spells` requires."""
+        lengths = self._lengths[ids]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        before = np.concatenate([[0], ends])[offsets[:-1]] + 1  # the mark at the beginning of a text has no character
+        ends -= np.repeat(before, np.diff(offsets))
+        starts = ends - lengths + self._carries_space[ids] - (lengths == 0)  # a continuation byte has its lead's character
+        return np.maximum(starts, 0).astype(np.int32), np.maximum(ends, 0).astype(np.int32)
 
     def _backend_positions(self, text: str, ids: np.ndarray, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The backend's own offsets, without the spaces that pieces carry."""

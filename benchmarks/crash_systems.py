@@ -328,14 +328,14 @@ def trainer_with(limit: int) -> System:
 SYSTEMS = (
     System(
         "resilient_t5",
-        "lock, sweep, vault and background writer as bin/train uses them, keep_last=3; load_newest",
+        "lock, sweep, manager and background writer as in bin/train, keep_last=3; load_newest",
         train_ours,
         resume_ours,
         lambda directory: numbered(directory / "checkpoints", r"u\d+-\d+"),
     ),
     System(
         "torch_save",
-        "torch.save over one file; torch.load",
+        "torch.save to one file; torch.load",
         train_torch_save,
         resume_torch_save,
         lambda directory: [path for path in [directory / "state.pt"] if path.exists()],
@@ -346,7 +346,7 @@ SYSTEMS = (
     trainer_with(3),
     System(
         "dcp_folders",
-        "torch.distributed.checkpoint, a folder a save, last 3 kept; newest with .metadata, dcp.load",
+        "torch.distributed.checkpoint, one folder per save, last 3 kept; newest with .metadata, dcp.load",
         train_dcp,
         resume_dcp,
         lambda directory: numbered(directory, r"step-\d+"),

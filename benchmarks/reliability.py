@@ -1,10 +1,10 @@
-"""The attacks of the test suite at the numbers that RELIABILITY.md reports, one after another.
+"""Run the attacks of the test suite with the trial counts that RELIABILITY.md reports, one after another.
 
     python benchmarks/reliability.py [--only R1 R4 ...] [--scale 0.1] [--json FILE]
 
-Each attack is the test that CI runs, with an environment variable for how often. A test says by `record_property` what it
-really tried, so that a figure is a count and never a wish; one that fails stops at its first failure. The file is rewritten
-after each attack and keeps what it held of the others: a campaign can be run in pieces. The last line is JSON.
+Each attack is the test that CI runs; an environment variable sets the number of trials. A test reports its actual trials with
+`record_property`, and the report uses these counts. A failing test stops at its first failure. The file is rewritten after each
+attack and keeps the results of the others, so a campaign can be run in several calls. The last line is JSON.
 """
 
 import argparse
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 LIMIT_S = 4 * 3600
 HANGS_AFTER_S = 600
-"""A reported campaign may share its machine with anything, so a slow run must not count as one that hangs."""
+"""Time limit of a run in the tests. Generous, because other programs may slow the machine and slow is not a hang."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One line of the table.
+    """One row of the table.
 
-    `trials` is what the environment variable `variable` asks for; None where the test enumerates all there is.
+    `trials` is the value of the environment variable `variable`; None for an exhaustive test.
     """
 
     name: str
@@ -53,21 +53,21 @@ ATTACKS = (
         "R1",
         "SIGKILL at random moments of a loop that saves after every update; restart, verify",
         "kills",
-        "0 unrecoverable, 0 parts taken for whole, 0 acknowledged saves lost",
+        "0 unrecoverable, 0 partial checkpoints loaded, 0 acknowledged saves lost",
         ("tests/faults/test_kill_at_random.py",),
         "RESILIENT_T5_KILLS",
         3_000,
     ),
     Attack(
         "R2",
-        "SIGKILL before and after every file system call of a save, a first save and a recovery",
+        "SIGKILL before and after every file system call of a save, of a first save and of a recovery",
         "moments",
-        "0 bad",
+        "0 failures",
         ("tests/faults/test_kill_at_every_call.py",),
     ),
     Attack(
         "R3",
-        "power-loss states of the recorded calls in two models of a file system; mutants of the protocol",
+        "power-loss states of the recorded calls under two file system models; mutants of the write protocol",
         "states",
         "0 bad states of 500 or more; at least 8 mutants caught",
         ("tests/faults/test_power_loss.py",),
@@ -76,16 +76,16 @@ ATTACKS = (
         "R4",
         "flipped bit, truncation, zeroed tail, swapped, missing or foreign file, edited JSON",
         "damages",
-        "all found, all fall back with one extra load",
+        "all detected; each falls back with one extra load",
         ("tests/checkpoint/test_damage.py",),
         "RESILIENT_T5_DAMAGES",
         10_000,
     ),
     Attack(
         "R6",
-        "ENOSPC, EDQUOT, EROFS, EIO, EFBIG at every call of a save and of a start, once and for good",
+        "ENOSPC, EDQUOT, EROFS, EIO, EFBIG at every call of a save and of a start-up, once and permanently",
         "errors",
-        "older checkpoints intact, the errno named, a later save works",
+        "older checkpoints intact, the errno reported, a later save succeeds",
         ("tests/faults/test_disk_errors.py",),
     ),
     Attack(
@@ -100,16 +100,16 @@ ATTACKS = (
     ),
     Attack(
         "R9",
-        "one item of the state left out at a time",
+        "one item of the run state omitted at a time",
         "mutants",
         "at least 15 of 16 caught",
         ("tests/resume/test_state_is_complete.py",),
     ),
     Attack(
         "R10",
-        "signal to exit, in every phase",
+        "time from signal to exit, in every phase",
         "signals",
-        "p99 within a micro-batch, the write and 0.1 s; the right code; all saved; no hang",
+        "p99 within one micro-batch, the write and 0.1 s; correct exit code; state saved; no hang",
         ("tests/resume/test_exits.py::test_a_signal_in_any_phase_ends_the_run_at_once_and_saved",),
         "RESILIENT_T5_EXITS",
         1_000,
@@ -118,34 +118,34 @@ ATTACKS = (
         "R12",
         "retention under random saves, NaN metrics, crashes, damage, resumes, clock jumps",
         "runs",
-        "best, newest and newest healthy on disk, enough whole ones, the count bounded",
+        "best, newest and newest healthy on disk, enough intact checkpoints, a bounded number",
         ("tests/checkpoint/test_retention.py",),
         "RESILIENT_T5_EXAMPLES",
         20_000,
     ),
     Attack(
         "R13",
-        "eight processes start on one run directory",
+        "eight processes start in one run directory",
         "rounds",
-        "one winner, the others leave with 69",
+        "one winner, the others exit with 69",
         ("tests/faults/test_run_lock.py",),
         "RESILIENT_T5_STARTS",
         200,
     ),
     Attack(
         "R17",
-        "NaN and infinity in loss, gradient, parameter, optimizer, metric; labels all ignored, ids out of range",
+        "NaN and infinity in loss, gradient, parameter, optimizer, metric; all labels ignored, ids out of range",
         "injections",
-        "none committed, the best unchanged, skip, roll back and give up as specified",
+        "none committed, the best unchanged; skip, rollback and abort as specified",
         ("tests/resume/test_nonfinite.py",),
         "RESILIENT_T5_NAN",
         500,
     ),
     Attack(
         "R22",
-        "SIGKILL of one of two processes in a save; the other leaves, the same command goes on",
+        "SIGKILL of one of two processes during a save; the other exits, the same command resumes",
         "kills",
-        "no commit lost or half, exit 75 without a hang, the run identical by sha256 to one left alone",
+        "no lost or partial commit, exit 75 without a hang, the run identical by sha256 to an uninterrupted one",
         ("tests/resume/test_several.py::test_a_killed_process_in_a_save_loses_nothing",),
         "RESILIENT_T5_RANK_KILLS",
         50,
@@ -154,7 +154,7 @@ ATTACKS = (
 
 
 def command_of(attack: Attack, scale: float) -> tuple[dict[str, str], list[str]]:
-    """(environment, arguments behind `python -m pytest`) of an attack."""
+    """Environment and arguments of `python -m pytest` for an attack."""
     environment = dict(attack.more)
     if attack.variable is not None and attack.trials is not None:
         environment[attack.variable] = str(max(1, round(attack.trials * scale)))
@@ -162,12 +162,12 @@ def command_of(attack: Attack, scale: float) -> tuple[dict[str, str], list[str]]
 
 
 def run(attack: Attack, scale: float) -> dict[str, Any]:
-    """Run one attack in a process of its own; its line of the table."""
+    """Run one attack in a new process and return its row of the table."""
     environment, arguments = command_of(attack, scale)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
-        begun_s, cpu_begun_s = time.monotonic(), children_cpu_s()
+        started_s, cpu_started_s = time.monotonic(), children_cpu_s()
         subprocess.run(
             [sys.executable, "-m", "pytest", *arguments, *options],
             cwd=ROOT,
@@ -175,7 +175,7 @@ def run(attack: Attack, scale: float) -> dict[str, Any]:
             timeout=LIMIT_S,
             check=False,
         )
-        seconds, cpu_s = time.monotonic() - begun_s, children_cpu_s() - cpu_begun_s
+        seconds, cpu_s = time.monotonic() - started_s, children_cpu_s() - cpu_started_s
         counted = read_report(report)
     words = [f"{name}={value}" for name, value in environment.items()]
     return {
@@ -190,21 +190,21 @@ def run(attack: Attack, scale: float) -> dict[str, Any]:
 
 
 def read_report(report: Path) -> dict[str, Any]:
-    """Trials, failures and other counts that the tests recorded; no report at all is one failure."""
+    """Return the trials, failures and other counts that the tests recorded. A missing report counts as one failure."""
     if not report.exists():
         return {"trials": 0, "failures": 1, "tests": 0, "counts": {}}
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     counts: dict[str, float] = {}
     for name, value in recorded(cases):
-        # A time is no sum: of several tests the slowest one is the figure.
+        # Counts are summed; of times, the slowest test is reported.
         counts[name] = max(counts.get(name, 0.0), value) if name.endswith("_s") else counts.get(name, 0) + value
     trials = int(counts.pop("trials", 0))
     return {"trials": trials, "failures": len(failed), "tests": len(cases), "counts": counts}
 
 
 def recorded(cases: list[ElementTree.Element]) -> Iterator[tuple[str, float]]:
-    """Every number that a test recorded."""
+    """Yield every number that a test recorded."""
     for case in cases:
         for entry in case.iter("property"):
             try:
@@ -215,13 +215,13 @@ def recorded(cases: list[ElementTree.Element]) -> Iterator[tuple[str, float]]:
 
 
 def children_cpu_s() -> float:
-    """CPU seconds of all finished children and theirs."""
+    """CPU seconds of all finished child processes and their descendants."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def describe_machine() -> dict[str, Any]:
-    """Kind of machine and versions; no name and no path of it."""
+    """Machine type and package versions, without host name or paths."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cores": os.cpu_count(),
@@ -233,10 +233,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run what is asked for, print a table and one line of JSON."""
+    """Run the selected attacks; print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[attack.name for attack in ATTACKS])
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the reported numbers to try")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the reported trial counts to run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     kept = json.loads(options.json.read_text(encoding="utf-8"))["attacks"] if options.json and options.json.exists() else {}

@@ -1,9 +1,9 @@
-"""Writes RELIABILITY.md from the JSON files in benchmarks/results/; a test holds the committed text against it.
+"""Write RELIABILITY.md from the JSON files in benchmarks/results/; a test compares the committed page with the output.
 
     python benchmarks/reliability_report.py
 
-Of each kind the newest file counts: `*_reliability_*`, `*_crash_*`, `*_killed_run_*`, `*_checkpoint_io_*`. A kind that is
-not there, and an attack that was not run, is said to be missing and never filled in.
+The newest file of each kind is used: `*_reliability_*`, `*_crash_*`, `*_killed_run_*`, `*_checkpoint_io_*`. A missing kind
+is reported as "Not run yet", a missing attack as "not run".
 """
 
 import json
@@ -16,49 +16,50 @@ REPORT = ROOT / "RELIABILITY.md"
 
 PROMISE = """# Reliability
 
-What this page says was measured by the commands beside it; `python benchmarks/reliability_report.py` writes it from the
-files in `benchmarks/results/`, and a test fails when the two differ.
+This page lists the guarantees of the package and the measurements that support them. `python benchmarks/reliability_report.py`
+generates it from the files in `benchmarks/results/`, and a test fails when the page and the files differ.
 
-## What is promised
+## Guarantees
 
-- A checkpoint stands whole under its name or not at all. Every byte of it is verified when it is loaded; one that fails goes
-  into `checkpoints/quarantine/`, and the next older one is loaded. When none is whole the run refuses to start (66) and
-  deletes nothing.
-- A save that was reported is not lost, whenever the process is killed.
-- A run that was interrupted, by a signal or by kill -9, ends on a CPU in the same weights, optimizer state and metric rows,
-  bit for bit, as one that was left alone. It redoes at most what came after its newest checkpoint.
-- Newest, best and newest healthy checkpoint are never deleted. NaN and infinity are never committed.
+- A checkpoint directory is complete or absent. Every byte is verified when a checkpoint is loaded. A checkpoint that fails
+  verification is moved to `checkpoints/quarantine/`, and the next older one is loaded. If no checkpoint is intact, the run
+  refuses to start (exit code 66) and deletes nothing.
+- A save that was reported is not lost, no matter when the process is killed.
+- On a CPU, a run that was interrupted by a signal or by kill -9 ends with the same weights, optimizer state and metric rows as
+  an uninterrupted run, bit for bit. It repeats at most the updates after its newest checkpoint.
+- The newest, the best and the newest healthy checkpoint are never deleted. NaN and infinity are never committed.
 
-What is not promised: the same bits on another machine, another version of torch, or a GPU without `hardware.deterministic`.
-Power loss was modelled from recorded calls (R3), not tried with a plug. Network file systems and Windows were not tried.
+Not guaranteed: the same bits on another machine, with another version of torch, or on a GPU without `hardware.deterministic`.
+Power loss was simulated from recorded system calls (R3), not tested on hardware. Network file systems and Windows were not
+tested.
 """
 ATTACKS = ("R1", "R2", "R3", "R4", "R6", "R7", "R9", "R10", "R12", "R13", "R17", "R22")
 
 
 def newest(kind: str) -> dict[str, Any] | None:
-    """The newest result file of a kind, or None."""
+    """Content of the newest result file of a kind, or None."""
     files = sorted(RESULTS.glob(f"*_{kind}_*.json"))
     return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def percent(share: float) -> str:
-    """A share with as many places as a small one needs."""
+    """Format a share in percent, with two decimals below 10 %."""
     return f"{100 * share:.2f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def seconds(value: float) -> str:
-    """Seconds without a wrong precision."""
+    """Format seconds, with one decimal below 10."""
     return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
 
 
 def machine(result: dict[str, Any]) -> str:
-    """Kind of machine and versions in words."""
+    """Describe the machine, the package versions and the date of a result."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     kind = [f"{result['cores']} cores"] if "cores" in result else []
     kind += [f"{result['memory_gib']} GiB"] if "memory_gib" in result else []
@@ -67,7 +68,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def attacks_section() -> str:
-    """The table of the project's own attacks."""
+    """Section with the attacks on this package."""
     text = "\n## Attacks\n\n"
     found = newest("reliability")
     if found is None:
@@ -78,25 +79,27 @@ def attacks_section() -> str:
         if attack is None:
             rows.append([name, "not run", "", "", "", "", ""])
             continue
-        # A share below 3/N means something where the trials were drawn at random; a list that was gone through has none.
+        # The bound 3/N holds for random trials only, not for an exhaustive list.
         bound = percent(3 / attack["trials"]) if "=" in attack["command"] and not attack["failures"] else "-"
         also = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in attack["counts"].items())
         also = attack.get("note", also)
         tried = f"{attack['trials']:,} {attack['unit']}" + (f" ({also})" if also else "")
         rows.append([name, attack["attack"], tried, str(attack["failures"]), bound, attack["goal"], seconds(attack["wall_s"])])
         commands.append(f"{name}: {attack['command']}")
-    header = ["", "attack", "tried", "failures", "below, 95 %", "goal", "took"]
+    header = ["", "attack", "trials", "failures", "95 % bound", "goal", "duration"]
     note = f"""
-A failure is a failed test; the bound is 3/N for none in N random trials, and `-` where all there is was gone through.
-{machine(found)}, with other work on the machine.
-`python benchmarks/reliability.py` runs them all; alone:
+A failure is a failed test. The bound on the failure rate is 3/N for no failure in N random trials; `-` marks an exhaustive
+test.
+
+{machine(found)}; other programs ran on the machine.
+`python benchmarks/reliability.py` runs all attacks. The commands for single attacks:
 """
     return text + table(header, rows) + note + "\n```\n" + "\n".join(commands) + "\n```\n"
 
 
 def peers_section() -> str:
-    """The table of the same attacks on others."""
-    text = "\n## The same attacks on other ways to save\n\n"
+    """Section with the same attacks on other checkpointing systems."""
+    text = "\n## The same attacks on other checkpointing systems\n\n"
     found = newest("crash")
     if found is None:
         return text + "Not run yet: `python benchmarks/crash.py`.\n"
@@ -111,30 +114,30 @@ def peers_section() -> str:
         rows.append(cells)
     kinds = [kind.replace("_", " ") for kind in next(iter(found["systems"].values()))["damage"]]
     note = """
-Kills: SIGKILL at a random moment while the system saves after every update, then its own resume call in a new process. Bad
-is a call that raises, a state that is a mixture, or one older than the last save that had returned. The shares are those
-of a kill in or near a save: they rank systems and are no failure rates of real runs.
+Kills: each system saves after every update and receives SIGKILL at a random moment. Then its own resume call runs in a new
+process. A trial is bad if the call raises, if the loaded state mixes two updates, or if it is older than the last save that had
+returned. The kills hit in or near a save, so these shares rank the systems; they are not failure rates of real runs.
 
-Damage to one file of the newest save: bad is a state that was never saved and is taken for one, or a call that raises
-although an older save is whole. "More lost" counts calls that raised with nothing older to fall back to.
+Damage: one file of the newest save is damaged. A trial is bad if a state that was never saved is loaded, or if the call raises
+although an older save is intact. "More lost" counts calls that raised when no older save existed.
 """
     how = f"\n{machine(found)}, files {'in memory' if found['in_memory'] else 'on disk'}. `python benchmarks/crash.py`\n"
     return text + table(["system", "bad kills", "95 %", *kinds], rows) + note + how
 
 
 def real_run_section() -> str:
-    """The whole program on a real text."""
-    text = "\n## The real thing\n\n"
+    """Section with the killed run of bin/train on a real text."""
+    text = "\n## A killed training run on real text\n\n"
     found = newest("killed_run")
     if found is None:
         return text + "Not run yet: `python benchmarks/killed_run.py`.\n"
     compared = ", ".join(key for key in found["compared"])
     verdict = "identical" if found["identical"] else f"DIFFERENT in {', '.join(found['different'])}"
-    kills = f"{found['kills']} times at random, {found['kills_in_training']} times while it trained"
-    return f"""{text}`bin/train` with `configs/zh-medical-cpu.yaml` on a Chinese medical text
-of {found["text_bytes"] / 1e6:.1f} MB, {found["updates"]} updates, killed {kills},
-otherwise while it started; {found["kills_in_a_save"]} kills left a half-written save. Each time it was started again.
-Beside the same run left alone: **{verdict}**.
+    kills = f"{found['kills']} times at random moments, {found['kills_in_training']} of them during training"
+    return f"""{text}`bin/train` with `configs/zh-medical-cpu.yaml` ran on a Chinese medical text
+of {found["text_bytes"] / 1e6:.1f} MB for {found["updates"]} updates.
+It was killed {kills} and the others during start-up. {found["kills_in_a_save"]} kills left a half-written save.
+The same command was started again after each kill. Compared with the same run without kills: **{verdict}**.
 
 Compared: {compared}.
 `python benchmarks/killed_run.py`; {machine(found)}.
@@ -142,8 +145,8 @@ Compared: {compared}.
 
 
 def cost_section() -> str:
-    """What saving costs."""
-    text = "\n## What it costs\n\n"
+    """Section with the cost of saving."""
+    text = "\n## Cost\n\n"
     found = newest("checkpoint_io")
     if found is None:
         return text + "Not run yet: `python benchmarks/checkpoint_io.py`.\n"
@@ -151,27 +154,27 @@ def cost_section() -> str:
     if stall := found.get("stall"):
         size = f"quickstart, {stall['checkpoint_mib']:.1f} MiB, {stall['saves']} saves"
         rows += [
-            [f"stall of the loop a save ({size})", f"{stall['stall_ms']:.1f} ms"],
-            ["share of training time stalled with a save a minute", percent(stall["stalled_share_at_a_save_a_minute"])],
-            ["the same with all CPU seconds of the writing thread", percent(stall["whole_cost_share_at_a_save_a_minute"])],
+            [f"loop stall per save ({size})", f"{stall['stall_ms']:.1f} ms"],
+            ["share of training time stalled, with one save per minute", percent(stall["stalled_share_at_a_save_a_minute"])],
+            ["the same, including all CPU time of the writer thread", percent(stall["whole_cost_share_at_a_save_a_minute"])],
         ]
     if speed := found.get("speed"):
         size = f"{speed['state_mib']:.0f} MiB"
         rows += [
-            [f"stall of the loop a save ({size}, background)", f"{speed['stall_ms']:.0f} ms"],
-            ["write, hashed and fsynced", f"{speed['synchronous_write_mib_per_s']:.0f} MiB/s"],
-            ["bare write and fsync of as many bytes", f"{speed['bare_write_and_fsync_mib_per_s']:.0f} MiB/s"],
-            ["load, every byte verified", f"{speed['verified_load_mib_per_s']:.0f} MiB/s"],
+            [f"loop stall per save ({size}, background)", f"{speed['stall_ms']:.0f} ms"],
+            ["write, with hash and fsync", f"{speed['synchronous_write_mib_per_s']:.0f} MiB/s"],
+            ["plain write and fsync of the same number of bytes", f"{speed['bare_write_and_fsync_mib_per_s']:.0f} MiB/s"],
+            ["load, with every byte verified", f"{speed['verified_load_mib_per_s']:.0f} MiB/s"],
         ]
     for name, memory in (found.get("memory") or {}).items():
         if isinstance(memory, dict):
-            peak = f"{memory['resumed_mib']:.0f} over {memory['fresh_mib']:.0f} MiB = {memory['resumed_over_fresh']:.3f}"
-            rows.append([f"peak memory of a resumed process over a fresh one ({name.replace('_', ' ')})", peak])
+            peak = f"{memory['resumed_mib']:.0f} / {memory['fresh_mib']:.0f} MiB = {memory['resumed_over_fresh']:.3f}"
+            rows.append([f"peak memory of a resumed process / a new one ({name.replace('_', ' ')})", peak])
     return text + table(["", ""], rows) + f"\n`python benchmarks/checkpoint_io.py`; {machine(found)}.\n"
 
 
 def make_report() -> str:
-    """The whole page."""
+    """Text of the whole page."""
     return PROMISE + attacks_section() + peers_section() + real_run_section() + cost_section()
 
 

@@ -163,7 +163,6 @@ BAND: dict[Phase, Color] = {
     Phase.DESCENT: (221, 243, 226),
     Phase.PLATEAU: (255, 240, 205),
     Phase.SECONDARY_CONVERGENCE: (186, 230, 201),
-    Phase.EXTENDED: (255, 225, 190),
     Phase.COOLDOWN: (203, 233, 235),
     Phase.SATURATED: (250, 214, 214),
     Phase.STOPPED: (240, 170, 170),
@@ -179,7 +178,7 @@ def draw_replay(result: Replay, path: Path, beside: ReplayComparison | None = No
     x_range = (windows[0].update - 0.5 * rules.every, windows[-1].update + 0.5 * rules.every)
     values = [window.loss for window in windows if math.isfinite(window.loss)]
     loss = Axes(LEFT, 150, RIGHT, 610, x_range, _loss_range(values))
-    patience = Axes(LEFT, 668, RIGHT, 752, x_range, (0, max(rules.patience, rules.patience_max) * 1.15))
+    patience = Axes(LEFT, 668, RIGHT, 752, x_range, (0, rules.patience * 1.15))
     gain = Axes(LEFT, 810, RIGHT, 905, x_range, _gain_range(result))
     canvas = Canvas(WIDTH, HEIGHT)
     for axes in (loss, patience, gain):

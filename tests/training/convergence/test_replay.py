@@ -37,7 +37,7 @@ from resilient_t5.training.telemetry.plots import round_ticks
 ROOT = Path(__file__).parents[3]
 CURVES = Path(os.environ.get("RESILIENT_T5_SHARED", ROOT.parent / "shared")) / "curves" / "curves.jsonl.gz"
 LOSSES = [9.0, 6.0, 5.0, 4.5, 4.2, 4.0, 3.9, 3.85, 3.84, 3.83, 3.83, 3.83, *[3.83] * 4, 3.2, 3.0, 2.9, *[2.9] * 9]
-RULES = Rules(200, 400, 5, 0, 0.001, 0.0, "counted", "stop", 0.1, 3.0, 3, 0.0, 6, every=100)
+RULES = Rules(200, 400, 5, 0.001, 0.0, "counted", "stop", 0.1, 3.0, 3, every=100)
 
 
 def curve_of(losses, name="one", **more) -> Curve:
@@ -76,6 +76,16 @@ def test_a_run_replayed_gives_its_very_decisions(tmp_path, capsys):
     assert f"agrees with the run's own verdicts at all {len(curve.recorded)} evaluations" in capsys.readouterr().out
     assert main([str(write_run(tmp_path / "other", losses, altered=8)), "--png", "none"]) == 65
     assert "update 800: the run said" in capsys.readouterr().out
+
+
+def test_a_run_of_the_version_with_extension_and_overfitting_is_replayed(tmp_path, capsys):
+    """Its rules hold three settings that are gone; where they were off, every decision is the same."""
+    run = write_run(tmp_path / "run", LOSSES)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:-1]]
+    rows[0]["rules"] |= {"patience_max": 0, "overfit_percent": 0.0, "overfit_windows": 6}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main([str(run), "--png", "none"]) == 0
+    assert "agrees with the run's own verdicts" in capsys.readouterr().out
 
 
 def test_every_form_of_recording_gives_the_same_losses(tmp_path):
@@ -303,7 +313,7 @@ def test_the_picture_shows_every_phase_the_stop_and_what_was_not_trained(tmp_pat
     image = Image.open(tmp_path / "a.png")
     seen = {color for _, color in image.getcolors(1 << 20)}
     phases = {verdict.phase for verdict in result.verdicts}
-    assert phases == set(Phase) - {Phase.EXTENDED, Phase.COOLDOWN, Phase.STOPPED}
+    assert phases == set(Phase) - {Phase.COOLDOWN, Phase.STOPPED}
     assert {BAND[phase] for phase in phases} | {STOP, UNTRAINED} <= seen
     # A thin dashed line is smoothed; its colour is near, not exact.
     assert any(math.dist(color, SECOND) < 40 for color in seen)

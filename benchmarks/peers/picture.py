@@ -4,51 +4,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.training.telemetry.plots import INK, MUTED, Canvas, Color, text_width
+from resilient_t5.training.telemetry.plots import BEST, new_figure
 
-WIDTH, LEFT, RIGHT, BAR = 1200, 210, 1010, 30
-OURS, PEER = (24, 122, 62), (150, 178, 212)
+PEER = "#96b2d4"
 NAMES = {
     "script": "usual script, as it is",
-    "script_mended": "usual script, mended",
+    "script_mended": "usual script, fixed",
     "tuned_trainer": "tuned Seq2SeqTrainer",
     "ours": "resilient_t5",
     "ours_compiled": "resilient_t5, compiled",
 }
 PANELS = (
-    ("examples a second (more is better)", "examples_per_s", "{:.2f}"),
-    ("counted operations an example, GFLOP (less is better)", "gflop_per_example", "{:.0f}"),
+    ("examples per second (more is better)", "examples_per_s", "{:.2f}"),
+    ("counted operations per example, GFLOP (less is better)", "gflop_per_example", "{:.0f}"),
     ("peak memory of training, MiB (less is better)", "peak_mib", "{:.0f}"),
 )
 
 
 def draw_throughput(result: dict[str, Any], sides: Sequence[str], path: Path) -> None:
-    """Write the PNG.
+    """Draw the comparison of `bin/benchmark throughput`.
 
     Raises:
-        StorageError: it cannot be written there.
+        StorageError: the file cannot be written.
     """
-    panel = 70 + len(sides) * (BAR + 10)
-    canvas = Canvas(WIDTH, 110 + panel * len(PANELS))
-    canvas.text(30, 34, f"Training {result['model']} on the same masked examples: {result['device']}", INK, 22)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    canvas.text(30, 66, f"medians of {result['rounds']} interleaved rounds; {versions}", MUTED, 14)
-    for number, (title, key, form) in enumerate(PANELS):
-        _panel(canvas, 110 + number * panel, title, [(side, result["sides"][side], key, form) for side in sides])
-    canvas.save(path)
-
-
-def _panel(canvas: Canvas, top: float, title: str, rows: Sequence[tuple[str, Any, str, str]]) -> None:
-    canvas.text(30, top, title, MUTED, 15)
-    longest = max((figures[key] for _, figures, key, _ in rows if figures), default=1.0)
-    for number, (side, figures, key, form) in enumerate(rows):
-        y = top + 38 + number * (BAR + 10)
-        color: Color = OURS if side.startswith("ours") else PEER
-        canvas.text(LEFT - 12, y, NAMES[side], INK, 15, anchor="rm")
-        if figures is None:
-            canvas.text(LEFT, y, "does not fit into the memory given", MUTED, 15)
-            continue
-        end = LEFT + max(2.0, figures[key] / longest * (RIGHT - LEFT))
-        canvas.box(LEFT, y - BAR / 2, end, y + BAR / 2, color)
-        told = form.format(figures[key])
-        canvas.text(min(end + 8, WIDTH - text_width(told, 15) - 8), y, told, INK, 15)
+    with new_figure(12, 1 + 3 * (0.6 + 0.4 * len(sides)), path) as figure:
+        figure.suptitle(f"Training {result['model']} on the same masked examples: {result['device']}", x=0.01, ha="left")
+        panels = figure.subplots(len(PANELS), 1)
+        for axes, (title, key, number_format) in zip(panels, PANELS, strict=True):
+            figures = [result["sides"][side] for side in sides]
+            values = [one[key] if one else 0.0 for one in figures]
+            colors = [BEST if side.startswith("ours") else PEER for side in sides]
+            bars = axes.barh([NAMES[side] for side in sides], values, color=colors)
+            labels = [number_format.format(one[key]) if one else "does not fit into the memory given" for one in figures]
+            axes.bar_label(bars, labels, padding=4)
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.invert_yaxis()
+            axes.margins(x=0.15)
+            axes.grid(visible=False)
+        figure.supxlabel(f"medians of {result['rounds']} interleaved rounds; {versions}", fontsize=9)

@@ -63,7 +63,6 @@ FREE_KEYS = (
     "batch.pad_multiple",
     "batch.readers",
     "convergence.patience",
-    "convergence.patience_max",
     "data.encoding",
     "data.store",
     "data.terms",
@@ -99,6 +98,9 @@ class RemovedKey(NamedTuple):
 
 REMOVED_KEYS = {
     "checkpoint.ballast": RemovedKey((False,), "Remove it; keep free space for one more checkpoint on the disk"),
+    "convergence.patience_max": RemovedKey((None, 0), "Remove it and raise convergence.patience instead"),
+    "convergence.overfit_percent": RemovedKey((None, 0.0), "Remove it; convergence.patience ends a run that overfits"),
+    "convergence.overfit_windows": RemovedKey((None, 6), "Remove it; convergence.patience ends a run that overfits"),
 }
 """An inert value is accepted, since every config.yaml of an earlier version holds one; any other value is refused."""
 

@@ -99,20 +99,14 @@ class ConvergenceConfig:
     """What saturation does: stop, take the learning rate to zero and stop, or only say so."""
     cooldown_share: float | None = None
     """Length of the cooldown, as a share of the updates done."""
-    patience_max: int | None = None
-    """Bound of the extension while the trend is not flat; at most `patience` switches it off."""
     divergence_factor: float | None = None
     """A loss above this multiple of the best ends the run as diverged; 0 switches it off."""
     nonfinite_limit: int | None = None
     """Evaluations with a non-finite loss after which the run has diverged; 0 switches it off."""
-    overfit_percent: float | None = None
-    """Rise above the best, in percent, that with a rising trend counts as overfitting; 0 switches it off."""
-    overfit_windows: int | None = None
-    """Judged windows that the rise must last."""
 
     def __post_init__(self) -> None:
         windows_given = isinstance(self.patience, int)
-        not_negative = ("min_gain", "min_gain_rel", "divergence_factor", "nonfinite_limit", "overfit_percent", "patience_max")
+        not_negative = ("min_gain", "min_gain_rel", "divergence_factor", "nonfinite_limit")
         check(
             *(point_or_number(f"convergence.{key}", getattr(self, key)) for key in ("start", "judge_from")),
             (not windows_given or self.patience >= 1, "convergence.patience: below 1"),  # type: ignore[operator]
@@ -120,7 +114,6 @@ class ConvergenceConfig:
                 windows_given or point_or_number("", self.patience)[0],
                 f"convergence.patience: {self.patience!r} is neither a count of windows (8) nor a span (1.5ep, 20Mtok)",
             ),
-            (self.overfit_windows is None or self.overfit_windows >= 1, "convergence.overfit_windows: below 1"),
             *((getattr(self, k) is None or getattr(self, k) >= 0, f"convergence.{k}: below 0") for k in not_negative),
             (
                 self.cooldown_share is None or 0 < self.cooldown_share <= 1,

@@ -16,8 +16,6 @@ class StopReason(StrEnum):
     MAX_UPDATES = "max_updates"
     MAX_TIME = "max_time"
     SATURATED = "saturated"
-    SATURATED_MAX = "saturated_max"
-    OVERFIT = "overfit"
     DIVERGED = "diverged"
     INTERRUPTED = "interrupted"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config.schema import Config, trajectory_settings
+from resilient_t5.config.schema import REMOVED_KEYS, Config, trajectory_settings
 from resilient_t5.errors import ResumeMismatch, RunDirectoryError
 from resilient_t5.files import write_whole
 
@@ -102,6 +102,12 @@ def changed_trajectory_settings(old: dict[str, Any], config: Config) -> list[str
     new = trajectory_settings(config)
     known = {**trajectory_settings(Config()), **old}
     return changed_keys({key: value for key, value in known.items() if key in new}, new)
+
+
+def removed_settings(old: dict[str, Any]) -> list[str]:
+    """`key: old -> removed` for every setting of a run saved with `old` that had an effect and no longer exists."""
+    effective = [key for key, removed in REMOVED_KEYS.items() if key in old and old[key] not in removed.inert]
+    return [f"{key}: {old[key]} -> removed" for key in effective]
 
 
 def describe_environment() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
 from resilient_t5.training.hardware.sharding import local, own_rows
-from resilient_t5.training.run_directory import changed_keys, changed_trajectory_settings
+from resilient_t5.training.run_directory import changed_keys, changed_trajectory_settings, removed_settings
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
@@ -184,6 +184,7 @@ class Saver:
         former = loaded.state["conditions"]
         former.setdefault("shard_layers", False)  # of a checkpoint from before layers could be cut
         self.changed_conditions = changed_keys(former, self.conditions)
+        self.changed_conditions += removed_settings(loaded.state["mathematics"])
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
         state = RunState.from_json(loaded.state["run"])
         # Only the machine ends a run for good, and a raised patience may have reopened it.

@@ -7,7 +7,7 @@ import pytest
 
 from resilient_t5.config.schema import Config, OptimConfig, RunConfig, TelemetryConfig
 from resilient_t5.errors import ExitCode, ResumeMismatch, RunDirectoryError
-from resilient_t5.training.run_directory import claim, inspect
+from resilient_t5.training.run_directory import claim, inspect, removed_settings
 
 
 def config_for(path, resume="auto", lr=1e-3, log_every=100):
@@ -93,3 +93,9 @@ def test_a_damaged_environment_is_a_clear_refusal(held, damage):
     with pytest.raises(RunDirectoryError, match="damaged"):
         inspect(dataclasses.replace(config_for(held)))
     assert (held / "environment.json").read_text(encoding="latin-1") == damage
+
+
+def test_a_setting_that_a_later_version_removed_is_reported_where_it_had_an_effect():
+    """Values that switched it off are not reported, nor settings that still exist."""
+    old = {"convergence.overfit_percent": 40.0, "convergence.overfit_windows": 6, "optim.lr": 1e-3}
+    assert removed_settings(old) == ["convergence.overfit_percent: 40.0 -> removed"]

@@ -4,8 +4,7 @@ Once per evaluation the machine observes one window and gives one verdict. The d
 window counts as a gain when its loss lies below the *anchor*, the last loss that counted, by more than the counted
 gain; after `patience` judged windows without one the run is saturated. Nothing is charged before `judge_from`, the
 first judged window sets the anchor, and best is the strict minimum of all finite evaluations from the first on.
-The statistics of `trend.py` explain each verdict and may only ask for a bounded extension; the measurements behind
-this are in docs/stopping.md.
+The statistics of `trend.py` explain each verdict and decide nothing. docs/stopping.md has the measurements.
 
 Phases move by the table of `phases.py` alone. State is JSON; no torch, no files, no clock, no random numbers. Limits and
 signals belong to the loop and leave the machine as it is, so a resumed run is never born stopped.
@@ -25,7 +24,6 @@ from resilient_t5.training.convergence.trend import (
     DIRECTION_CODES,
     HORIZON_WINDOWS,
     RECENT,
-    Direction,
     Trend,
     cusum_after,
     judge_trend,
@@ -56,15 +54,11 @@ def cause_of(rules: Rules, state: State, window: Window, reference: float | None
     if sign is Sign.FELL and reference is not None:
         second = "secondary convergence: " if previous in AFTER_PLATEAU else ""
         return f"{second}gain of {reference - window.loss:.3g} counted"
-    if sign is Sign.BROKEN and state.lowest:
-        return f"{state.overfit} rising windows, {window.loss:.4g} is above the lowest, {state.lowest.loss:.4g}"
     if not math.isfinite(window.loss):
         return f"loss is not finite, {state.nonfinite} so far"
     if sign in (Sign.SPENT, Sign.COOLING) and state.best:
         where = f"best {state.best.value:.4g} at {state.best.update}"
         return f"{state.plateau} windows without a counted gain, {where}" if previous != Phase.COOLDOWN else where
-    if sign is Sign.LONGER:
-        return f"extended to {rules.patience_max} windows while the trend is not flat"
     needed = rules.needed_gain(reference) if reference is not None else rules.min_gain
     return f"no gain above {needed:.3g}"
 
@@ -124,6 +118,18 @@ def cooldown_factor(update: int, start: int | None, length: int) -> float:
     return max(0.0, 1.0 - (update - start) / length)
 
 
+def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of an earlier version, which could extend the patience or stop as overfit, in the terms of this one."""
+    kept = {key: value for key, value in values.items() if key != "overfit"}
+    if kept.get("phase") == "EXTENDED":
+        kept["phase"] = Phase.PLATEAU.name
+    if kept.get("reason") == "saturated_max":
+        kept["reason"] = Reason.SATURATED.value
+    if kept.get("reason") == "overfit":
+        kept |= {"phase": Phase.PLATEAU.name, "reason": None}
+    return kept
+
+
 class ConvergenceMachine:
     """One run's judge. `observe` once per evaluation; `state` and `restore` carry it over a restart without a trace."""
 
@@ -167,6 +173,7 @@ class ConvergenceMachine:
         Raises:
             DataError: keys are missing or unknown, or a value is of the wrong kind.
         """
+        values = _without_removed(values)
         if values.keys() != asdict(State()).keys():
             unfit = ", ".join(sorted(values.keys() ^ asdict(State()).keys()))
             raise DataError(f"the saved convergence state has missing or unknown keys: {unfit}")
@@ -205,12 +212,11 @@ class ConvergenceMachine:
         elif state.cooldown_start is not None:
             sign = Sign.SPENT if window.update >= state.cooldown_start + self.cooldown_updates else Sign.COOLING
         else:
-            sign = self._judge(window, reference, trend, train_trend)
+            sign = self._judge(window, reference)
         phase = NEXT[previous][sign]
         state.phase = phase
         if sign is Sign.SPENT and rules.on_saturation != "continue":
-            at_bound = previous is Phase.EXTENDED and not _is_flat(trend)
-            state.reason = Reason.SATURATED_MAX if at_bound else Reason.SATURATED
+            state.reason = Reason.SATURATED
         events += self._events(window, previous, sign, trend)
         cause = broken or cause_of(rules, state, window, reference, previous=previous, sign=sign)
         statistics = format_statistics(state.plateau, rules.patience, trend)
@@ -228,11 +234,8 @@ class ConvergenceMachine:
         )
 
     def _patience_was_raised(self, state: State) -> bool:
-        if state.cooldown_start is not None:
-            return False
-        if state.reason == Reason.SATURATED_MAX:
-            return state.plateau < max(self.rules.patience, self.rules.patience_max)
-        return state.reason == Reason.SATURATED and state.plateau < self.rules.patience
+        waits = state.reason == Reason.SATURATED and state.cooldown_start is None
+        return waits and state.plateau < self.rules.patience
 
     def _reference(self) -> float | None:
         mark = self._state.lowest if self.rules.anchor_rule == "best" else self._state.anchor
@@ -303,7 +306,7 @@ class ConvergenceMachine:
         trains = [train for _, _, train in state.recent if train is not None]
         return trend, judge_trend(trains, state.plateau, noise_sigma(trains))
 
-    def _judge(self, window: Window, reference: float | None, trend: Trend | None, train_trend: Trend | None) -> Sign:
+    def _judge(self, window: Window, reference: float | None) -> Sign:
         """Charge or reset patience; the only place where a window counts."""
         state, rules = self._state, self.rules
         state.judged += 1
@@ -311,31 +314,15 @@ class ConvergenceMachine:
         # The difference is formed as the peers form it, so that equal thresholds round equally.
         if finite and (reference is None or reference - window.loss > rules.needed_gain(reference)):
             state.anchor = Mark(window.update, window.loss, window.loss)
-            state.plateau = state.overfit = 0
+            state.plateau = 0
             return Sign.BASED if reference is None else Sign.FELL
         state.plateau += 1
-        if self._overfits(window, trend, train_trend):
-            state.reason = Reason.OVERFIT
-            return Sign.BROKEN
         if state.plateau < rules.patience:
             return Sign.LEVEL if state.plateau >= max(1, rules.patience // 2) else Sign.STALLED
-        if state.plateau < rules.patience_max and not _is_flat(trend):
-            return Sign.LONGER
         if rules.on_saturation == "cooldown":
             state.cooldown_start = window.update
             return Sign.COOLING
         return Sign.SPENT
-
-    def _overfits(self, window: Window, trend: Trend | None, train_trend: Trend | None) -> bool:
-        """Whether the loss has been rising for long enough while the training loss, where known, has not."""
-        state, rules = self._state, self.rules
-        if not rules.overfit_percent or state.lowest is None:
-            return False
-        above = window.loss > state.lowest.loss + abs(state.lowest.loss) * rules.overfit_percent / 100
-        rises = trend is not None and trend.direction is Direction.RISE
-        train_rises = train_trend is not None and train_trend.direction is Direction.RISE
-        state.overfit = state.overfit + 1 if above and rises and not train_rises else 0
-        return state.overfit >= rules.overfit_windows
 
     def _events(self, window: Window, previous: Phase, sign: Sign, trend: Trend | None) -> list[str]:
         state = self._state
@@ -352,9 +339,9 @@ class ConvergenceMachine:
         return events
 
     def _earliest_stop(self) -> int | None:
-        """The earliest update at which a run whose losses stay finite can still end as saturated or overfit."""
+        """The earliest update at which a run whose losses stay finite can still end as saturated."""
         state, rules = self._state, self.rules
-        if state.reason is not None or (rules.on_saturation == "continue" and not rules.overfit_percent):
+        if state.reason is not None or rules.on_saturation == "continue":
             return None
         if state.cooldown_start is not None:
             return state.cooldown_start + self.cooldown_updates
@@ -362,11 +349,7 @@ class ConvergenceMachine:
         unset = self._reference() is None and (rules.anchor_rule == "counted" or first == state.last_update + rules.every)
         missing = max(1, rules.patience - state.plateau) + unset
         stop = first + (missing - 1) * rules.every
-        stop += rules.cooldown_updates(stop) if rules.on_saturation == "cooldown" else 0
-        if rules.overfit_percent:
-            overfit = first + (max(1, rules.overfit_windows - state.overfit) + unset - 1) * rules.every
-            return overfit if rules.on_saturation == "continue" else min(stop, overfit)
-        return stop
+        return stop + (rules.cooldown_updates(stop) if rules.on_saturation == "cooldown" else 0)
 
     def _action(self, sign: Sign) -> str:
         if self.reason is not None:
@@ -374,7 +357,3 @@ class ConvergenceMachine:
         if sign is Sign.COOLING and self.cooldown_start is not None:
             return f"cooldown to update {self.cooldown_start + self.cooldown_updates}"
         return "saturated, going on as asked" if sign is Sign.SPENT else "continue"
-
-
-def _is_flat(trend: Trend | None) -> bool:
-    return trend is not None and trend.direction is Direction.FLAT

@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 
 
 class Phase(IntEnum):
-    """Where the run stands; the numbers are what TensorBoard draws."""
+    """Where the run stands; the numbers are what TensorBoard draws. 5 was a phase of an earlier version."""
 
     WARMUP = 0
     """Before `start`: training always goes on."""
@@ -21,14 +21,12 @@ class Phase(IntEnum):
     """Half of the patience or more is used up."""
     SECONDARY_CONVERGENCE = 4
     """A counted gain has come after a plateau."""
-    EXTENDED = 5
-    """Patience is used up, the trend is not flat, and a bounded extension was asked for."""
     COOLDOWN = 6
     """Saturated; the learning rate goes linearly to zero and nothing is judged."""
     SATURATED = 7
     """Patience is used up: the end, unless `on_saturation` is `continue`."""
     STOPPED = 8
-    """Diverged or overfit: the end."""
+    """Diverged: the end."""
 
 
 class Sign(StrEnum):
@@ -40,23 +38,19 @@ class Sign(StrEnum):
     FELL = "counted gain"
     STALLED = "no counted gain, less than half of the patience used"
     LEVEL = "no counted gain, half of the patience or more used"
-    LONGER = "patience used up, trend not flat, extension left"
     COOLING = "patience used up, cooldown not done"
     SPENT = "patience used up, or cooldown done"
-    BROKEN = "diverged or overfit"
+    BROKEN = "diverged"
 
 
 class Reason(StrEnum):
     """Why the machine ends a run; the loop has reasons of its own."""
 
     SATURATED = "saturated"
-    SATURATED_MAX = "saturated_max"
-    OVERFIT = "overfit"
     DIVERGED = "diverged"
 
 
 _AFTER_PATIENCE = {
-    Sign.LONGER: Phase.EXTENDED,
     Sign.COOLING: Phase.COOLDOWN,
     Sign.SPENT: Phase.SATURATED,
     Sign.BROKEN: Phase.STOPPED,
@@ -86,12 +80,11 @@ NEXT: dict[Phase, dict[Sign, Phase]] = {
         Sign.LEVEL: Phase.PLATEAU,
         **_AFTER_PATIENCE,
     },
-    Phase.EXTENDED: _AFTER_PLATEAU,
     Phase.COOLDOWN: {Sign.COOLING: Phase.COOLDOWN, Sign.SPENT: Phase.SATURATED, Sign.BROKEN: Phase.STOPPED},
     Phase.SATURATED: _AFTER_PLATEAU,  # left only with on_saturation continue, or with a patience raised on a resume
     Phase.STOPPED: {},
 }
-AFTER_PLATEAU = (Phase.PLATEAU, Phase.EXTENDED, Phase.SATURATED)
+AFTER_PLATEAU = (Phase.PLATEAU, Phase.SATURATED)
 """Phases out of which a counted gain is a secondary convergence."""
 
 
@@ -150,7 +143,6 @@ class State:
     judged: int = 0
     nonfinite: int = 0
     high: int = 0
-    overfit: int = 0
     recent: list[tuple[int, float, float | None]] = field(default_factory=list)
     slope_from: int = 0
     cusum: float = 0.0

@@ -23,11 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor_rule": "best",
         "on_saturation": "stop",
         "cooldown_share": 0.1,
-        "patience_max": 0,
         "divergence_factor": 0.0,
         "nonfinite_limit": 0,
-        "overfit_percent": 0.0,
-        "overfit_windows": 6,
     },
     # The numbers of the peer with the meaning that its description gives them.
     "seed": {
@@ -39,11 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor_rule": "counted",
         "on_saturation": "stop",
         "cooldown_share": 0.1,
-        "patience_max": 0,
         "divergence_factor": 3.0,
         "nonfinite_limit": 3,
-        "overfit_percent": 0.0,
-        "overfit_windows": 6,
     },
     # Where a result matters: 12 windows is where the price of patience bends on the recorded curves (docs/stopping.md);
     # a relative gain fits every level of loss.
@@ -56,11 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor_rule": "counted",
         "on_saturation": "cooldown",
         "cooldown_share": 0.1,
-        "patience_max": 0,
         "divergence_factor": 3.0,
         "nonfinite_limit": 3,
-        "overfit_percent": 0.0,
-        "overfit_windows": 6,
     },
     # Runs of minutes: judged almost at once, since a small run has no thousands of updates to spare. Its evaluation
     # sets are small, so the counted gain is twice that of `thorough`; eight windows outlast a short plateau.
@@ -73,13 +64,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor_rule": "counted",
         "on_saturation": "stop",
         "cooldown_share": 0.1,
-        "patience_max": 0,
         "divergence_factor": 3.0,
         "nonfinite_limit": 3,
-        "overfit_percent": 0.0,
-        "overfit_windows": 6,
     },
 }
+
+
+REMOVED_RULES = ("patience_max", "overfit_percent", "overfit_windows")
+"""Rules that an earlier version recorded; off in all of its presets."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,6 @@ class Rules:
     start: int
     judge_from: int
     patience: int
-    patience_max: int
     min_gain: float
     min_gain_rel: float
     anchor_rule: str
@@ -97,8 +88,6 @@ class Rules:
     cooldown_share: float
     divergence_factor: float
     nonfinite_limit: int
-    overfit_percent: float
-    overfit_windows: int
     every: int
     criterion: str = "loss"
 
@@ -137,6 +126,7 @@ class Rules:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> "Rules":
         """Rules as a run wrote them down; DataError when a key is missing, unknown or of the wrong kind."""
+        values = {key: value for key, value in values.items() if key not in REMOVED_RULES}
         kinds = {name: field.type for name, field in cls.__dataclass_fields__.items()}
         unfit = sorted(kinds.keys() ^ values.keys())
         accepted = {int: (int,), float: (int, float), str: (str,)}

@@ -1,4 +1,4 @@
-"""Statistics that explain a loss curve; they never decide, unless a bounded extension was asked for.
+"""Statistics that explain a loss curve; they decide nothing.
 
 All of it is plain Python over at most `RECENT` windows: a run evaluates a few hundred times, so clarity costs nothing.
 Every scale comes from the losses themselves: multiplying them by a constant multiplies every result by it.

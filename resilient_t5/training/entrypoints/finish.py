@@ -24,8 +24,6 @@ STATUS = {
     StopReason.MAX_UPDATES: "finished",
     StopReason.MAX_TIME: "finished",
     StopReason.SATURATED: "saturated",
-    StopReason.SATURATED_MAX: "saturated",
-    StopReason.OVERFIT: "finished",
     StopReason.DIVERGED: "diverged",
     StopReason.INTERRUPTED: "interrupted",
 }

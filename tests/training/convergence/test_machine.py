@@ -20,7 +20,6 @@ RULES = Rules(
     start=10,
     judge_from=20,
     patience=4,
-    patience_max=0,
     min_gain=0.1,
     min_gain_rel=0.0,
     anchor_rule="counted",
@@ -28,8 +27,6 @@ RULES = Rules(
     cooldown_share=0.5,
     divergence_factor=0.0,
     nonfinite_limit=0,
-    overfit_percent=0.0,
-    overfit_windows=3,
     every=1,
 )
 JUDGED = replace(RULES, start=0, judge_from=0)
@@ -48,7 +45,7 @@ def feed(machine: ConvergenceMachine, losses: list[float], begin: int = 1) -> li
     return verdicts
 
 
-W, O, D, P, S, E, C, X, Z = Phase  # noqa: E741  the table below is read by its letters
+W, O, D, P, S, C, X, Z = Phase  # noqa: E741  the table below is read by its letters
 ARROWS = {
     (W, Sign.EARLY): W,
     (W, Sign.WATCHED): O,
@@ -56,28 +53,23 @@ ARROWS = {
     (C, Sign.COOLING): C,
     (C, Sign.SPENT): X,
     (C, Sign.BROKEN): Z,
-    **{(phase, Sign.BASED): D for phase in (W, O, D, P, E, X)},
+    **{(phase, Sign.BASED): D for phase in (W, O, D, P, X)},
     **{(phase, Sign.FELL): D for phase in (W, O, D)},
-    **{(phase, Sign.FELL): S for phase in (P, S, E, X)},
+    **{(phase, Sign.FELL): S for phase in (P, S, X)},
     **{(phase, Sign.STALLED): D for phase in (W, O, D)},
-    **{(phase, Sign.STALLED): P for phase in (P, E, X)},
+    **{(phase, Sign.STALLED): P for phase in (P, X)},
     (S, Sign.STALLED): S,
-    **{(phase, Sign.LEVEL): P for phase in (W, O, D, P, S, E, X)},
-    **{(phase, Sign.LONGER): E for phase in (W, O, D, P, S, E, X)},
-    **{(phase, Sign.COOLING): C for phase in (W, O, D, P, S, E, X)},
-    **{(phase, Sign.SPENT): X for phase in (W, O, D, P, S, E, X)},
-    **{(phase, Sign.BROKEN): Z for phase in (W, O, D, P, S, E, X)},
+    **{(phase, Sign.LEVEL): P for phase in (W, O, D, P, S, X)},
+    **{(phase, Sign.COOLING): C for phase in (W, O, D, P, S, X)},
+    **{(phase, Sign.SPENT): X for phase in (W, O, D, P, S, X)},
+    **{(phase, Sign.BROKEN): Z for phase in (W, O, D, P, S, X)},
 }
 
 
 def provoked(phase: Phase, sign: Sign) -> Phase:
     """The phase that a machine in `phase` reaches by a window that means `sign`."""
     mark = {"update": 3, "loss": 1.0, "value": 1.0}
-    more = {
-        Sign.LONGER: {"patience_max": 9},
-        Sign.COOLING: {"on_saturation": "cooldown"},
-        Sign.BROKEN: {"nonfinite_limit": 1},
-    }
+    more = {Sign.COOLING: {"on_saturation": "cooldown"}, Sign.BROKEN: {"nonfinite_limit": 1}}
     machine = ConvergenceMachine(replace(RULES, **more.get(sign, {})))
     state = machine.state() | {"phase": phase.name, "last_update": 29, "best": mark, "lowest": mark, "anchor": mark}
     state["plateau"] = {Sign.STALLED: 0, Sign.LEVEL: 2}.get(sign, 3)
@@ -146,7 +138,7 @@ def test_a_flat_run_stops_exactly_at_the_earliest_stop_that_was_told_from_the_fi
 def test_state_is_restored_at_every_index_of_a_curve_without_a_trace():
     """A run that is cut after every evaluation gives the same verdicts and, byte for byte, the same state."""
     losses = [5.0, 4.0, 3.5, math.nan, 3.4, 3.4, 3.39, 3.4, 2.0, 1.9, 1.9, 2.4, 1.9, 1.9, 1.91, 1.9, 1.92, 1.9, 1.9, 1.9]
-    for rules in (RULES, JUDGED, replace(JUDGED, on_saturation="cooldown"), replace(JUDGED, patience_max=7)):
+    for rules in (RULES, JUDGED, replace(JUDGED, on_saturation="cooldown")):
         straight, cut = ConvergenceMachine(rules), ConvergenceMachine(rules)
         for update, loss in enumerate(losses, 1):
             seen = Window(update, 0, 0.0, loss, train_loss=loss + 0.1, series={"term_restoration": 0.5})
@@ -169,6 +161,20 @@ def test_a_damaged_state_is_refused(damage):
     with pytest.raises(DataError, match="convergence state"):
         machine.restore(before | damage)
     assert machine.state() == before
+
+
+def test_a_state_of_the_version_with_extension_and_overfitting_is_restored():
+    """An extended run continues on its plateau, one that ended at its bound stays ended, an overfit one is reopened."""
+    machine = ConvergenceMachine(JUDGED)
+    feed(machine, [3.0, 2.0, 2.0])
+    old = machine.state() | {"overfit": 2}
+    for changes, phase, reason in (
+        ({"phase": "EXTENDED"}, Phase.PLATEAU, None),
+        ({"phase": "SATURATED", "reason": "saturated_max", "plateau": 9}, Phase.SATURATED, Reason.SATURATED),
+        ({"phase": "STOPPED", "reason": "overfit"}, Phase.PLATEAU, None),
+    ):
+        machine.restore(old | changes)
+        assert (machine.phase, machine.reason) == (phase, reason)
 
 
 def test_a_raised_patience_reopens_a_saturated_run_and_nothing_else_does():
@@ -224,16 +230,6 @@ def test_on_saturation_continue_says_so_and_goes_on_to_a_second_descent():
     assert "saturated, going on as asked" in verdicts[6].why
 
 
-def test_the_extension_waits_for_a_falling_trend_and_ends_at_its_bound():
-    """A creep below the counted gain is extended to the bound; a flat loss is not extended at all."""
-    extended = replace(JUDGED, min_gain=0.5, patience=6, patience_max=9)
-    creep = feed(ConvergenceMachine(extended), [5 - 0.04 * i for i in range(20)])
-    assert (creep[-1].update, creep[-1].stop) == (10, Reason.SATURATED_MAX)
-    assert [verdict.phase for verdict in creep[6:9]] == [E, E, E]
-    flat = feed(ConvergenceMachine(extended), [5.0] * 20)
-    assert (flat[-1].update, flat[-1].stop) == (7, Reason.SATURATED)
-
-
 def test_divergence_takes_two_windows_and_is_not_confused_with_memorising():
     """One spike passes; two end the run; a training loss below the best evaluation says overfitting and goes on."""
     rules = replace(RULES, divergence_factor=3.0, judge_from=10**6)
@@ -251,18 +247,6 @@ def test_losses_that_are_not_finite_end_the_run_at_their_limit():
     verdicts = feed(ConvergenceMachine(replace(RULES, nonfinite_limit=3)), [math.nan, 2.0, math.inf, 2.0, math.nan])
     assert [verdict.stop for verdict in verdicts] == [None, None, None, None, Reason.DIVERGED]
     assert ["nonfinite" in verdict.events for verdict in verdicts] == [True, False, True, False, True]
-
-
-def test_overfitting_ends_a_run_only_when_it_lasts_and_the_training_loss_does_not_rise():
-    """A rise of evaluation beside a fall of training is overfitting; a rise of both is not."""
-    rules = replace(JUDGED, patience=50, overfit_percent=5.0, overfit_windows=3)
-    for train_slope, expected in ((-0.05, Reason.OVERFIT), (+0.05, None)):
-        machine = ConvergenceMachine(rules)
-        for update in range(1, 25):
-            verdict = machine.observe(window(update, 2 + 0.05 * update, train_loss=2 + train_slope * update))
-            if verdict.stop:
-                break
-        assert verdict.stop is expected
 
 
 def test_best_can_go_by_term_restoration_while_patience_goes_by_the_loss():

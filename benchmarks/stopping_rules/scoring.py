@@ -1,8 +1,9 @@
-"""Stopping rules against each other over many recorded curves, with the frontier that anchored patience draws.
+"""Compare stopping rules over recorded curves.
 
 Forgone is 100 x (loss at the kept window - lowest loss) / (first loss - lowest loss): the share of the recorded descent
-that a rule gives up. Updates is the share of the recording that it trains. A rule is better only when it forgoes less
-at equal updates, so each is held against the frontier there, curve by curve.
+that a rule misses. Updates is the share of the recording that it trains. The frontier is anchored patience at every
+patience of `SWEEP`. A rule is better only if it forgoes less at equal updates, so each is compared with the frontier at
+its own mean updates, paired by curve.
 """
 
 import math
@@ -10,13 +11,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.stopping_rules.rules import FIRST_JUDGED, PEER_RULES, anchored_patience
 from resilient_t5.config.training import ConvergenceConfig
 from resilient_t5.training.convergence.replay import Curve, Outcome, replay, replay_rules
-from resilient_t5.training.convergence.rivals import FIRST_JUDGED, RIVALS, anchored_patience
 from resilient_t5.training.convergence.rules import PRESETS
 
 SWEEP = tuple(range(1, 31))
-"""Patiences, in windows, that draw the frontier."""
+"""Patiences of the frontier, in windows."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Comparison:
 
 
 def score(losses: Sequence[float], outcome: Outcome) -> Score:
-    """What `outcome` gives up and spends on a curve with at least one finite loss."""
+    """Score `outcome` on a curve with at least one finite loss."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     descent, kept = finite[0] - min(finite), losses[outcome.kept]
     updates = 100 * outcome.windows / len(losses)
@@ -72,22 +73,22 @@ def summary(scores: Sequence[Score]) -> Summary:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for a single value, which has none."""
+    """Standard error of the mean; 0 for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def compare(
     curves: Sequence[Curve], extra: Mapping[str, ConvergenceConfig] | None = None, clock: str = "windows"
 ) -> Comparison:
-    """Run our presets, the peers' rules and the sweep over all curves that hold a finite loss.
+    """Run the presets, the peers' rules and the sweep over all curves with a finite loss.
 
     Presets are scored at saturation: a recording did not lower its learning rate there, so the windows of a cooldown
-    would cost updates and could gain nothing. The row `thorough+cooldown` counts them all the same.
+    would cost updates and gain nothing. The row `thorough+cooldown` counts those windows.
 
     Args:
         curves: recordings.
         extra: further settings of the machine, by name.
-        clock: as in `windows_of`; `updates` concerns our own rules only.
+        clock: as in `windows_of`; `updates` applies to the convergence machine only.
     """
     usable = tuple(curve for curve in curves if any(math.isfinite(loss) for loss in curve.losses))
     presets = {name: ConvergenceConfig(preset=name, on_saturation="stop") for name in PRESETS}  # type: ignore[arg-type]
@@ -96,7 +97,7 @@ def compare(
     for curve in usable:
         for name, section in settings.items():
             rules[name].append(score(curve.losses, replay(curve, replay_rules(curve, section, clock), clock).outcome))
-    for name, rule in RIVALS.items():
+    for name, rule in PEER_RULES.items():
         rules[name] = [score(curve.losses, rule(curve.losses, curve.training_losses)) for curve in usable]
     return Comparison(usable, rules, sweep(usable, lambda losses, p: anchored_patience(losses, p, first=FIRST_JUDGED)))
 
@@ -107,11 +108,13 @@ def sweep(curves: Sequence[Curve], rule: Callable[[Sequence[float], int], Outcom
 
 
 def against_frontier(scores: Sequence[Score], frontier: Mapping[int, Sequence[Score]]) -> tuple[float, float] | None:
-    """Points forgone beyond anchored patience at equal mean updates, paired by curve, and their standard error.
+    """Points forgone above anchored patience at equal mean updates, paired by curve, and their standard error.
 
-    Between two patiences the frontier is their mixture: a coin that picks one for each run has these very means.
-    None where no mixture spends as much or as little.
+    Between two patiences the frontier is interpolated: choosing one of the two at random for each run has these means.
+    None outside the range of the frontier, and without scores.
     """
+    if not scores:
+        return None
     spent = statistics.fmean(one.updates_percent for one in scores)
     ladder = sorted(
         (statistics.fmean(one.updates_percent for one in column), patience) for patience, column in frontier.items()
@@ -128,7 +131,7 @@ def against_frontier(scores: Sequence[Score], frontier: Mapping[int, Sequence[Sc
 
 
 def table(comparison: Comparison) -> list[str]:
-    """The comparison for people: all curves, the sweep, then each group."""
+    """The comparison as a table: all curves, the sweep, then each group."""
     lines = [f"{'rule':<18}{'forgone %':>16}{'updates %':>11}{'p95 %':>8}{'before min':>12}{'against the frontier':>24}"]
     for name, scores in comparison.rules.items():
         distance = against_frontier(scores, comparison.sweep)
@@ -147,7 +150,7 @@ def table(comparison: Comparison) -> list[str]:
 
 
 def document(comparison: Comparison) -> dict[str, object]:
-    """The comparison for scripts; the sweep stands among the rules as patience-N."""
+    """The comparison as JSON values; the rules of the sweep are named patience-N."""
     rules = {**comparison.rules, **{f"patience-{patience}": scores for patience, scores in comparison.sweep.items()}}
     values = {}
     for name, scores in rules.items():

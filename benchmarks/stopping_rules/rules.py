@@ -1,9 +1,8 @@
-"""The peers' stopping rules, each as its source states it, over a list of losses; and plain anchored patience.
+"""Stopping rules of other projects, each as defined by its source, and plain anchored patience.
 
-A rule sees one loss per window and answers after how many windows it stops. Whatever the rule, the lowest of all
-evaluations up to there is kept: what is compared is when to stop, not how to save. Numbers are those of the peer this
-project replaces (patience 5, threshold 0.001, first judgement at window 12) wherever a rule has a parameter for them,
-so that the rules are compared and not their settings.
+A rule gets one loss per window and returns after how many windows it stops. Every rule keeps the lowest loss up to its
+stop, so the comparison is about when to stop and not about what to save. Where a rule has such a parameter, it uses
+patience 5, threshold 0.001 and the first judgement at window 12, so that rules are compared and not their settings.
 """
 
 import math
@@ -12,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 from resilient_t5.training.convergence.replay import Losses, Outcome, lowest
 
-Training = Sequence[float | None]
 PATIENCE, THRESHOLD, FIRST_JUDGED = 5, 0.001, 12
-
-
+Training = Sequence[float | None]
+"""The latest training loss at each window; None before the first one."""
 Rule = Callable[[Losses, Training], Outcome]
 
 
@@ -25,7 +23,7 @@ def never(losses: Losses, training: Training) -> Outcome:
 
 
 def hugging_face(losses: Losses, training: Training) -> Outcome:
-    """transformers `EarlyStoppingCallback`: best moves on any gain, the counter only on one above the threshold."""
+    """transformers `EarlyStoppingCallback`: any gain moves the best, only a gain above the threshold resets the counter."""
     best, waited = math.nan, 0
     for index, loss in enumerate(losses):
         gained = math.isnan(best) or (loss < best and best - loss > THRESHOLD)
@@ -37,7 +35,7 @@ def hugging_face(losses: Losses, training: Training) -> Outcome:
 
 
 def keras(losses: Losses, training: Training) -> Outcome:
-    """Keras `EarlyStopping(min_delta, patience, start_from_epoch)`: the best of before the start does not exist for it."""
+    """Keras `EarlyStopping(min_delta, patience, start_from_epoch)`: losses before the start are ignored."""
     best, waited = math.inf, 0
     for index in range(FIRST_JUDGED - 1, len(losses)):
         waited += 1
@@ -49,7 +47,7 @@ def keras(losses: Losses, training: Training) -> Outcome:
 
 
 def lightning(losses: Losses, training: Training) -> Outcome:
-    """Lightning `EarlyStopping(min_delta, patience, check_finite)`: no delayed start; a non-finite loss stops at once."""
+    """Lightning `EarlyStopping(min_delta, patience, check_finite)`: no delayed start; stops at a non-finite loss."""
     best, waited = math.inf, 0
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
@@ -62,7 +60,7 @@ def lightning(losses: Losses, training: Training) -> Outcome:
 
 
 def prechelt_gl(alpha: float) -> Rule:
-    """Prechelt 1998, GL: the loss lies more than `alpha` percent above the lowest so far."""
+    """Prechelt 1998, GL: the loss is more than `alpha` percent above the lowest so far."""
 
     def rule(losses: Losses, training: Training) -> Outcome:
         best = math.inf
@@ -115,7 +113,7 @@ def ray_plateau(losses: Losses, training: Training) -> Outcome:
     return never(losses, training)
 
 
-RIVALS: dict[str, Rule] = {
+PEER_RULES: dict[str, Rule] = {
     "huggingface": hugging_face,
     "keras": keras,
     "lightning": lightning,
@@ -128,7 +126,7 @@ RIVALS: dict[str, Rule] = {
 
 
 def anchored_patience(losses: Losses, patience: int, *, first: int, gain: float = THRESHOLD, relative: float = 0.0) -> Outcome:
-    """The decision of the convergence machine and nothing else, for sweeps: a test holds the two against each other.
+    """The decision of the convergence machine without its phases and statistics, for sweeps.
 
     Args:
         losses: one per window.

@@ -43,7 +43,7 @@ from resilient_t5.training.loop import train
 from resilient_t5.training.run import Run
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -78,21 +78,20 @@ def open_run(directory: Path) -> Run:
         telemetry=dataclasses.replace(config.telemetry, log_every=10**6),
     )
     directory.mkdir(parents=True)
-    audit = AuditTrail()
-    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    log = RunLog(Console("quiet", directory / "train.log"), directory, tensorboard=config.telemetry.tensorboard)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
     store = prepare(config, directory.parent / "store")
-    display = Console("quiet", directory / "train.log")
-    return build_run(config, store, manager, None, audit=audit, display=display, claim=lambda: None)
+    return build_run(config, store, manager, None, log)
 
 
 def block(run: Run, saves: bool) -> dict[str, float]:
     """Do a block of updates, its first pass with a save or without."""
-    run.plan = dataclasses.replace(run.plan, total_updates=run.state.update + UPDATES)
+    plan = dataclasses.replace(run.plan, total_updates=run.state.update + UPDATES)
     stalled_s = run.timing.spent_s.get("save", 0.0)
     begun_s = time.perf_counter()
     with StopSignal() as stop:
         stop.save_requested = saves
-        train(run, stop)
+        train(dataclasses.replace(run, plan=plan), stop)
     spent_s = time.perf_counter() - begun_s
     run.saver.writer.drain()
     return {"wall_s": spent_s, "stall_s": run.timing.spent_s.get("save", 0.0) - stalled_s}
@@ -102,7 +101,7 @@ def save_cpu_s(run: Run) -> float:
     """CPU seconds of one save, from the copy to the commit, with nothing else going on."""
     begun_s = time.process_time()
     with StopSignal() as stop:
-        run.saver.save(run.state, "asked", stop)
+        run.saver.save("asked", stop)
     run.saver.writer.drain(poll_s=0.001)
     return time.process_time() - begun_s
 
@@ -119,9 +118,9 @@ def measure_stall(folder: Path, rounds: int) -> dict[str, Any]:
         block(run, False)
         worked_s.append(save_cpu_s(run))
     newest = run.manager.newest
-    run.reader.close()
+    run.prefetcher.close()
     run.saver.writer.close()
-    run.telemetry.close()
+    run.log.close()
     stall_s = statistics.median(saving["stall_s"] for saving, _ in pairs)
     save_s = statistics.median(worked_s)
     extra_wall_s = statistics.median(saving["wall_s"] - plain["wall_s"] for saving, plain in pairs)

@@ -23,9 +23,10 @@ from resilient_t5.data.store.prepare import prepare
 from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
 from resilient_t5.training.run import Run
+from resilient_t5.training.schedule import learning_rate
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 
 ROUNDS = 7
 UPDATES = 20
@@ -36,20 +37,19 @@ def open_run(config: Config, directory: Path) -> Run:
     directory.mkdir()
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
     store = prepare(config, directory.parent / "store")
-    audit = AuditTrail()
-    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    display = Console("quiet", directory / "train.log")
-    return build_run(config, store, manager, None, audit=audit, display=display, claim=lambda: None)
+    log = RunLog(Console("quiet", directory / "train.log"), directory, tensorboard=config.telemetry.tensorboard)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
+    return build_run(config, store, manager, None, log)
 
 
 def loop_s(run: Run, updates: int) -> float:
     """Seconds that the next `updates` updates take in the loop, without evaluations and saves."""
     apart = ("evaluation", "save")
-    run.plan = dataclasses.replace(run.plan, total_updates=run.state.update + updates)
+    plan = dataclasses.replace(run.plan, total_updates=run.state.update + updates)
     before_s = sum(run.timing.spent_s.get(activity, 0.0) for activity in apart)
     begun_s = time.perf_counter()
     with StopSignal() as stop:
-        train(run, stop)
+        train(dataclasses.replace(run, plan=plan), stop)
     spent_s = time.perf_counter() - begun_s
     return spent_s - sum(run.timing.spent_s.get(activity, 0.0) for activity in apart) + before_s
 
@@ -59,7 +59,8 @@ def bare_s(run: Run, updates: int) -> float:
     first = run.state.attempted
     prepared = [run.batches.at(number) for number in range(first, first + updates)]
     begun_s = time.perf_counter()
-    results = [run.updater(found, number, run.learning_rate(), lambda: False) for number, found in enumerate(prepared, first)]
+    rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)
+    results = [run.updater(found, number, rate, lambda: False) for number, found in enumerate(prepared, first)]
     spent_s = time.perf_counter() - begun_s
     for result in results:
         assert result is not None
@@ -80,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
         waited_from_s = looped.timing.spent_s["wait"]
         rounds = [(loop_s(looped, UPDATES), bare_s(bare, UPDATES)) for _ in range(ROUNDS)]
         waited_s = looped.timing.spent_s["wait"] - waited_from_s
-        looped.reader.close()
-        looped.telemetry.close()
+        looped.prefetcher.close()
+        looped.log.close()
     shares = [1.0 - bare_round_s / loop_round_s for loop_round_s, bare_round_s in rounds]
     for (loop_round_s, bare_round_s), share in zip(rounds, shares, strict=True):
         sys.stdout.write(

@@ -7,13 +7,14 @@ from benchmarks.peers.flops import MicroShape, our_flops, useful_flops
 from benchmarks.peers.processes import Meter, cap_memory
 from benchmarks.peers.setup import Setup
 from resilient_t5.checkpoint.manager import CheckpointManager
-from resilient_t5.data.batches import MicroBatch, Prefetcher
+from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.store.store import Store
 from resilient_t5.training.build import build_run
 from resilient_t5.training.hardware.machine import choose_device
 from resilient_t5.training.run import Run
+from resilient_t5.training.schedule import learning_rate
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 
 
 def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
@@ -27,14 +28,13 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
         for _ in range(setup.warm_updates):
             _update(run)
         # From the first update again: the timed ones are the first window, whole.
-        run.reader.close()
-        run.reader = Prefetcher(run.batches, 0, run.config.batch.readers)
+        run.prefetcher.restart(0)
         meter.start()
         done = [micro_batch for _ in range(setup.updates) for micro_batch in _update(run)]
         figures = meter.stop()
     finally:
-        run.reader.close()
-        run.telemetry.close()
+        run.prefetcher.close()
+        run.log.close()
     model, checkpointing = run.updater.model, run.updater.model.encoder.gradient_checkpointing
     shapes = [MicroShape(*m.source_BS.shape, m.labels_BT.shape[1], m.target_tokens) for m in done]
     return figures | {
@@ -59,15 +59,16 @@ def open_run(setup: Setup, seed: int) -> Run:
     config = setup.config(seed)
     directory = Path(config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
-    audit = AuditTrail()
-    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    return build_run(config, Store.open(Path(setup.store)), manager, None, audit, Console("quiet", directory / "train.log"))
+    log = RunLog(Console("quiet", directory / "train.log"), directory, tensorboard=config.telemetry.tensorboard)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
+    return build_run(config, Store.open(Path(setup.store)), manager, None, log)
 
 
 def _update(run: Run) -> list[MicroBatch]:
     """The next update, as the loop does it; its micro-batches."""
-    micro_batches = run.reader.take()
-    result = run.updater(micro_batches, run.state.attempted, run.learning_rate(), lambda: False)
+    micro_batches = run.prefetcher.take()
+    rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)
+    result = run.updater(micro_batches, run.state.attempted, rate, lambda: False)
     if result is None or not result.applied:
         raise FloatingPointError("an update was refused: the comparison would count work that moved nothing")
     run.state.count(result)

@@ -8,7 +8,7 @@ from resilient_t5.commands.failure import reported
 from resilient_t5.config.parse import Arguments, parse_arguments
 from resilient_t5.config.schema import check_preparable
 from resilient_t5.errors import ConfigError, ExitCode
-from resilient_t5.training.signals import Stopped, StopSignal, progress_teller
+from resilient_t5.training.signals import Stopped, StopSignal, progress_callback
 
 DESCRIPTION = "Prepare a corpus: tokens, term occurrences and a report, once, for any number of runs."
 SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
@@ -33,7 +33,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
     config, directory = arguments.config, store_directory(arguments.config)
     with StopSignal() as stop:
-        on_progress = progress_teller(stop, _tell)
+        on_progress = progress_callback(stop, _tell)
         try:
             if shard is not None:
                 sys.stdout.write(

@@ -303,10 +303,17 @@ class Prefetcher:
     def __init__(self, batches: Batches, first_update: int, readers: int):
         self.wait_s = 0.0
         """Seconds that `take` has waited so far."""
-        self._batches = batches
-        self._next_taken = first_update
-        self._next_asked = first_update
-        self._threads = ThreadPoolExecutor(readers, thread_name_prefix="reader") if readers > 0 else None
+        self._batches, self._readers = batches, readers
+        self._start(first_update)
+
+    def restart(self, update: int) -> None:
+        """Drop what was prepared and continue at `update`."""
+        self.close()
+        self._start(update)
+
+    def _start(self, update: int) -> None:
+        self._next_taken = self._next_asked = update
+        self._threads = ThreadPoolExecutor(self._readers, thread_name_prefix="reader") if self._readers > 0 else None
         self._ahead: deque[Future[list[MicroBatch]]] = deque()
         self._ask()
 

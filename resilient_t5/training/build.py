@@ -34,35 +34,30 @@ from resilient_t5.training.hardware.machine import numeric_conditions, return_fr
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, begin_equal
 from resilient_t5.training.hardware.sharding import ShardedModel, shard_model
-from resilient_t5.training.run import Run, telemetry_from
+from resilient_t5.training.out_of_memory import MemoryGuard
+from resilient_t5.training.recovery import Recovery, SuspendDetector
+from resilient_t5.training.run import Run
 from resilient_t5.training.saver import Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, make_plan
 from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
-from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 from resilient_t5.training.telemetry.timing import Timing
 from resilient_t5.training.update import Updater
 
 
-def restore_or_init(saver: Saver, loaded: Loaded | None, config: Config, train: Split, ranks: ProcessGroup) -> RunState:
-    """The state that the run begins with, the same in every process."""
-    state = restore_or_start(saver, loaded, config, train)
-    same = {**saver.fingerprints, "settings": trajectory_sha256(config), "precision": saver.conditions["precision"]}
-    begin_equal(ranks, saver.updater.model, same, is_new=loaded is None)
-    return state
-
-
-def restore_or_start(saver: Saver, loaded: Loaded | None, config: Config, train: Split) -> RunState:
-    """The state of `loaded` put into the parts; or that of a new run, with the weights it forks from or begins with."""
+def set_initial_state(saver: Saver, loaded: Loaded | None, config: Config, train: Split, group: ProcessGroup) -> None:
+    """Restore `loaded`; or start a new run, from the weights of `run.fork` if it is set. All ranks end up with equal state."""
     if loaded is not None:
-        return saver.restore(loaded)
-    if config.run.fork is not None:
-        saver.load_weights(load_checkpoint(Path(config.run.fork)))
-    elif config.model.name_or_path is None:
-        place_vocabulary(saver.updater.model, train, config.run.seed)
-    rng.start(config.run.seed)
-    return RunState()
+        saver.restore(loaded)
+    else:
+        if config.run.fork is not None:
+            saver.load_weights(load_checkpoint(Path(config.run.fork)))
+        elif config.model.name_or_path is None:
+            place_vocabulary(saver.updater.model, train, config.run.seed)
+        rng.start(config.run.seed)
+    same = {**saver.fingerprints, "settings": trajectory_sha256(config), "precision": saver.conditions["precision"]}
+    begin_equal(group, saver.updater.model, same, is_new=loaded is None)
 
 
 def place_vocabulary(model: T5Model, train: Split, seed: int) -> None:
@@ -84,62 +79,61 @@ def build_run(
     store: Store,
     manager: CheckpointManager,
     loaded: Loaded | None,
-    audit: AuditTrail,
-    display: Console,
+    log: RunLog,
     *,
     claim: Callable[[], None] = lambda: None,
-    ranks: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Run:
-    """Construct every part of a run over a prepared store, as it stands in `loaded`, or at update 0.
+    """Construct every part of a run over a prepared store, in the state of `loaded` or at update 0.
 
     Args:
-        claim: called when everything has proved to be usable, before the first byte is written into the run.
-        ranks: the processes that train the run together; each of them builds all of it.
+        claim: called when all parts are built, before the first byte is written into the run directory.
+        group: the processes that train the run together; each of them builds all parts.
 
     Raises:
-        ConfigError, DataError: a part cannot be built as it is configured.
+        ConfigError, DataError: a part cannot be built with these settings.
         ResumeMismatch: `loaded` belongs to another run.
     """
     corpus = Dataset.over(store, config)
-    device, precision, accelerator, (fit, model, sizes, batches) = resolve_device_and_memory(config, corpus, ranks)
-    layers = shard_model(model, config, ranks, precision.name, is_new=loaded is None)
-    optimizer = build_optimizer(layers, config.optim, device, precision.optimizer_dtype)
-    updater = Updater(accelerator, layers, optimizer, config.optim, config.run.seed)
+    device, precision, accelerator, (fit, model, sizes, batches) = resolve_device_and_memory(config, corpus, group)
+    sharded = shard_model(model, config, group, precision.name, is_new=loaded is None)
+    optimizer = build_optimizer(sharded, config.optim, device, precision.optimizer_dtype)
     plan, rules = make_plan_and_rules(config, batches)
-    convergence, guard, ids = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), trained_ids(corpus, model)
-    writer, timing = Writer(manager, background=config.checkpoint.background), Timing()
-    conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": ranks.count}
-    conditions |= {"shard_layers": layers.is_sharded, **sizes, **numeric_conditions(device)}
-    saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, timing)
-    evaluator = build_evaluator(config, corpus, accelerator, layers, sizes)
-    state = restore_or_init(saver, loaded, config, corpus.train, ranks)
+    updater = Updater(accelerator, sharded, optimizer, config.optim, config.run.seed)
+    convergence, guard, state, timing = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), RunState(), Timing()
+    ids, writer = trained_ids(corpus, model), Writer(manager, background=config.checkpoint.background)
+    conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": group.count}
+    conditions |= {"shard_layers": sharded.is_sharded, **sizes, **numeric_conditions(device)}
+    fingerprints = fingerprints_of(config, store, ids)
+    saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, state, timing)
+    evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
+    set_initial_state(saver, loaded, config, corpus.train, group)
     claim()
-    telemetry = telemetry_from(state, config, ranks)
-    audit.attach(telemetry, display)
+    log.open_at(state)
+    prefetcher = Prefetcher(batches, state.attempted, config.batch.readers)
     return Run(
         config=config,
-        directory=Path(config.run.dir),
         device=device,
         precision=precision,
         fit=fit,
+        plan=plan,
         store=store,
         trained_ids=ids,
-        batches=batches,
-        plan=plan,
         updater=updater,
-        evaluator=evaluator,
         convergence=convergence,
         guard=guard,
         state=state,
+        batches=batches,
+        prefetcher=prefetcher,
+        memory_guard=MemoryGuard(updater, batches, prefetcher, fit, precision.name, conditions, log),
+        evaluator=evaluator,
         manager=manager,
         saver=saver,
-        reader=Prefetcher(batches, state.attempted, config.batch.readers),
-        telemetry=telemetry,
-        audit=audit,
-        display=display,
+        recovery=Recovery(saver, manager, prefetcher, plan, log),
+        suspend=SuspendDetector(slept_s()),
+        log=log,
         timing=timing,
-        ranks=ranks,
-        slept_s=slept_s(),
+        group=group,
     )
 
 
@@ -154,24 +148,24 @@ Fitted = tuple[Fit, T5Model, dict[str, int], Batches]
 
 
 def resolve_device_and_memory(
-    config: Config, corpus: Dataset, ranks: ProcessGroup
+    config: Config, corpus: Dataset, group: ProcessGroup
 ) -> tuple[torch.device, Precision, Accelerator, Fitted]:
     """Device and number format, tried on the first batches and given up for float32 where it fails, and what fits them."""
     device, precision, accelerator = build_device(config)
-    parts = build_for_plan(config, corpus, device, precision, ranks)
+    parts = build_for_plan(config, corpus, device, precision, group)
     _, model, _, batches = parts
     found = settle_precision(config, model, batches, precision, device)
     if found.name != precision.name:
         accelerator = build_accelerator(found, device)
-        parts = build_for_plan(config, corpus, device, found, ranks)
+        parts = build_for_plan(config, corpus, device, found, group)
     return device, found, accelerator, parts
 
 
 def build_for_plan(
-    config: Config, corpus: Dataset, device: torch.device, precision: Precision, ranks: ProcessGroup = SINGLE_PROCESS
+    config: Config, corpus: Dataset, device: torch.device, precision: Precision, group: ProcessGroup = SINGLE_PROCESS
 ) -> Fitted:
     """Plan, then build what the plan says."""
-    fit = fit_run(config, corpus.store, device, precision.name, ranks)
+    fit = fit_run(config, corpus.store, device, precision.name, group)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
     if config.hardware.compile:
         compile_layers(model, device)
@@ -227,17 +221,17 @@ def original_tables(config: Config, store: Store) -> FullTables:
     return tables_of(build_full_model(config, store))
 
 
-def batch_sizes(config: Config, device: torch.device, make_plan_and_rules: int | None = None) -> dict[str, int]:
+def batch_sizes(config: Config, device: torch.device, planned: int | None = None) -> dict[str, int]:
     """Micro-batch budget and padding in tokens, `auto` resolved: to what was planned, or for the device where nothing was."""
     micro, multiple = config.batch.micro_tokens, config.batch.pad_multiple
     return {
-        "micro_tokens": make_plan_and_rules or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
+        "micro_tokens": planned or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
         "pad_multiple": PAD_MULTIPLE[device.type] if multiple == "auto" else multiple,
     }
 
 
 def build_evaluator(
-    config: Config, corpus: Dataset, accelerator: Accelerator, layers: ShardedModel, sizes: dict[str, int]
+    config: Config, corpus: Dataset, accelerator: Accelerator, sharded: ShardedModel, sizes: dict[str, int]
 ) -> Evaluator:
     """The fixed evaluation examples, in the order of their lengths, and what scores them."""
 
@@ -254,5 +248,6 @@ def build_evaluator(
         max_target_tokens=config.data.max_target_tokens,
         samples=config.telemetry.samples,
     )
-    asked = config.evaluation
-    return Evaluator(accelerator, layers, fixed(asked.examples), fixed(asked.restore_examples), restorer, layers.ranks)
+    settings = config.evaluation
+    batches, restore_batches = fixed(settings.examples), fixed(settings.restore_examples)
+    return Evaluator(accelerator, sharded, batches, restore_batches, restorer, settings.restore_every, sharded.ranks)

@@ -48,27 +48,35 @@ class Evaluator:
     """The fixed examples and what is needed to score them; built once."""
 
     accelerator: Accelerator
-    layers: ShardedModel
+    sharded: ShardedModel
     loss_batches: Sequence[EvaluationBatch]
     restore_batches: Sequence[EvaluationBatch]
     restorer: Restorer
-    ranks: ProcessGroup = SINGLE_PROCESS
+    restore_every: int
+    """Evaluations from one restoration to the next; 0 restores in the first evaluation only."""
+    group: ProcessGroup = SINGLE_PROCESS
 
     @property
     def model(self) -> T5Model:
         """The model that is scored."""
-        return self.layers.model
+        return self.sharded.model
+
+    def restoration_due(self, evaluations: int) -> bool:
+        """Return whether the evaluation after `evaluations` earlier ones also restores terms; the first one does."""
+        if not self.restore_batches:
+            return False
+        return evaluations == 0 or (self.restore_every > 0 and evaluations % self.restore_every == 0)
 
 
 def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluation | None:
     """The loss of the model as it stands; None when `interrupted` between two batches."""
-    batches, ranks, halted = evaluator.loss_batches, evaluator.ranks, False
+    batches, group, halted = evaluator.loss_batches, evaluator.group, False
     ends = np.cumsum([len(batch.example_ids) for batch in batches])
     # nll, tokens and correct tokens of each example, then those of its terms. Whole numbers below 2**53 are exact in
     # float64, and so is a sum with zeros.
     sums_6E = torch.zeros(6, int(ends[-1]), dtype=torch.float64)
     with _reading(evaluator):
-        for number in ranks.share([batch.micro_batch.padded_tokens for batch in batches]):
+        for number in group.share([batch.micro_batch.padded_tokens for batch in batches]):
             if halted := interrupted():
                 break
             micro_batch, device = batches[number].micro_batch, evaluator.accelerator.device
@@ -85,7 +93,7 @@ def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluatio
                 own_6B[row] = values_B
     if not _complete(evaluator, "evaluation", halted):
         return None
-    ranks.all_reduce([sums_6E])
+    group.all_reduce([sums_6E])
     return summarise(ExampleSums(*sums_6E[:3].numpy()), ExampleSums(*sums_6E[3:].numpy()))
 
 
@@ -95,7 +103,7 @@ def _values(found: ExampleNll) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> RestorationReport | None:
     """Restore the fixed examples by greedy generation and score them; None when `interrupted` between two tokens."""
-    batches, ranks, restorer = evaluator.restore_batches, evaluator.ranks, evaluator.restorer
+    batches, group, restorer = evaluator.restore_batches, evaluator.group, evaluator.restorer
     shapes = [(len(batch.example_ids), longest_answer(batch.micro_batch, restorer)) for batch in batches]
     ends = np.cumsum([rows * width for rows, width in shapes])
     widths = torch.zeros(len(batches), dtype=torch.int64)
@@ -103,7 +111,7 @@ def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Rest
     places = [part.view(shape) for part, shape in zip(written.split([rows * w for rows, w in shapes]), shapes, strict=True)]
     halted = False
     with _reading(evaluator):
-        for number in ranks.share([batch.micro_batch.padded_tokens for batch in batches]):
+        for number in group.share([batch.micro_batch.padded_tokens for batch in batches]):
             generated_BT = write_answers(evaluator.model, batches[number].micro_batch, restorer, interrupted)
             if halted := generated_BT is None:
                 break
@@ -111,7 +119,7 @@ def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Rest
             places[number][:, : generated_BT.shape[1]] = torch.from_numpy(generated_BT)
     if not _complete(evaluator, "restoration", halted):
         return None
-    ranks.all_reduce([widths, written])
+    group.all_reduce([widths, written])
     answers = [place[:, : int(width)].numpy() for place, width in zip(places, widths, strict=True)]
     return score_generated(
         [(batch.micro_batch.example_ids, batch.corrupted, found) for batch, found in zip(batches, answers, strict=True)],
@@ -125,10 +133,10 @@ def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
     Raises:
         Diverged: the weights of two processes differ.
     """
-    ranks = evaluator.ranks
-    if ranks.count == 1:
+    group = evaluator.group
+    if group.count == 1:
         return not halted
-    notes = ranks.all_gather_object(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
+    notes = group.all_gather_object(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
     if len({told["weights"] for told in notes}) > 1:
         raise Diverged(
             "the weights of the processes are no longer equal, so what was trained since the last evaluation is worthless",
@@ -177,7 +185,7 @@ def _reading(evaluator: Evaluator) -> Iterator[None]:
     was_training = evaluator.model.training
     evaluator.model.eval()
     try:
-        with evaluator.layers.gathered(), torch.no_grad(), evaluator.accelerator.autocast():
+        with evaluator.sharded.gathered(), torch.no_grad(), evaluator.accelerator.autocast():
             yield
     finally:
         evaluator.model.train(was_training)

@@ -1,17 +1,18 @@
-"""The loop: evaluate, save, decide, update. Everything else is in the files it names."""
+"""The training loop: evaluate, save, decide, update."""
 
 from enum import StrEnum
 
-from resilient_t5.training.out_of_memory import update_within_memory
-from resilient_t5.training.recovery import check_suspend, guard_update, save_if_due
-from resilient_t5.training.reports.update_log import log_updates, report_status
+from resilient_t5.training.hardware.process_group import ProcessGroup
+from resilient_t5.training.reports.update_log import log_updates, write_status
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_evaluation import run_evaluation
+from resilient_t5.training.schedule import Plan, learning_rate, time_left
 from resilient_t5.training.signals import StopSignal
+from resilient_t5.training.state import RunState
 
 
 class StopReason(StrEnum):
-    """Why the loop came back. All but INTERRUPTED are final: a resume finds nothing left to do."""
+    """Why the loop ended. All but INTERRUPTED are final: a resumed run has nothing left to do."""
 
     MAX_UPDATES = "max_updates"
     MAX_TIME = "max_time"
@@ -21,58 +22,66 @@ class StopReason(StrEnum):
 
 
 def train(run: Run, stop: StopSignal) -> StopReason:
-    """Train until there is a reason to stop. One pass is one optimizer update; nothing else advances training.
+    """Train until there is a reason to stop. One pass is one optimizer update.
 
-    Evaluation comes before the save of the same update, so a checkpoint holds its own verdict; the reason to stop is
-    looked for before the next update, so resuming a finished run does nothing. Whatever a rollback changes is read anew
-    in the next pass. With several processes all of them are in here and take every branch together.
+    An update is evaluated before it is saved, so the checkpoint includes the verdict. The reason to stop is checked before
+    the next update, so resuming a finished run does nothing. All ranks run this loop and take every branch together.
 
     Raises:
-        Diverged: the guard gave up.
-        DeviceLost: the machine slept, and its GPU with it.
+        Diverged: the spike guard aborted the run.
+        DeviceLost: the machine was suspended while the run used a GPU.
         OutOfMemory: smaller micro-batches did not help.
         StorageError: a save failed for a reason that waiting does not fix.
     """
+    config, plan, state, guard, log, timing = run.config, run.plan, run.state, run.guard, run.log, run.timing
     while True:
-        check_suspend(run)
+        run.suspend.check(state.update, run.device, log)
         if stop.status_requested:
-            report_status(run, stop)
-        if evaluation_due(run):
-            run_evaluation(run, stop)
-        save_if_due(run, stop)
-        if (reason := why_stop(run, stop)) is not None:
+            stop.status_requested = False
+            write_status(run.saver, plan, run.manager.newest, log)
+        if evaluation_due(state, plan):
+            rate = learning_rate(state.update, plan, config, run.convergence, guard)
+            with timing.measure("evaluation"):
+                run_evaluation(run.evaluator, run.convergence, state, log, rate, stop)
+        run.recovery.save_if_due(stop)
+        if (reason := why_stop(state, plan, run.group, state.wall_s + timing.elapsed_s, stop)) is not None:
             return reason
-        with run.timing.measure("wait"):
-            micro_batches = run.reader.take()
-        if run.guard.should_skip(run.state.attempted):
-            run.state.skip()
+        with timing.measure("wait"):
+            micro_batches = run.prefetcher.take()
+        if guard.should_skip(state.attempted):
+            state.skip()
             continue
-        with run.timing.measure("update"):
-            result = update_within_memory(run, stop, micro_batches)
-        if result is None:
+        rate = learning_rate(state.update, plan, config, run.convergence, guard)
+        with timing.measure("update"):
+            result = run.memory_guard(micro_batches, state, rate, stop)
+        if result is None:  # interrupted: it is repeated as a whole after the resume
             continue
-        run.state.count(result)
-        run.display.advance(run.state.update)
-        if result.applied and run.state.update % run.config.telemetry.log_every == 0:
-            log_updates(run)
-        guard_update(run, stop, micro_batches, result)
+        state.count(result)
+        log.console.advance(state.update)
+        if result.applied and state.update % config.telemetry.log_every == 0:
+            left = time_left(plan, state.update, timing, config.checkpoint)
+            log_updates(state, plan, timing, left, log, skipped=guard.memory.skipped, device=run.device)
+        run.recovery.guard_update(result, micro_batches, stop)
 
 
-def why_stop(run: Run, stop: StopSignal) -> StopReason | None:
-    """The only place that ends a run."""
-    if run.state.ended is not None:
-        return StopReason(run.state.ended)
-    if run.ranks.stops(stop):
+def why_stop(state: RunState, plan: Plan, group: ProcessGroup, wall_s: float, stop: StopSignal) -> StopReason | None:
+    """Return the reason to end the run, if there is one; nothing else ends it.
+
+    Args:
+        wall_s: seconds that the run has trained, over all its resumes.
+    """
+    if state.ended is not None:
+        return StopReason(state.ended)
+    if group.stops(stop):
         return StopReason.INTERRUPTED
-    if run.state.update >= run.plan.total_updates:
+    if state.update >= plan.total_updates:
         return StopReason.MAX_UPDATES
-    if run.plan.max_time_s is not None and run.ranks.broadcast("time", run.wall_s() >= run.plan.max_time_s):
+    if plan.max_time_s is not None and group.broadcast("time", wall_s >= plan.max_time_s):
         return StopReason.MAX_TIME
     return None
 
 
-def evaluation_due(run: Run) -> bool:
-    """Whether this update is to be evaluated and has not been; a cut-short evaluation is due again after a resume."""
-    update = run.state.update
-    planned = update % run.plan.evaluate_every == 0 or update >= run.plan.total_updates
-    return planned and run.state.evaluated_update != update
+def evaluation_due(state: RunState, plan: Plan) -> bool:
+    """Return whether this update is to be evaluated and has not been; an interrupted evaluation stays due."""
+    planned = state.update % plan.evaluate_every == 0 or state.update >= plan.total_updates
+    return planned and state.evaluated_update != state.update

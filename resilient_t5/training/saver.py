@@ -44,6 +44,7 @@ class Saver:
     updater: Updater
     convergence: ConvergenceMachine
     guard: SpikeGuard
+    state: RunState
     timing: Timing
     submitted: tuple[int, bool] = (-1, False)
     """The update of the last save that was asked for, and whether it was the best."""
@@ -56,14 +57,14 @@ class Saver:
     capture_s: float = 0.0
     """Seconds that the last save took before it was written: next to none, but for layers that are cut."""
 
-    def due(self, state: RunState, stop: StopSignal) -> str | None:
+    def due(self, stop: StopSignal) -> str | None:
         """Why a checkpoint is due at this update, or None: a new best, asked for, the first, by count, by clock.
 
         Raises:
             ResilientError: what the writer raised since it was last looked after.
         """
         self._note(self.writer.poll())
-        settings, update = self.config.checkpoint, state.update
+        settings, state, update = self.config.checkpoint, self.state, self.state.update
         asked, stop.save_requested = stop.save_requested, False
         if self.submitted in ((update, True), (update, is_best(state))):
             return None
@@ -78,7 +79,7 @@ class Saver:
         waited_s = time.monotonic() - self.submitted_at_s
         return "periodic" if settings.every_minutes is not None and waited_s >= 60 * settings.every_minutes else None
 
-    def save(self, state: RunState, cause: str, stop: StopSignal) -> None:
+    def save(self, cause: str, stop: StopSignal) -> None:
         """Save this update; a periodic save is left out while the one before is still being written.
 
         Process 0 does; with cut layers the others come here too, and hand in their rows.
@@ -87,36 +88,36 @@ class Saver:
         the disk is full.
         """
         begun_s = time.monotonic()
-        parts, best = self.capture(state, "periodic" if cause == "asked" else cause), is_best(state)
+        parts, best = self.capture("periodic" if cause == "asked" else cause), is_best(self.state)
         self.capture_s = time.monotonic() - begun_s
-        if not self.updater.ranks.is_writer:
+        if not self.updater.group.is_writer:
             return
         must = cause != "periodic"
         # The save that a signal asks for must not be cut short by that signal; all others may be.
         should_stop = None if cause == "signal" else lambda: stop.requested
         if self.writer.submit(parts, best=best, must=must, should_stop=should_stop):
-            self.submitted, self.submitted_at_s = (state.update, best), time.monotonic()
+            self.submitted, self.submitted_at_s = (self.state.update, best), time.monotonic()
         self._note(self.writer.poll())
         self.timing.add("save", time.monotonic() - begun_s)
 
-    def finish(self, state: RunState, cause: str, stop: StopSignal) -> None:
+    def finish(self, cause: str, stop: StopSignal) -> None:
         """Make sure that this update is on disk before the process leaves; with cut layers all processes come here.
 
         Where a deadline is near, a save that is in flight is worth more than one that cannot be finished: it is waited
         for, and the newest state is saved only if the time that is left is enough for it.
         """
-        begun_s, wanted = time.monotonic(), (state.update, is_best(state))
+        begun_s, state = time.monotonic(), self.state
         if cause == "signal":
             self.writer.hurry()
         missing = False
         try:
             self.settle()
             in_time = cause != "signal" or stop.left_s > self.capture_s + self.write_s
-            missing = in_time and self.committed not in ((state.update, True), wanted)
+            missing = in_time and self.committed not in ((state.update, True), (state.update, is_best(state)))
         finally:
-            missing = self.updater.layers.agreed("last save", missing)
+            missing = self.updater.sharded.agreed("last save", missing)
         if missing:
-            self.save(state, cause, stop)
+            self.save(cause, stop)
             self.settle()
         self.timing.add("save", time.monotonic() - begun_s)
 
@@ -128,17 +129,17 @@ class Saver:
         """
         self._note(self.writer.drain())
 
-    def capture(self, state: RunState, reason: str) -> Parts:
+    def capture(self, reason: str) -> Parts:
         """Everything that moves in a run, by name; the tensors are the live ones, or copies where the layers are cut."""
-        updater, scaler = self.updater, self.updater.accelerator.scaler
-        optimizer_tensors, optimizer_values = named_state(updater.optimizer, updater.layers)
+        state, updater, scaler = self.state, self.updater, self.updater.accelerator.scaler
+        optimizer_tensors, optimizer_values = named_state(updater.optimizer, updater.sharded)
         random_tensors, random_values = rng.capture()
         loss = None if state.last is None else state.last["loss"]
         tensors = {"model": model_tensors(updater.model), "optimizer": optimizer_tensors, "rng": random_tensors}
         return Parts(
             update=state.update,
-            tensors=updater.layers.collected(tensors),
-            are_copies=updater.layers.is_sharded,
+            tensors=updater.sharded.collected(tensors),
+            are_copies=updater.sharded.is_sharded,
             state={
                 "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
                 "convergence": self.convergence.state(),
@@ -155,7 +156,7 @@ class Saver:
             fingerprints={"config": trajectory_sha256(self.config), **self.fingerprints},
         )
 
-    def restore(self, loaded: Loaded) -> RunState:
+    def restore(self, loaded: Loaded) -> None:
         """Put `loaded` into the parts and take its model and optimizer tensors away; returns the counters.
 
         Raises:
@@ -173,8 +174,8 @@ class Saver:
         updater, scaler = self.updater, self.updater.accelerator.scaler
         # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
         load_model_tensors(updater.model, loaded.tensors.pop("model"))
-        own = updater.layers.own_state(loaded.tensors.pop("optimizer"))
-        load_named_state(updater.optimizer, updater.layers, own, loaded.state["optimizer"])
+        own = updater.sharded.own_state(loaded.tensors.pop("optimizer"))
+        load_named_state(updater.optimizer, updater.sharded, own, loaded.state["optimizer"])
         one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
         if scaler is not None and loaded.state["scaler"] is not None:
             scaler.load_state_dict(loaded.state["scaler"])
@@ -186,10 +187,9 @@ class Saver:
         self.changed_conditions = changed_keys(former, self.conditions)
         self.changed_conditions += removed_settings(loaded.state["mathematics"])
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
-        state = RunState.from_json(loaded.state["run"])
-        # Only the machine ends a run for good, and a raised patience may have reopened it.
-        state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
-        return state
+        self.state.restore(loaded.state["run"])
+        # Only the machine ends a run, and a raised patience may have reopened it.
+        self.state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
 
     def load_weights(self, loaded: Loaded) -> None:
         """Start a new run from the weights of another run's checkpoint, and from nothing else of it.

@@ -161,27 +161,28 @@ def die_by(number: signal.Signals) -> None:
 PROGRESS_EVERY_S = 5.0
 
 
-def progress_teller(stop: StopSignal, tell: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A callback for `prepare` that says now and then how far it is, in bytes, and ends the work at a stop request.
+def progress_callback(stop: StopSignal, write_line: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a callback for `prepare` that prints the progress every PROGRESS_EVERY_S and checks for a stop request.
 
     Raises (the callback):
         Stopped: the process was asked to stop.
     """
-    told_s = time.monotonic()
+    printed_s = time.monotonic()
 
     def on_progress(done_bytes: int, total_bytes: int) -> None:
-        nonlocal told_s
+        nonlocal printed_s
         if stop.requested:
             raise Stopped
-        if time.monotonic() - told_s >= PROGRESS_EVERY_S:
-            told_s = time.monotonic()
-            if done_bytes == total_bytes == 0:
-                tell("prepare waits for another process that makes the same store")
-            elif done_bytes == 0:
-                tell("prepare trains the tokenizer on a sample of the text")
-            elif total_bytes == 0:
-                tell(f"prepare {done_bytes / 1e6:.1f} MB of the built-in corpus")
-            else:
-                tell(f"prepare {100 * done_bytes / total_bytes:5.1f}% of {total_bytes / 1e6:.1f} MB")
+        if time.monotonic() - printed_s < PROGRESS_EVERY_S:
+            return
+        printed_s = time.monotonic()
+        if done_bytes == total_bytes == 0:
+            write_line("prepare waits for another process that builds the same store")
+        elif done_bytes == 0:
+            write_line("prepare trains the tokenizer on a sample of the text")
+        elif total_bytes == 0:
+            write_line(f"prepare {done_bytes / 1e6:.1f} MB of the built-in corpus")
+        else:
+            write_line(f"prepare {100 * done_bytes / total_bytes:5.1f}% of {total_bytes / 1e6:.1f} MB")
 
     return on_progress

@@ -1,4 +1,4 @@
-"""Everything that moves during a run, beside the tensors: plain values that become state.json."""
+"""Counters and sums of a run: plain values that are saved in state.json."""
 
 import dataclasses
 import hashlib
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one attempted update did; sums and counts, never means.
+    """Result of one attempted update, in sums and counts.
 
-    `nll_sum` is in nats over `target_tokens`; `gradient_norm` is the global norm before clipping; `applied` is False
-    when the weights were left alone, and `why` says then what was wrong. `overflow` is an update of float16 with a finite
-    loss and a gradient that is not. `example_ids` ascend, so they do not depend on the cut into micro-batches.
+    `nll_sum` is in nats over `target_tokens`; `gradient_norm` is the global norm before clipping. `applied` is False if the
+    weights did not change; `why` then holds the reason. `overflow`: a float16 update with a finite loss and a non-finite
+    gradient. `example_ids` are sorted, so they do not depend on the split into micro-batches.
     """
 
     nll_sum: float
@@ -30,7 +30,7 @@ class UpdateResult:
     overflow: bool = False
     why: str = ""
     half_moved: bool = False
-    """The optimizer stepped inside the backward pass and met a fault behind parameters that had moved."""
+    """The optimizer steps in the backward pass, and some parameters had changed before the failure."""
 
 
 @dataclass
@@ -51,11 +51,11 @@ class SinceLog:
 
 @dataclass
 class RunState:
-    """Counters and sums. `count` and `pass_over` are where they move (law 2 of the design).
+    """Counters and sums; only `count`, `skip` and evaluations change them.
 
-    `update` counts optimizer updates that were applied and drives schedule and cadence; `attempted` also counts those
-    that were refused or passed over and drives the data cursor, so a refused update never sees its examples again.
-    `order_sha256` is a chain over the examples of every attempted update: two runs that agree in it saw the same ones.
+    `update` counts applied optimizer updates and drives schedule and cadence. `attempted` also counts refused and skipped
+    updates and drives the data cursor, so the examples of a refused update are not used again. `order_sha256` is a hash
+    chain over the examples of every attempted update: runs with equal values saw the same examples in the same order.
     """
 
     update: int = 0
@@ -78,7 +78,7 @@ class RunState:
     wall_s: float = 0.0
 
     def count(self, result: UpdateResult) -> None:
-        """Account for one attempted update."""
+        """Count one attempted update."""
         self.attempted += 1
         self.examples += len(result.example_ids)
         self.order_sha256 = hashlib.sha256(f"{self.order_sha256} {result.example_ids}".encode()).hexdigest()
@@ -104,23 +104,22 @@ class RunState:
         since.gradient_norm_max = max(since.gradient_norm_max, result.gradient_norm)
 
     def skip(self) -> None:
-        """Go on behind an update that is not attempted at all."""
+        """Move the data cursor past one update without attempting it."""
         self.attempted += 1
 
     @property
     def useful_token_share(self) -> float:
-        """Share of the encoder and decoder positions so far that were no padding."""
+        """Share of the encoder and decoder positions so far that were not padding."""
         return self.useful_tokens / self.padded_tokens if self.padded_tokens else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """All values, ready for state.json."""
+        """Return all values for state.json."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunState":
-        """The state that `to_json` wrote; TypeError when a value is missing or unknown."""
+    def restore(self, values: dict[str, Any]) -> None:
+        """Set all values from `to_json` of an earlier state; raises TypeError if one is missing or unknown."""
         since_log = SinceLog(**values["since_log"])
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(self)}
         if set(values) != names:
             raise TypeError(f"state.json: {sorted(names ^ set(values))} missing or unknown")
-        return cls(**{**values, "since_log": since_log})
+        vars(self).update({**values, "since_log": since_log})

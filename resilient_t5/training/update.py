@@ -34,7 +34,7 @@ class Updater:
     """The parts that an update moves or reads, built once."""
 
     accelerator: Accelerator
-    layers: ShardedModel
+    sharded: ShardedModel
     optimizer: torch.optim.Optimizer
     settings: OptimConfig
     seed: int
@@ -42,15 +42,15 @@ class Updater:
     @property
     def model(self) -> T5Model:
         """The model that is trained."""
-        return self.layers.model
+        return self.sharded.model
 
     @property
-    def ranks(self) -> ProcessGroup:
+    def group(self) -> ProcessGroup:
         """The processes that train it."""
-        return self.layers.ranks
+        return self.sharded.ranks
 
     def __post_init__(self) -> None:
-        if self.ranks.count > 1 and isinstance(self.optimizer, AdafactorInBackward):
+        if self.group.count > 1 and isinstance(self.optimizer, AdafactorInBackward):
             raise ConfigError("optim.name: adafactor_in_backward moves weights before gradients meet; use one process")
 
     def __call__(
@@ -73,10 +73,10 @@ class Updater:
             nll_sum, norm, fault = self._move_in_backward(micro_batches, tokens, attempted, lr)
             half_moved = bool(fault) and self.optimizer.moved > 0
         elif not fault:
-            accumulate = self._accumulate_in_rounds if self.layers.is_sharded else self._accumulate_all
+            accumulate = self._accumulate_in_rounds if self.sharded.is_sharded else self._accumulate_all
             nll_sums = accumulate(micro_batches, tokens, attempted, interrupted)
             if nll_sums is None:
-                self.layers.drop_gradients()
+                self.sharded.drop_gradients()
                 return None
             nll_sum, norm = self._norm_and_clip(nll_sums.sum())
             fault = "" if self._move(lr, nll_sum, norm) else "loss or gradient not finite"
@@ -112,18 +112,18 @@ class Updater:
         done: dict[int, torch.Tensor] = {}
         halted, failure = False, ""
         try:
-            for index in self.ranks.share([micro_batch.padded_tokens for micro_batch in micro_batches]):
+            for index in self.group.share([micro_batch.padded_tokens for micro_batch in micro_batches]):
                 if halted := interrupted():
                     break
                 done[index] = self.accumulate(micro_batches[index], tokens, attempted, index)
-            if self.ranks.count == 1:
+            if self.group.count == 1:
                 return None if halted else torch.stack(list(done.values()))
-            gradients = [gradient_of(p) for p in self.layers.whole_parameters()]
+            gradients = [gradient_of(p) for p in self.sharded.whole_parameters()]
         except (RuntimeError, MemoryError) as error:
-            if self.ranks.count == 1 or not is_out_of_memory(error):
+            if self.group.count == 1 or not is_out_of_memory(error):
                 raise
             failure = str(error).partition("\n")[0][:300] or type(error).__name__
-        notes = self.ranks.all_gather_object(f"update {attempted}", {"halted": halted, "failure": failure})
+        notes = self.group.all_gather_object(f"update {attempted}", {"halted": halted, "failure": failure})
         if short := [f"process {index}: {told['failure']}" for index, told in enumerate(notes) if told["failure"]]:
             raise MemoryError(short[0])
         if any(told["halted"] for told in notes):
@@ -138,25 +138,25 @@ class Updater:
         One that has no micro-batch left passes nothing through the layers, which adds nothing. A pass that has begun ends
         in all of them or in none, so memory that runs out in it ends the run.
         """
-        shares = self.ranks.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
-        own, done = shares[self.ranks.index], dict[int, torch.Tensor]()
+        shares = self.group.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
+        own, done = shares[self.group.index], dict[int, torch.Tensor]()
         for number in range(max(map(len, shares))):
-            notes = self.ranks.all_gather_object(f"update {attempted}, pass {number}", {"halted": interrupted()})
+            notes = self.group.all_gather_object(f"update {attempted}, pass {number}", {"halted": interrupted()})
             if any(told["halted"] for told in notes):
                 return None
-            with self.ranks.collective():
+            with self.group.collective():
                 if number < len(own):
                     done[own[number]] = self.accumulate(micro_batches[own[number]], tokens, attempted, own[number])
                 else:
                     self.accumulate(nothing_of(micro_batches[0]), tokens, attempted, 0)
-        self.layers.take_gradients()
-        return self._added_up(done, len(micro_batches), [gradient_of(p) for p in self.layers.whole_parameters()])
+        self.sharded.take_gradients()
+        return self._added_up(done, len(micro_batches), [gradient_of(p) for p in self.sharded.whole_parameters()])
 
     def _added_up(self, done: dict[int, torch.Tensor], pieces: int, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The loss sums of all pieces, those of this process and of the others; the gradients become sums where they lie."""
         nothing = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         nll_sums = torch.stack([done.get(index, nothing) for index in range(pieces)])
-        self.ranks.all_reduce([nll_sums, *gradients])
+        self.group.all_reduce([nll_sums, *gradients])
         return nll_sums
 
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
@@ -204,8 +204,8 @@ class Updater:
         """Unscale, measure, clip. One host synchronisation reads loss and norm together."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.layers.parameters() if p.grad is not None]
-        norm = self.layers.gradient_norm(parameters)
+        parameters = [p for p in self.sharded.parameters() if p.grad is not None]
+        norm = self.sharded.gradient_norm(parameters)
         if self.settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
         values = torch.stack([nll_sum.float(), norm.float().to(nll_sum.device)]).tolist()

@@ -87,9 +87,8 @@ def _after_restore(change):
     inner = Saver.restore
 
     def restore(self, loaded):
-        state = inner(self, loaded)
-        change(self, state)
-        return state
+        inner(self, loaded)
+        change(self, self.state)
 
     Saver.restore = restore
 

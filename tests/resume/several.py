@@ -81,8 +81,8 @@ def weigh(place, update):
         if next(counter) != update:
             return
         held = {
-            "weights": [parameter for _, parameter in updater.layers.named_parameters()],
-            "gradients": [parameter.grad for _, parameter in updater.layers.named_parameters()],
+            "weights": [parameter for _, parameter in updater.sharded.named_parameters()],
+            "gradients": [parameter.grad for _, parameter in updater.sharded.named_parameters()],
             "states": [value for state in updater.optimizer.state.values() for value in state.values() if value.ndim],
         }
         Path(place).write_text(json.dumps({name: held_bytes(tensors) for name, tensors in held.items()}))

@@ -13,21 +13,20 @@ from resilient_t5.training.build import build_run
 from resilient_t5.training.loop import train
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 
 
 def test_a_restored_checkpoint_is_not_held_in_memory_a_second_time(tiny_config, tmp_path):
     """Of the loaded tensors those of the model are gone after their copy, and those of the optimizer are its own."""
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "test", "")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, every=1000))
-    audit = AuditTrail()
-    manager = CheckpointManager(tmp_path, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    store, display = prepare(config, tmp_path / "store"), Console("quiet", tmp_path / "train.log")
-    run = build_run(config, store, manager, None, audit=audit, display=display, claim=lambda: None)
-    run.plan = dataclasses.replace(run.plan, total_updates=2)
+    log = RunLog(Console("quiet", tmp_path / "train.log"), tmp_path)
+    manager = CheckpointManager(tmp_path, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
+    run = build_run(config, prepare(config, tmp_path / "store"), manager, None, log)
+    plan = dataclasses.replace(run.plan, total_updates=2)
     with StopSignal() as stop:
-        train(run, stop)
-        run.saver.finish(run.state, "final", stop)
+        train(dataclasses.replace(run, plan=plan), stop)
+        run.saver.finish("final", stop)
     loaded = manager.load_newest()
     moments = {tensor.data_ptr() for name, tensor in loaded.tensors["optimizer"].items() if "exp_avg" in name}
     weights = [weakref.ref(tensor) for tensor in loaded.tensors["model"].values()]
@@ -35,6 +34,6 @@ def test_a_restored_checkpoint_is_not_held_in_memory_a_second_time(tiny_config, 
     assert [reference for reference in weights if reference() is not None] == []
     states = run.updater.optimizer.state.values()
     assert moments == {state[key].data_ptr() for state in states for key in ("exp_avg", "exp_avg_sq")}
-    run.reader.close()
+    run.prefetcher.close()
     run.saver.writer.close()
-    run.telemetry.close()
+    run.log.close()

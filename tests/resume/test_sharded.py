@@ -44,7 +44,7 @@ def two(arena):
 def test_two_processes_with_cut_layers_give_the_losses_of_one(arena, two):
     """Twenty updates: losses and gradient norms to 1e-6, the same examples, and evaluations with the same answers."""
     assert_close(two, arena.folder / "alone")
-    assert "layers cut over 2 processes" in arena.console("two").read_text()
+    assert "layers sharded over 2 processes" in arena.console("two").read_text()
 
 
 def test_evaluations_of_equal_weights_give_equal_figures(arena, two):

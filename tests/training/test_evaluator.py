@@ -16,7 +16,7 @@ from resilient_t5.training.build import build_run
 from resilient_t5.training.evaluator import ExampleSums, evaluate, restore_terms, summarise
 from resilient_t5.training.saver import model_tensors
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def run(tiny_config, tmp_path_factory):
     directory = tmp_path_factory.mktemp("evaluate") / "run"
     directory.mkdir()
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(directory)], "train", "test")
-    audit = AuditTrail()
-    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
+    log = RunLog(Console("quiet", None), directory)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
     store = prepare(config, directory / "store")
-    run = build_run(config, store, manager, None, audit=audit, display=Console("quiet", None), claim=lambda: None)
+    run = build_run(config, store, manager, None, log)
     yield run
-    run.reader.close()
-    run.telemetry.close()
+    run.prefetcher.close()
+    run.log.close()
     torch.set_flush_denormal(False)  # a run flushes denormals for its whole process; other tests here need them
 
 
@@ -117,12 +117,12 @@ def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: P
     """Another process, or a later one, evaluates the same examples under the same masks."""
     again = [batch.micro_batch for batch in run.evaluator.loss_batches]
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "train", "test")
-    audit = AuditTrail()
-    manager = CheckpointManager(tmp_path, run_id="1" * 32, settings=config.checkpoint, audit=audit)
+    log = RunLog(Console("quiet", None), tmp_path)
+    manager = CheckpointManager(tmp_path, run_id="1" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
     store = prepare(config, tmp_path / "store")
-    other = build_run(config, store, manager, None, audit=audit, display=Console("quiet", None), claim=lambda: None)
-    other.reader.close()
-    other.telemetry.close()
+    other = build_run(config, store, manager, None, log)
+    other.prefetcher.close()
+    other.log.close()
     torch.set_flush_denormal(False)
     for one, two in zip(again, [batch.micro_batch for batch in other.evaluator.loss_batches], strict=True):
         assert torch.equal(one.source_BS, two.source_BS)

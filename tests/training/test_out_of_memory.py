@@ -21,9 +21,9 @@ from resilient_t5.config.parse import parse_config
 from resilient_t5.commands.failure import reported
 from resilient_t5.data.store.prepare import prepare, store_directory
 from resilient_t5.training.loop import train
-from resilient_t5.training.telemetry.console import Display
+from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.build import build_run
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 from resilient_t5.training.signals import StopSignal
 
 def main():
@@ -31,9 +31,9 @@ def main():
     config = parse_config(sys.argv[2:], "train", "")
     directory = Path(config.run.dir)
     directory.mkdir()
-    audit = AuditTrail()
-    vault = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=audit)
-    run = build_run(config, prepare(config, store_directory(config)), vault, None, audit, Display("plain", directory / "log"))
+    log = RunLog(Console("plain", directory / "log"), directory)
+    manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
+    run = build_run(config, prepare(config, store_directory(config)), manager, None, log)
     run.state.evaluated_update = 0
     peak = run.fit.choice.peak
     room = peak.gradients + peak.optimizer + share * (peak.activations + peak.workspace)
@@ -88,7 +88,7 @@ def test_an_update_that_runs_out_of_memory_is_done_again_with_half_the_micro_bat
     (row,) = rows(tmp_path / "short", "guard")
     assert (row["action"], row["former_micro_tokens"]) == ("out of memory", 4096)
     assert 256 < row["micro_tokens"] <= 2048
-    assert f"done again with {row['micro_tokens']}" in short.stdout
+    assert f"repeated with micro_tokens {row['micro_tokens']}" in short.stdout
     assert f"micro_tokens {row['micro_tokens']}" in short.stdout
     found, wanted = (rows(tmp_path / name, "train") for name in ("short", "roomy"))
     assert [row["target_tokens"] for row in found] == [row["target_tokens"] for row in wanted]

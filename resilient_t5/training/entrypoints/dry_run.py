@@ -1,8 +1,8 @@
-"""`bin/train --dry_run`: what would happen, said without doing it; or the hardest moments of the run, done for real.
+"""`bin/train --dry_run`: print the plan without running it, or run the most expensive parts of the run once.
 
-A rehearsal builds the run in a directory of its own in or beside the run directory, on the disk that the run will use, and
-takes that directory away again: two updates of the longest examples, two of the run's own first updates, one batch of
-evaluation, one of generation, one save and its load, compared bit for bit. So what would fail after hours fails now.
+A rehearsal builds the run in a temporary directory on the disk of the run directory and deletes it afterwards. It runs two
+updates of the longest examples, the first two updates of the run, one batch of evaluation, one of generation, and one save
+that is loaded and compared bit for bit. So failures that would come after hours come at once.
 """
 
 import tempfile
@@ -23,54 +23,54 @@ from resilient_t5.data.store.prepare import existing_store, prepare, store_direc
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
 from resilient_t5.training.build import build_run
-from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint
+from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint, preview_of
 from resilient_t5.training.evaluator import evaluate, restore_terms
 from resilient_t5.training.hardware.machine import MIB, memory_mib
-from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, preview_of, preview_over
+from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, preview_over
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import inspect
-from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
-from resilient_t5.training.state import RunState
+from resilient_t5.training.schedule import learning_rate, time_left
+from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_callback
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 from resilient_t5.training.telemetry.timing import readable
 
-WORKSHOP = ".dry_run-"
+TEMPORARY_PREFIX = ".dry_run-"
 
 
-def write_plan(config: Config, given: Given, tell: Callable[[str], None]) -> bool:
-    """Print the banner of the run that `config` asks for and write nothing; False when the corpus is not prepared yet.
+def write_plan(config: Config, given: Given, write_line: Callable[[str], None]) -> bool:
+    """Print the banner of the run and write nothing; return False if the corpus is not prepared yet.
 
     Raises:
-        ResilientError: what would keep the run from starting.
+        ResilientError: an error that would keep the run from starting.
     """
     resumed_from = newest_checkpoint(config)
     store = existing_store(config, store_directory(config))
     if store is None:
-        identify(config, None)  # finds what is missing: text, terms, tokenizer
-        tell(f"run    {config.run.dir}, {f'resumed from {resumed_from}' if resumed_from else 'new'}")
-        tell(f"data   no prepared corpus at {store_directory(config)} yet: bin/prepare, or --dry_run update, counts it")
+        identify(config, None)  # raises if the text, the terms or the tokenizer is missing
+        write_line(f"run    {config.run.dir}, {f'resumed from {resumed_from}' if resumed_from else 'new'}")
+        write_line(f"data   no prepared corpus at {store_directory(config)} yet; run bin/prepare or --dry_run update")
         return False
     for line in banner_lines(preview_over(config, store), given, resumed_from):
-        tell(line)
+        write_line(line)
     return True
 
 
 def rehearse(config: Config, given: Given) -> ExitCode:
-    """Do the hardest moments of the run and tell what they took; nothing is left behind.
+    """Run the most expensive parts of the run once, print what they took, and delete everything.
 
     Raises:
-        ResilientError: what would keep the run from starting, or would end it.
+        ResilientError: an error that would keep the run from starting, or end it.
     """
     resumed_from = newest_checkpoint(config)
     stop = StopSignal(deadline_s=config.run.deadline_s)
-    with stop, Console("quiet" if config.telemetry.progress == "quiet" else "plain", None) as display:
-        place = nearest_existing(Path(config.run.dir))
-        with tempfile.TemporaryDirectory(prefix=WORKSHOP, dir=place) as workshop:
+    with stop, Console("quiet" if config.telemetry.progress == "quiet" else "plain", None) as console:
+        parent = nearest_existing(Path(config.run.dir))
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=parent) as temporary:
             try:
-                _rehearse_in(Path(workshop), config, (given, resumed_from), stop, display)
+                _rehearse_in(Path(temporary), config, given, resumed_from, console, stop)
             except Stopped:
-                display.line("stopped; a dry run leaves nothing behind")
+                console.line("stopped; the dry run left no files")
     if stop.received in STOPPING:
         if config.run.signal_exit == "signal":
             die_by(stop.received)
@@ -79,133 +79,131 @@ def rehearse(config: Config, given: Given) -> ExitCode:
 
 
 def newest_checkpoint(config: Config) -> str | None:
-    """Name of the checkpoint that the run would go on from, by its manifest; None for a new run.
+    """Return the name of the checkpoint that the run would resume from, by its manifest; None for a new run.
 
     Raises:
-        RunDirectoryError, ResumeMismatch: the run directory may not be used by this run.
-        NoValidCheckpoint: the one that run.resume names is not there, or none is whole.
+        RunDirectoryError, ResumeMismatch: this run must not use the run directory.
+        NoValidCheckpoint: the checkpoint of run.resume is missing, or no checkpoint is valid.
     """
     directory = inspect(config)
     manager = CheckpointManager(
         directory.path, run_id=directory.run_id, settings=config.checkpoint, audit=lambda event, fields: None
     )
-    names, wanted = [stored.name for stored in manager.committed()], named_checkpoint(config, manager)
+    names, requested = [stored.name for stored in manager.committed()], named_checkpoint(config, manager)
     if not names and any(manager.directory.glob("u*-*")):
-        raise NoValidCheckpoint("there are checkpoints and none of them is whole", where=str(manager.directory))
-    return wanted or next(iter(names), None)
+        raise NoValidCheckpoint("there are checkpoints, but none is valid", where=str(manager.directory))
+    return requested or next(iter(names), None)
 
 
-def _rehearse_in(workshop: Path, config: Config, start: tuple[Given, str | None], stop: StopSignal, display: Console) -> None:
+def _rehearse_in(
+    temporary: Path, config: Config, given: Given, resumed_from: str | None, console: Console, stop: StopSignal
+) -> None:
     store = existing_store(config, store_directory(config))
     if store is None:
-        store = prepare(config, workshop / "store", progress_teller(stop, display.line))
-    run = _build(workshop / "run", config, store, display)
+        store = prepare(config, temporary / "store", progress_callback(stop, console.line))
+    run = _build(temporary / "run", config, store, console)
     try:
-        for line in banner_lines(replace(preview_of(run), config=config), *start):
-            display.line(line)
+        for line in banner_lines(replace(preview_of(run), config=config), given, resumed_from):
+            console.line(line)
         _update(run, stop)
         run.timing.add("evaluation", _evaluate(run, stop) + _generate(run, stop))
-        peak_mib = memory_mib(run.device)  # the comparison of a save takes more than the run itself
+        peak_mib = memory_mib(run.device)  # before the comparison of the save, which needs more than the run
         save_bytes = _save_and_load(run, stop)
         for line in _projection(run, config, peak_mib, save_bytes):
-            display.line(line)
+            console.line(line)
     finally:
         close(run)
 
 
-def _build(directory: Path, config: Config, store: Store, display: Console) -> Run:
-    """The run, new, in `directory`."""
+def _build(directory: Path, config: Config, store: Store, console: Console) -> Run:
     directory.mkdir()
-    settings, telemetry = replace(config.run, dir=str(directory)), replace(config.telemetry, tensorboard=False)
-    own, audit = replace(config, run=settings, telemetry=telemetry), AuditTrail(config.run.deadline_s)
-    manager = CheckpointManager(directory, run_id=uuid.uuid4().hex, settings=config.checkpoint, audit=audit)
-    return build_run(own, store, manager, None, audit, display)
+    log = RunLog(console, directory, deadline_s=config.run.deadline_s)
+    manager = CheckpointManager(directory, run_id=uuid.uuid4().hex, settings=config.checkpoint, audit=log.checkpoint_event)
+    return build_run(replace(config, run=replace(config.run, dir=str(directory))), store, manager, None, log)
 
 
 def _update(run: Run, stop: StopSignal) -> None:
-    """Two updates of the longest examples, then the first two of the run itself; only those tell how long the run takes."""
+    """Run two updates of the longest examples and the first two of the run; only the latter count for the projection."""
     longest = run.batches.longest()
     for micro_batches in (longest, longest, run.batches.at(0), run.batches.at(1)):
-        begun_s = time.monotonic()
-        result = run.updater(micro_batches, run.state.attempted, run.learning_rate(), lambda: stop.requested)
+        rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)
+        started_s = time.monotonic()
+        result = run.updater(micro_batches, run.state.attempted, rate, lambda: stop.requested)
         if result is None:
             raise Stopped
         if run.device.type == "cuda":
             torch.cuda.synchronize()
-        took_s = time.monotonic() - begun_s
+        duration_s = time.monotonic() - started_s
         run.state.count(result)
         if micro_batches is not longest:
-            run.timing.add("update", took_s)
+            run.timing.add("update", duration_s)
         kind = "the longest" if micro_batches is longest else "the run's own"
         fault = "" if result.applied else f"; NOT applied: {result.why}"
-        run.display.line(f"update {kind} {_size(micro_batches)}: {readable(took_s)}{fault}")
+        run.log.line(f"update {kind} {_size(micro_batches)}: {readable(duration_s)}{fault}")
 
 
 def _evaluate(run: Run, stop: StopSignal) -> float:
-    """The longest batch of the evaluation loss; returns the seconds that a whole evaluation would take."""
+    """Evaluate the longest batch; return the projected seconds of a whole evaluation."""
     batches = run.evaluator.loss_batches
     if not batches:
         return 0.0
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     if evaluate(replace(run.evaluator, loss_batches=batches[:1]), lambda: stop.requested) is None:
         raise Stopped
-    return _told(run, "loss of", batches, time.monotonic() - begun_s)
+    return _projected_s("loss of", batches, time.monotonic() - started_s, run.log)
 
 
 def _generate(run: Run, stop: StopSignal) -> float:
-    """The longest batch of generation; returns the seconds that restoring adds to an evaluation on average."""
+    """Restore the longest batch; return the projected seconds that restoration adds to an evaluation on average."""
     batches, settings = run.evaluator.restore_batches, run.config.evaluation
     if not batches:
         return 0.0
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     if restore_terms(replace(run.evaluator, restore_batches=batches[:1]), lambda: stop.requested) is None:
         raise Stopped
-    all_s = _told(run, "restoring", batches, time.monotonic() - begun_s)
+    all_s = _projected_s("restoring", batches, time.monotonic() - started_s, run.log)
     return all_s / settings.restore_every if settings.restore_every else 0.0
 
 
-def _told(run: Run, what: str, batches: Sequence[EvaluationBatch], took_s: float) -> float:
-    """Tell what the first of `batches` took; returns what all of them would, by padded tokens."""
+def _projected_s(what: str, batches: Sequence[EvaluationBatch], first_s: float, log: RunLog) -> float:
+    """Scale the time of the first of `batches` to all of them by padded tokens, and print both."""
     padded = [batch.micro_batch.padded_tokens for batch in batches]
-    all_s = took_s * sum(padded) / padded[0]
-    batch, size = batches[0].micro_batch, len(batches)
-    run.display.line(f"eval   {what} {_size([batch])}: {readable(took_s)}; all {size} such about {readable(all_s)}")
+    all_s = first_s * sum(padded) / padded[0]
+    size = _size([batches[0].micro_batch])
+    log.line(f"eval   {what} {size}: {readable(first_s)}; all {len(batches)} batches about {readable(all_s)}")
     return all_s
 
 
 def _save_and_load(run: Run, stop: StopSignal) -> int:
-    """One save, read back and compared with what is live; returns its bytes.
+    """Save, load, and compare with the live tensors; return the size of the checkpoint in bytes.
 
     Raises:
-        StorageError: the disk gave back something else.
+        StorageError: a tensor differs after the round trip.
     """
-    run.saver.finish(run.state, "final", stop)
+    run.saver.finish("final", stop)
     loaded = run.manager.load_newest()
-    live = run.saver.capture(run.state, "final").tensors
-    count = 0
-    for part, tensors in live.items():
+    directory, count = run.manager.directory, 0
+    for part, tensors in run.saver.capture("final").tensors.items():
         for name, tensor in tensors.items():
             count += 1
             if loaded is None or not torch.equal(loaded.tensors[part][name], tensor.cpu()):
-                raise StorageError(f"{part}/{name} was read back with other bits than were written", where=str(run.directory))
-    run.display.line(f"load   {count} tensors read back, each equal bit for bit")
-    return sum(file.stat().st_size for file in (run.directory / "checkpoints").rglob("*") if file.is_file())
+                raise StorageError(f"{part}/{name} differs after it was saved and loaded", where=str(directory))
+    run.log.line(f"load   {count} tensors read back, each equal bit for bit")
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _projection(run: Run, config: Config, peak_mib: float, save_bytes: int) -> Iterator[str]:
-    """Time, memory and disk of the whole run."""
-    run.state = RunState()
-    fit = run.fit
-    planned_mib = fit.choice.needed / MIB
-    yield f"peak   {peak_mib:.0f} MiB in this process, of which {planned_mib:.0f} MiB were planned for model and updates"
-    yield f"time   about {run.left().text()} for {run.plan.total_updates} updates"
-    full = 4 * fit.sizes.with_rows(max(fit.sizes.rows, run.store.tokenizer.size)).parameters
-    needed = max_kept(config.checkpoint.keep_last) * save_bytes + 2 * full
+    """Yield lines about time, memory and disk of the whole run."""
+    fit, left = run.fit, time_left(run.plan, 0, run.timing, config.checkpoint)
+    yield f"peak   {peak_mib:.0f} MiB in this process; {fit.choice.needed / MIB:.0f} MiB were planned for model and updates"
+    yield f"time   about {left.text()} for {run.plan.total_updates} updates"
+    export_bytes = 4 * fit.sizes.with_rows(max(fit.sizes.rows, run.store.tokenizer.size)).parameters
+    needed = max_kept(config.checkpoint.keep_last) * save_bytes + 2 * export_bytes
     free = free_bytes(replace(preview_of(run), config=config))
     yield f"disk   at most {needed / GIB:.2f} GiB for checkpoints and two exports; {free / GIB:.1f} GiB free"
     if free < needed:
-        yield "plan warning: the disk will become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
-    yield "dry run ended; nothing of it is left behind"
+        yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
+    yield "dry run ended; its files were deleted"
 
 
 def _size(micro_batches: list[MicroBatch]) -> str:

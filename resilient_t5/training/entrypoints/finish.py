@@ -1,4 +1,4 @@
-"""How a run ends: the last save, the exports, summary.json, and a last line that says what to do next."""
+"""The end of a run: the last save, the exports, summary.json, and closing lines that name the next command."""
 
 import json
 from dataclasses import replace
@@ -31,132 +31,129 @@ STATUS_OF_CODE = {ExitCode.DIVERGED: "diverged", ExitCode.RESUMABLE: "interrupte
 SUMMARY = "summary.json"
 
 
-def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
-    """Save, export unless the run was interrupted, write summary.json; returns the exit code.
+def finish(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
+    """Save, export unless the run was interrupted, and write summary.json; return the exit code.
 
-    Process 0 does all of this by itself; with cut layers the others `attend`.
+    The writer rank does all of this. With sharded layers the other ranks contribute their rows to the save and the export.
     """
-    if reason is StopReason.INTERRUPTED:
-        return _interrupt(run, stop)
-    run.saver.finish(run.state, "final", stop)
-    with run.updater.layers.gathered(patient=True):
+    interrupted = reason is StopReason.INTERRUPTED
+    if not run.group.is_writer:
+        if run.updater.sharded.is_sharded:
+            run.saver.finish("signal" if interrupted else "final", stop)
+            if not interrupted:
+                with run.updater.sharded.gathered(patient=True):
+                    pass
+        return ExitCode.OK
+    if interrupted:
+        return _finish_interrupted(run, stop)
+    run.saver.finish("final", stop)
+    with run.updater.sharded.gathered(patient=True):
         export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)
-    write_outcome(run)
+    write_outcome(run.config, run.state, wall_s(run), memory_mib(run.device), run.log)
     for line in closing_lines(run, reason):
-        run.display.line(line)
+        run.log.line(line)
     return code
 
 
-def attend(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
-    """What the processes that do not write have to do in the ending: with cut layers, hand in their rows."""
-    if run.updater.layers.is_sharded:
-        interrupted = reason is StopReason.INTERRUPTED
-        run.saver.finish(run.state, "signal" if interrupted else "final", stop)
-        if not interrupted:
-            with run.updater.layers.gathered(patient=True):
-                pass
-    return ExitCode.OK
-
-
-def _interrupt(run: Run, stop: StopSignal) -> ExitCode:
-    name = stop.received.name if stop.received else "STOP"
-    run.display.line(f"stop   {name} received; saving update {run.state.update}")
+def _finish_interrupted(run: Run, stop: StopSignal) -> ExitCode:
+    """Save, write summary.json, and name the command that continues the run."""
+    name, update = stop.received.name if stop.received else "STOP", run.state.update
+    run.log.line(f"stop   {name} received; saving update {update}")
     try:
-        run.saver.finish(run.state, "signal", stop)
-    except ResilientError as error:  # whoever sent the signal wants the process gone: the last commit must do
-        run.display.line(str(error))
+        run.saver.finish("signal", stop)
+    except ResilientError as error:  # the process has to exit now; the last commit is what a resume gets
+        run.log.line(str(error))
     saved = run.saver.committed[0]
-    run.telemetry.row("signal", run.state.update, signal=name, count=stop.count, saved_update=saved)
+    state = "saved" if saved == update else f"update {update} is not saved, the newest on disk is {saved}"
+    line = f"{state}; continue with: bin/train --config {run.manager.run_directory / 'config.yaml'}"
+    run.log.event("signal", update, line=line, signal=name, count=stop.count, saved_update=saved)
     write_summary(run, STATUS[StopReason.INTERRUPTED], StopReason.INTERRUPTED, stop.exit_code)
-    what = "saved" if saved == run.state.update else f"update {run.state.update} is not saved, the newest on disk is {saved}"
-    run.display.line(f"{what}; go on with: bin/train --config {run.directory / 'config.yaml'}")
     return stop.exit_code
 
 
 def save_current_state(run: Run, stop: StopSignal) -> None:
-    """Save the last whole update after another process was lost; no sum over processes is waited for behind a move."""
-    if not run.ranks.is_writer:
+    """Save the last whole update after another rank was lost; uses no collective operation."""
+    if not run.group.is_writer:
         return
     try:
-        if not run.updater.layers.is_sharded:
-            run.saver.finish(run.state, "signal", stop)
+        if not run.updater.sharded.is_sharded:
+            run.saver.finish("signal", stop)
             return
         run.saver.settle()
         saved = run.saver.committed[0]
-        run.display.line(f"stop   the lost process took its rows of the layers with it; the newest on disk is update {saved}")
-    except ResilientError as error:  # the last commit must do
-        run.display.line(str(error))
+        run.log.line(f"stop   the layer rows of the lost process are gone; the newest checkpoint on disk is update {saved}")
+    except ResilientError as error:  # the last commit is what a resume gets
+        run.log.line(str(error))
 
 
-def conclude_failure(run: Run, error: ResilientError) -> None:
-    """Write summary.json for a run that an error ended; the checkpoints stay as they are."""
-    if not run.ranks.is_writer:
-        return
-    run.display.line(str(error))
-    write_summary(run, STATUS_OF_CODE.get(error.exit_code, "failed"), error.label, error.exit_code)
+def finish_failed(run: Run, error: ResilientError) -> None:
+    """Write summary.json for a run that an error ended."""
+    if run.group.is_writer:
+        run.log.line(str(error))
+        write_summary(run, STATUS_OF_CODE.get(error.exit_code, "failed"), error.label, error.exit_code)
 
 
-def is_concluded(run: Run) -> bool:
-    """Whether this very state was summed up and exported before, so that there is nothing left to do."""
+def is_finished(run: Run) -> bool:
+    """Return whether this state is final, and summary.json and the exports were written for it."""
+    directory = run.manager.run_directory
     try:
-        summary = json.loads((run.directory / SUMMARY).read_text(encoding="utf-8"))
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     final = summary.get("status") in ("finished", "saturated") and summary.get("updates") == run.state.update
-    out_of_time = run.plan.max_time_s is not None and run.wall_s() >= run.plan.max_time_s
+    out_of_time = run.plan.max_time_s is not None and wall_s(run) >= run.plan.max_time_s
     ended = run.state.ended is not None or run.state.update >= run.plan.total_updates or out_of_time
-    exported = all((run.directory / "export" / name / "config.json").exists() for name in ("best", "last"))
-    return bool(final and ended and exported)
+    has_exports = all((directory / "export" / name / "config.json").exists() for name in ("best", "last"))
+    return bool(final and ended and has_exports)
 
 
 def export_best_and_last(run: Run, stop: StopSignal) -> None:
-    """Write export/last from the live weights and export/best from the best checkpoint, measuring what is missing."""
+    """Write export/last from the live weights and export/best from the best checkpoint; measure missing metrics."""
+    state, directory = run.state, run.manager.run_directory
     parts = exported(run.config, run.store, run.updater.model, run.trained_ids, original_tables(run.config, run.store))
-    state = run.state
-    last = facts_of(run.store, run.directory, "last", state.to_json())
-    _export(run, parts, last, state.last, stop)
-    best = state.best
-    update, target_tokens = state.update, state.target_tokens
+    _export(run, parts, facts_of(run.store, directory, "last", state.to_json()), state.last, stop)
+    best, update, target_tokens = state.best, state.update, state.target_tokens
     if best is not None and best["update"] != state.update:
         stored = run.manager.load_best()
         if stored is None:
             raise NoValidCheckpoint(
-                f"the checkpoint of the best update {best['update']} is gone",
+                f"the checkpoint of the best update {best['update']} is missing",
                 where=str(run.manager.directory),
                 hint="export/last holds the final weights",
             )
-        if stored.update != best["update"]:  # a save that the disk refused, or damage
-            run.display.line(f"best   update {best['update']} is not on disk any more; export/best is update {stored.update}")
+        if stored.update != best["update"]:  # the disk refused its save, or it was damaged
+            run.log.line(f"best   the checkpoint of update {best['update']} is missing; export/best is update {stored.update}")
             best = state.best = stored.state["run"]["best"]
         load_model_tensors(run.updater.model, stored.tensors["model"])
         update, target_tokens = stored.update, stored.state["run"]["target_tokens"]
-    facts = facts_of(run.store, run.directory, "best", state.to_json())
+    facts = facts_of(run.store, directory, "best", state.to_json())
     _export(run, parts, replace(facts, update=update, target_tokens=target_tokens, record=best), best, stop)
 
 
 def _export(run: Run, parts: Exported, facts: CardFacts, record: dict[str, Any] | None, stop: StopSignal) -> None:
-    """Write one export with its card; what the record lacks is measured before, and told to the card."""
-    figures = _measure_missing(run, record, stop) or restoration_row(run.directory, facts.update)
+    """Write one export and its model card; measure the term restoration rate first if `record` lacks it."""
+    directory = run.manager.run_directory
+    figures = _measure_missing(run, record, stop) or restoration_row(directory, facts.update)
     card = model_card(replace(facts, figures=figures), run.config, parts.usage)
-    write_export(parts, card, run.directory / "export" / facts.which)
+    write_export(parts, card, directory / "export" / facts.which)
 
 
 def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) -> dict[str, Any]:
-    """Fill in the restoration rate of a record that was evaluated without restoring; a stop request leaves it open.
+    """Fill in the term restoration rate of `record` if it is missing; a stop request leaves it open.
 
-    Returns the figures that were measured, none when there was nothing to do.
+    Returns the measured values; empty if there was nothing to measure.
     """
     if record is None or record["term_restoration"] is not None or run.config.evaluation.restore_examples == 0:
         return {}
-    report = restore_terms(replace(run.evaluator, ranks=SINGLE_PROCESS), lambda: stop.requested)
+    report = restore_terms(replace(run.evaluator, group=SINGLE_PROCESS), lambda: stop.requested)
     record["term_restoration"] = None if report is None else report.term_rate
     return {} if report is None else report.as_row()
 
 
 def write_summary(run: Run, status: str, reason: str, code: int) -> None:
-    """Write summary.json, whole."""
+    """Log the end of the run and write summary.json."""
     state = run.state
     summary = {
         "status": status,
@@ -167,26 +164,31 @@ def write_summary(run: Run, status: str, reason: str, code: int) -> None:
         "last": state.last,
         "before_training": state.before,
         "target_tokens": state.target_tokens,
-        "wall_s": run.wall_s(),
+        "wall_s": wall_s(run),
         "peak_memory_mib": memory_mib(run.device),
         "useful_token_share": state.useful_token_share if state.padded_tokens else None,
     }
-    run.telemetry.row("end", state.update, status=status, stop_reason=str(reason), exit_code=int(code))
-    write_whole(run.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    run.log.event("end", state.update, status=status, stop_reason=str(reason), exit_code=int(code))
+    write_whole(run.manager.run_directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def wall_s(run: Run) -> float:
+    """Seconds that the run has trained, over all its resumes."""
+    return run.state.wall_s + run.timing.elapsed_s
 
 
 def closing_lines(run: Run, reason: StopReason) -> list[str]:
-    """What a person wants to know at the end: why it ended, what it reached, where the model is."""
-    state, directory = run.state, run.directory
-    lines = [f"end    {STATUS[reason]} ({reason}) at update {state.update} after {readable(run.wall_s())}"]
+    """Return the last console lines: why the run ended, its result, and where the model is."""
+    state, export = run.state, run.manager.run_directory / "export"
+    lines = [f"end    {STATUS[reason]} ({reason}) at update {state.update} after {readable(wall_s(run))}"]
     if state.before is not None and state.best is not None:
-        restored = f" | term restoration {_percent(state.before)} -> {_percent(state.best)}"
+        rates = f" | term restoration {_percent(state.before)} -> {_percent(state.best)}"
         measured = {state.before["term_restoration"], state.best["term_restoration"]} != {None}
         lines.append(
             f"result loss {state.before['loss']:.4f} -> {state.best['loss']:.4f} at update {state.best['update']}"
-            f"{restored if measured else ''}"
+            f"{rates if measured else ''}"
         )
-    return [*lines, f"model  {directory / 'export' / 'best'} (best) and {directory / 'export' / 'last'} (last)"]
+    return [*lines, f"model  {export / 'best'} (best) and {export / 'last'} (last)"]
 
 
 def _percent(record: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""One process over one run directory: lock, store, run, resume, train, ending.
+"""One training process: lock the run directory, prepare the corpus, build or resume the run, train, finish.
 
-Whatever is wrong with the settings, the directory or the text is found before anything is written into the run. With
-several processes each of them comes through here; process 0 holds the lock, prepares and writes, the others follow it.
+Errors in the settings, the directory or the text are raised before anything is written into the run. Every rank runs this;
+rank 0 holds the lock, prepares the corpus and writes.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DeviceLost, ExitCode, NoValidCheckpoint, ProcessLost, ResilientError
 from resilient_t5.model.load import check_checkpoint
 from resilient_t5.training.build import build_run
-from resilient_t5.training.entrypoints.finish import attend, conclude, conclude_failure, is_concluded, save_current_state
+from resilient_t5.training.entrypoints.finish import finish, finish_failed, is_finished, save_current_state
 from resilient_t5.training.hardware.machine import choose_device, describe
 from resilient_t5.training.hardware.process_group import ProcessGroup, join
 from resilient_t5.training.loop import train
 from resilient_t5.training.recovery import load_together
 from resilient_t5.training.reports.artifacts import write_start
-from resilient_t5.training.reports.preview import banner_lines, preview_of, process_lines
+from resilient_t5.training.reports.preview import Preview, banner_lines, process_lines
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import RunDirectory, claim, inspect, refuse_foreign_files
-from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_teller
+from resilient_t5.training.signals import STOPPING, Stopped, StopSignal, die_by, progress_callback
 from resilient_t5.training.telemetry.console import Console
-from resilient_t5.training.telemetry.metrics_log import AuditTrail
+from resilient_t5.training.telemetry.run_log import RunLog
 
 Given = Mapping[str, tuple[Any, str]]
-"""{"section.key": (value, where it came from)} of the settings that differ from the defaults."""
+"""{"section.key": (value, source)} of the settings that differ from the defaults."""
 
 
 def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCode:
@@ -48,24 +48,24 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
         given: settings that differ from the defaults, for the banner.
 
     Returns:
-        The exit code. After a stopping signal the process dies by that signal instead, with the state saved.
+        The exit code. After a stopping signal the process saves and dies by that signal instead.
 
     Raises:
-        ResilientError: what a user can fix; summary.json says the same once there is a run.
+        ResilientError: an error that a user can fix; it is also in summary.json if the run had started.
     """
-    # Accelerate and transformers warn about things that this loop does itself.
+    # Accelerate and transformers warn about things that this loop handles itself.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    path, ranks = Path(config.run.dir), join(choose_device(config.hardware.device).type == "cuda")
-    # The file STOP is looked for where it is obeyed; whatever reaches any process reaches all.
-    ranks.stop = stop = StopSignal(
-        path if ranks.is_writer else None, deadline_s=config.run.deadline_s, on_usr1=config.run.on_usr1
+    path, group = Path(config.run.dir), join(choose_device(config.hardware.device).type == "cuda")
+    # Only rank 0 polls the STOP file; stop requests are exchanged between ranks.
+    group.stop = stop = StopSignal(
+        path if group.is_writer else None, deadline_s=config.run.deadline_s, on_usr1=config.run.on_usr1
     )
     with stop:
         try:
-            with ranks.leaving_together(), _entered(config, ranks) as display:
-                code = _train_locked(config, config_yaml, given, display, ranks)
-                code = ExitCode(ranks.broadcast("end", int(code)))
+            with group.leaving_together(), _open_run_directory(config, group) as console:
+                code = _train_locked(config, config_yaml, given, console, group, stop)
+                code = ExitCode(group.broadcast("end", int(code)))
         except Stopped:
             code = stop.exit_code
     if stop.received in STOPPING and code == stop.exit_code and config.run.signal_exit == "signal":
@@ -74,120 +74,135 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
 
 
 @contextmanager
-def _entered(config: Config, ranks: ProcessGroup) -> Iterator[Console]:
-    """Hold the run directory and open the console; a process that does not write gets a console that shows nothing."""
+def _open_run_directory(config: Config, group: ProcessGroup) -> Iterator[Console]:
+    """Lock the run directory and open the console; other ranks get a silent console and no lock."""
     path = Path(config.run.dir)
-    if not ranks.is_writer:
+    if not group.is_writer:
         yield Console("quiet", None)
         return
     refuse_foreign_files(path)
     path.mkdir(parents=True, exist_ok=True)
-    with RunLock(path), Console(config.telemetry.progress, path / "train.log") as display:
+    with RunLock(path), Console(config.telemetry.progress, path / "train.log") as console:
         (path / "STOP").unlink(missing_ok=True)
         try:
-            yield display
+            yield console
         except Stopped:
-            display.line("stopped before training began; nothing is lost, start again")
+            console.line("stopped before training started; nothing is lost, start again")
             raise
 
 
-def _train_locked(config: Config, config_yaml: str, given: Given, display: Console, ranks: ProcessGroup) -> ExitCode:
-    stop = ranks.stop
-    assert stop is not None
-    directory = inspect(config) if ranks.is_writer else RunDirectory(Path(config.run.dir), "", is_new=False)
-    run_id = ranks.broadcast("run", directory.run_id)
-    audit = AuditTrail(config.run.deadline_s)
-    manager = CheckpointManager(directory.path, run_id=run_id, settings=config.checkpoint, audit=audit)
-    if ranks.is_writer:
+def _train_locked(
+    config: Config, config_yaml: str, given: Given, console: Console, group: ProcessGroup, stop: StopSignal
+) -> ExitCode:
+    path = Path(config.run.dir)
+    directory = inspect(config) if group.is_writer else RunDirectory(path, "", is_new=False)
+    run_id = group.broadcast("run", directory.run_id)
+    log = RunLog(
+        console,
+        path if group.is_writer else None,
+        tensorboard=config.telemetry.tensorboard,
+        deadline_s=config.run.deadline_s,
+    )
+    manager = CheckpointManager(path, run_id=run_id, settings=config.checkpoint, audit=log.checkpoint_event)
+    if group.is_writer:
         manager.sweep()
-    if ranks.is_writer and config.model.name_or_path is not None:
-        check_checkpoint(config.model.name_or_path)  # before the corpus is read: a wrong name should not cost an hour
-    store = _prepared(config, ranks, progress_teller(stop, display.line))
-    loaded = load_together(manager, ranks, lambda: _resumed(config, manager))
+        if config.model.name_or_path is not None:
+            check_checkpoint(config.model.name_or_path)  # fail before the corpus is read, which can take an hour
+    store = _prepared(config, group, progress_callback(stop, log.line))
+    loaded = load_together(manager, group, lambda: _resumed(config, manager))
 
     def claim_directory() -> None:
-        if ranks.is_writer:
+        if group.is_writer:
             claim(directory, config, config_yaml, describe(choose_device(config.hardware.device)))
 
-    run = build_run(config, store, manager, loaded, audit, display, claim=claim_directory, ranks=ranks)
+    run = build_run(config, store, manager, loaded, log, claim=claim_directory, group=group)
     resumed_from = None if loaded is None else loaded.name
-    if ranks.is_writer:
-        for line in banner_lines(preview_of(run), given, resumed_from, run.saver.changed_conditions):
-            display.line(line)
-        for line in process_lines(run):
-            display.line(line)
-    if ranks.broadcast("concluded", ranks.is_writer and is_concluded(run)):
-        display.line(f"nothing left to do: {directory.path / 'summary.json'} says how this run ended")
+    _print_banner(run, given, resumed_from)
+    if group.broadcast("concluded", group.is_writer and is_finished(run)):
+        log.line(f"nothing left to do: {path / 'summary.json'} holds the result of this run")
         close(run)
         return ExitCode.OK
     changed, rules = run.saver.changed_conditions, dataclasses.asdict(run.convergence.rules)
-    run.telemetry.row("start", run.state.update, resumed_from=resumed_from, changed_conditions=changed, rules=rules)
-    if ranks.is_writer:
-        write_start(run, config_yaml)
-    return _train_to_the_end(run, stop)
+    log.event("start", run.state.update, resumed_from=resumed_from, changed_conditions=changed, rules=rules)
+    write_start(log, run.state.update, config_yaml)
+    return _train_and_finish(run, stop)
 
 
-def _prepared(config: Config, ranks: ProcessGroup, progress: Progress) -> Store:
-    """The store, made by process 0 if it is missing; the others wait for that, however long it takes, and open it."""
-    store = prepare(config, store_directory(config), progress) if ranks.is_writer else None
-    ranks.broadcast("prepared", None)
+def _print_banner(run: Run, given: Given, resumed_from: str | None) -> None:
+    if not run.group.is_writer:
+        return
+    for line in banner_lines(preview_of(run), given, resumed_from, run.saver.changed_conditions):
+        run.log.line(line)
+    pieces = len(run.batches.at(run.state.attempted)) if run.group.count > 1 else 0
+    for line in process_lines(run.updater.sharded, run.config.hardware.shard_layers, pieces):
+        run.log.line(line)
+
+
+def preview_of(run: Run) -> Preview:
+    """Return the preview of a run that has been built."""
+    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, run.convergence.rules)
+
+
+def _prepared(config: Config, group: ProcessGroup, progress: Progress) -> Store:
+    """Prepare the store on rank 0 if it is missing; the other ranks wait without a limit, then open it."""
+    store = prepare(config, store_directory(config), progress) if group.is_writer else None
+    group.broadcast("prepared", None)
     return store or prepare(config, store_directory(config), progress)
 
 
-def _train_to_the_end(run: Run, stop: StopSignal) -> ExitCode:
-    """Train, and end the run; the others attend the ending of process 0, whose exit code becomes theirs."""
-    run.display.begin(run.state.update, run.plan.total_updates)
+def _train_and_finish(run: Run, stop: StopSignal) -> ExitCode:
+    """Train and finish; the exit code of rank 0 becomes that of all ranks."""
+    run.log.console.start_view(run.state.update, run.plan.total_updates)
     try:
-        reason = train(run, stop)
-        return conclude(run, reason, stop) if run.ranks.is_writer else attend(run, reason, stop)
+        return finish(run, train(run, stop), stop)
     except torch.AcceleratorError as error:
         lost = DeviceLost(
             f"the device failed: {str(error).splitlines()[0]}",
             where=f"update {run.state.update}",
-            hint="Start the same command again: it goes on from the newest checkpoint",
+            hint="Run the same command again to continue from the newest checkpoint",
         )
-        conclude_failure(run, lost)
+        finish_failed(run, lost)
         raise lost from error
     except ResilientError as error:
         if isinstance(error, ProcessLost):
             save_current_state(run, stop)
-        conclude_failure(run, error)
+        finish_failed(run, error)
         raise
     finally:
         close(run)
 
 
 def close(run: Run) -> None:
-    """Let a save that is in flight commit, end the threads, close the files."""
+    """Wait for a save in flight, end the threads, close the files."""
     try:
-        run.reader.close()
-        with suppress(torch.AcceleratorError):  # a save that read from a lost device in vain; that is told already
+        run.prefetcher.close()
+        with suppress(torch.AcceleratorError):  # a save that read from the lost device; the error was reported
             run.saver.writer.close()
     finally:
-        run.telemetry.close()
+        run.log.close()
 
 
 def _resumed(config: Config, manager: CheckpointManager) -> Loaded | None:
-    """The checkpoint to go on from: the newest valid one, or the one that `run.resume` names; None for a new run.
+    """Load the newest valid checkpoint, or the one that `run.resume` names; None for a new run.
 
     Raises:
-        NoValidCheckpoint: there are checkpoints and none of them is whole.
+        NoValidCheckpoint: there are checkpoints, but none is valid.
     """
     name = named_checkpoint(config, manager)
     return manager.load_newest() if name is None else manager.load(name)
 
 
 def named_checkpoint(config: Config, manager: CheckpointManager) -> str | None:
-    """The checkpoint of this run that `run.resume` names; None where it leaves the choice.
+    """Return the checkpoint that `run.resume` names; None for `auto` and `none`.
 
     Raises:
-        NoValidCheckpoint: there is none of that name.
+        NoValidCheckpoint: this run has no checkpoint of that name.
     """
     if config.run.resume in ("auto", "none"):
         return None
     name = Path(config.run.resume).name
     if name not in {committed.name for committed in manager.committed()}:
         raise NoValidCheckpoint(
-            f"run.resume: {name} is no checkpoint of this run", where=str(manager.directory), hint="Use auto"
+            f"run.resume: this run has no checkpoint {name}", where=str(manager.directory), hint="Use run.resume auto"
         )
     return name

@@ -1,22 +1,18 @@
-"""What a run shows beside its rows: settings, machine, samples as tables, a picture of the loss windows, the outcome.
-
-Everything here is for people; nothing of it is read back by the run.
-"""
+"""Artifacts for people: settings, environment, sample tables, the loss windows picture, the outcome. A run never reads them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config.schema import flat
+from resilient_t5.config.schema import Config, flat
 from resilient_t5.files import write_whole
-from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample
+from resilient_t5.restoration.scoring.score_report import Sample
 from resilient_t5.training.convergence.recordings import read_curves
 from resilient_t5.training.convergence.replay import replay
-from resilient_t5.training.hardware.machine import memory_mib
-from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import ENVIRONMENT
-from resilient_t5.training.telemetry.metrics_log import read_rows
+from resilient_t5.training.state import RunState
 from resilient_t5.training.telemetry.plots import draw_replay
+from resilient_t5.training.telemetry.run_log import RunLog
 
 WINDOWS_PICTURE = "windows.png"
 SETTINGS_SHOWN = (
@@ -33,70 +29,67 @@ SETTINGS_SHOWN = (
 )
 
 
-def write_start(run: Run, config_yaml: str) -> None:
-    """The settings and the machine of this process, as texts."""
-    update = run.state.update
-    run.telemetry.text("run/config", f"```yaml\n{config_yaml}\n```", update)
-    environment = json.loads((run.directory / ENVIRONMENT).read_text(encoding="utf-8"))
-    shown = {key: value for key, value in environment.items() if key != "mathematics"}
-    run.telemetry.text("run/environment", f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```", update)
-
-
-def write_samples(run: Run, report: RestorationReport) -> None:
-    """One restored example on the console; all of them in TensorBoard and in samples/ as a table."""
-    if not report.samples:
+def write_start(log: RunLog, update: int, config_yaml: str) -> None:
+    """Write the settings and the environment of this process to TensorBoard."""
+    if log.directory is None:
         return
-    table = samples_table(report.samples)
-    run.telemetry.text("samples/probe", table, run.state.update)
-    directory = run.directory / "samples"
-    try:
+    log.text("run/config", f"```yaml\n{config_yaml}\n```", update)
+    environment = json.loads((log.directory / ENVIRONMENT).read_text(encoding="utf-8"))
+    shown = {key: value for key, value in environment.items() if key != "mathematics"}
+    log.text("run/environment", f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```", update)
+
+
+def write_samples(samples: tuple[Sample, ...], update: int, log: RunLog) -> None:
+    """Write the restored samples to TensorBoard and to samples/, and the first one to the console."""
+    if not samples or log.directory is None:
+        return
+    table = samples_table(samples)
+    log.text("samples/probe", table, update)
+    directory = log.directory / "samples"
+    with log.counting_errors():
         directory.mkdir(exist_ok=True)
-        write_whole(directory / f"u{run.state.update:08d}.md", table + "\n")
-    except OSError:
-        run.telemetry.write_errors += 1
-    run.display.line(f"sample {run.state.update:>6} {report.samples[0].restored}", keep="sample")
+        write_whole(directory / f"u{update:08d}.md", table + "\n")
+    log.line(f"sample {update:>6} {samples[0].restored}", keep="sample")
 
 
-def write_events(run: Run) -> None:
-    """Everything that the convergence machine had to tell so far, as one table in TensorBoard."""
-    told = [row for row in read_rows(run.telemetry.path) if row["kind"] == "evaluation" and row.get("events")]
-    lines = [f"| {row['update']} | {row['phase']} | {', '.join(row['events'])} | {_cell(row['why'])} |" for row in told]
-    table = "\n".join(["| update | phase | events | why |", "| --- | --- | --- | --- |", *lines])
-    run.telemetry.text("events/log", table, run.state.update)
+def write_events(update: int, log: RunLog) -> None:
+    """Write all convergence events so far to TensorBoard, as one table."""
+    rows = [row for row in log.rows("evaluation") if row.get("events")]
+    lines = [f"| {row['update']} | {row['phase']} | {', '.join(row['events'])} | {_cell(row['why'])} |" for row in rows]
+    log.text("events/log", "\n".join(["| update | phase | events | why |", "| --- | --- | --- | --- |", *lines]), update)
 
 
-def write_outcome(run: Run) -> None:
-    """The loss windows as a picture, and what was set beside what came of it."""
+def write_outcome(config: Config, state: RunState, wall_s: float, peak_memory_mib: float, log: RunLog) -> None:
+    """Write the loss windows picture, and hyper-parameters with final metrics to TensorBoard."""
+    assert log.directory is not None  # called on the writer rank only
     try:
-        draw_windows(run.directory)
-        run.telemetry.picture("convergence/windows", run.directory / WINDOWS_PICTURE, run.state.update)
+        draw_windows(log.directory)
+        log.picture("convergence/windows", log.directory / WINDOWS_PICTURE, state.update)
     except Exception as error:  # noqa: BLE001  a run never fails for a picture, nor for a broken matplotlib
-        run.display.line(f"no picture of the loss windows: {error}")
-    best: dict[str, Any] = run.state.best or {"loss": None, "term_restoration": None}
+        log.line(f"no picture of the loss windows: {error}")
+    best: dict[str, Any] = state.best or {"loss": None, "term_restoration": None}
     finals = {
         "final/term_rate": best["term_restoration"],
         "final/loss": best["loss"],
-        "final/updates": float(run.state.update),
-        "final/hours": run.wall_s() / 3600,
-        "final/peak_memory_mib": memory_mib(run.device),
+        "final/updates": float(state.update),
+        "final/hours": wall_s / 3600,
+        "final/peak_memory_mib": peak_memory_mib,
     }
-    settings = {key: value for key, value in flat(run.config).items() if key in SETTINGS_SHOWN}
-    run.telemetry.outcome(settings, finals, run.state.update)
+    log.outcome({key: value for key, value in flat(config).items() if key in SETTINGS_SHOWN}, finals, state.update)
 
 
 def draw_windows(directory: Path) -> None:
-    """Draw the phases of the run in `directory` from its own metrics.jsonl into windows.png."""
+    """Draw windows.png from the metrics.jsonl of the run in `directory`."""
     (curve,) = read_curves(directory)
     if curve.rules is not None:
         draw_replay(replay(curve, curve.rules), directory / WINDOWS_PICTURE)
 
 
 def samples_table(samples: tuple[Sample, ...]) -> str:
-    """Source, gold and restored text of each sample as a Markdown table."""
+    """Return source, gold and restored text of each sample as a Markdown table."""
     rows = [f"| {_cell(s.source)} | {_cell(s.gold)} | {_cell(s.restored)} |" for s in samples]
     return "\n".join(["| source | gold | restored |", "| --- | --- | --- |", *rows])
 
 
 def _cell(text: str) -> str:
-    """Text as one cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

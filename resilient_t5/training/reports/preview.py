@@ -25,7 +25,7 @@ from resilient_t5.training.convergence.machine import Rules, unreachable
 from resilient_t5.training.hardware.device import build_device
 from resilient_t5.training.hardware.machine import describe
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
-from resilient_t5.training.run import Run
+from resilient_t5.training.hardware.sharding import ShardedModel
 from resilient_t5.training.schedule import Plan
 
 
@@ -45,11 +45,6 @@ class Preview:
     def directory(self) -> Path:
         """The run directory, which need not be there yet."""
         return Path(self.config.run.dir)
-
-
-def preview_of(run: Run) -> Preview:
-    """The outlook of a run that has been built."""
-    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, run.convergence.rules)
 
 
 def preview_over(config: Config, store: Store) -> Preview:
@@ -130,21 +125,27 @@ def _unknown_share(report: Mapping[str, Any]) -> str:
     return f" | {percent(share)} of the characters without a piece" if share >= WORTH_SHOWING else ""
 
 
-def process_lines(run: Run) -> Iterator[str]:
-    """How many processes train this run; one is said too, since a launcher may have started fewer than was meant."""
-    ranks = run.ranks
-    if ranks.count == 1:
-        yield "procs  1 process" + (", so hardware.shard_layers cuts nothing" if run.config.hardware.shard_layers else "")
+def process_lines(sharded: ShardedModel, shard_layers: bool, pieces: int) -> Iterator[str]:
+    """Yield the banner lines about the processes; also for one, because a launcher may have started fewer than intended.
+
+    Args:
+        sharded: the model and its process group.
+        shard_layers: the setting.
+        pieces: micro-batches of the next update.
+    """
+    group = sharded.ranks
+    if group.count == 1:
+        yield "procs  1 process" + (", so hardware.shard_layers has no effect" if shard_layers else "")
         return
-    yield f"procs  {ranks.count} processes, {ranks.local_count} on this machine, sums by {ranks.backend}"
-    if run.updater.layers.is_sharded:
+    yield f"procs  {group.count} processes, {group.local_count} on this machine, sums by {group.backend}"
+    if sharded.is_sharded:
         yield (
-            f"layers cut over {ranks.count} processes with their gradients and optimizer state; whole in every process: the"
-            " vocabulary tables, and during evaluation and export all weights"
+            f"layers sharded over {group.count} processes with their gradients and optimizer state; every process holds the"
+            " whole vocabulary tables, and all weights during evaluation and export"
         )
-    if (pieces := len(run.batches.at(run.state.attempted))) < ranks.count:
+    if pieces < group.count:
         yield (
-            f"plan warning: an update has {pieces} micro-batches for {ranks.count} processes, so some have nothing to do;"
+            f"plan warning: an update has {pieces} micro-batches for {group.count} processes, so some are idle;"
             " lower batch.micro_tokens or raise batch.examples_per_update"
         )
 

@@ -1,71 +1,74 @@
-"""What is said between evaluations: the row of the updates since the last one, and the status file that SIGUSR2 asks for."""
+"""Reports between evaluations: the training row, and status.json on SIGUSR2."""
 
 import json
 import os
 from datetime import datetime
 
+import torch
+
+from resilient_t5.checkpoint.manager import Committed
 from resilient_t5.files import write_whole
 from resilient_t5.training.hardware.machine import memory_mib
-from resilient_t5.training.run import Run
-from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.state import SinceLog
+from resilient_t5.training.saver import Saver
+from resilient_t5.training.schedule import Plan
+from resilient_t5.training.state import RunState, SinceLog
 from resilient_t5.training.telemetry.console import train_line
+from resilient_t5.training.telemetry.run_log import RunLog
+from resilient_t5.training.telemetry.timing import TimeLeft, Timing
 
 STATUS = "status.json"
 
 
-def log_updates(run: Run) -> None:
-    """Write the training row of the updates since the last one, and move the live bar."""
-    state, since = run.state, run.state.since_log
-    update_s, wait_s = run.timing.lap("update"), run.timing.lap("wait")
-    left = run.left()
-    row = run.telemetry.row(
+def log_updates(
+    state: RunState, plan: Plan, timing: Timing, left: TimeLeft, log: RunLog, *, skipped: int, device: torch.device
+) -> None:
+    """Log the updates since the last training row, and start new sums."""
+    since, state.since_log = state.since_log, SinceLog()
+    update_s, wait_s = timing.lap("update"), timing.lap("wait")
+    log.event(
         "train",
         state.update,
+        line=lambda row: train_line(row, plan.total_updates, left),
+        keep="numbers",
         loss=since.nll_sum / since.target_tokens,
         learning_rate=since.learning_rate,
         gradient_norm=since.gradient_norm_sum / since.updates,
         gradient_norm_max=since.gradient_norm_max,
         clipped_updates=since.clipped,
-        epoch=state.attempted / run.plan.updates_per_epoch,
+        epoch=state.attempted / plan.updates_per_epoch,
         target_tokens=state.target_tokens,
         useful_token_share=since.useful_tokens / since.padded_tokens,
-        nonfinite_total=run.guard.memory.skipped,
+        nonfinite_total=skipped,
         order_sha256=state.order_sha256,
         tokens_per_s=since.useful_tokens / (update_s + wait_s),
         update_s=update_s / since.updates,
         data_wait_share=wait_s / (update_s + wait_s),
-        memory_mib=memory_mib(run.device),
+        memory_mib=memory_mib(device),
         eta_s=left.total_s,
     )
-    state.since_log = SinceLog()
-    run.display.line(train_line(row, run.plan.total_updates, left), keep="numbers")
 
 
-def report_status(run: Run, stop: StopSignal) -> None:
-    """Write status.json: where the run stands at this moment. A disk that refuses it is counted, and ends nothing."""
-    stop.status_requested = False
-    if not run.ranks.is_writer:
+def write_status(saver: Saver, plan: Plan, newest: Committed | None, log: RunLog) -> None:
+    """Write status.json on the writer rank. A write error is counted, not raised."""
+    if log.directory is None:
         return
-    state, newest, memory = run.state, run.manager.newest, run.guard.memory
+    state, memory, timing = saver.state, saver.guard.memory, saver.timing
     status = {
         "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "pid": os.getpid(),
         "update": state.update,
-        "total_updates": run.plan.total_updates,
+        "total_updates": plan.total_updates,
         "attempted": state.attempted,
-        "phase": run.convergence.phase.name,
+        "phase": saver.convergence.phase.name,
         "best": state.best,
         "last": state.last,
         "newest_checkpoint": None if newest is None else newest.name,
-        "save_in_flight": run.saver.writer.busy,
+        "save_in_flight": saver.writer.busy,
         "guard": {"skipped": memory.skipped, "backoffs": memory.backoffs, "rollbacks": memory.rollbacks},
-        "wall_s": run.wall_s(),
-        "spent_s": run.timing.spent_s,
-        "peak_memory_mib": memory_mib(run.device),
+        "wall_s": state.wall_s + timing.elapsed_s,
+        "spent_s": timing.spent_s,
+        "peak_memory_mib": memory_mib(saver.updater.accelerator.device),
     }
-    try:
-        write_whole(run.directory / STATUS, json.dumps(status, indent=2) + "\n")
-    except OSError:
-        run.telemetry.write_errors += 1
-    run.display.line(f"status {run.directory / STATUS} written at update {state.update}")
+    with log.counting_errors():
+        write_whole(log.directory / STATUS, json.dumps(status, indent=2) + "\n")
+    log.line(f"status {log.directory / STATUS} written at update {state.update}")

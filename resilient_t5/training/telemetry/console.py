@@ -1,16 +1,13 @@
-"""The console: a live view on a terminal, stable plain lines elsewhere; every line goes to train.log.
+"""The console: a live view on a terminal, plain lines elsewhere; every line also goes to train.log.
 
-Our own text is ASCII; text from data is printed without markup and with unknown characters replaced, so a narrow or
-legacy terminal survives it.
-
-The live view, a bar with the numbers of the last updates and the last word of everything else, stands below the lines that
-scroll away and is gone when the run ends. Rows are folded at the width of the terminal, by cells and not by characters, and
-samples are cut there, so Chinese text and narrow windows keep its shape.
+Our own text is ASCII. Text from data is printed without markup, with characters that the terminal cannot encode replaced.
+The live view (progress bar, latest numbers, latest line of each KEPT_ROWS row) stays below the scrolling lines and
+disappears when the run ends. Rows are folded, and samples cut, by terminal cells, so Chinese text keeps the layout.
 """
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,39 +21,26 @@ from rich.text import Text
 
 from resilient_t5.training.convergence.machine import format_verdict
 from resilient_t5.training.convergence.phases import Verdict
-from resilient_t5.training.telemetry.timing import Left, readable
+from resilient_t5.training.telemetry.timing import TimeLeft, readable
 
 REFRESH_PER_S = 4
 KEPT_ROWS = ("numbers", "phase", "restore", "sample")
-"""The rows below the bar, in this order; a row that nothing was said for is left out."""
+"""Rows below the progress bar, in this order; empty ones are not shown."""
+QUIET_EVENTS = ("delete", "sweep")
+"""Checkpoint events without a console line."""
 
 
 class LiveProgress:
-    """The bar and the kept rows; `rich` paints it from a thread of its own, this class only holds what to paint."""
+    """The progress bar and the kept rows. A thread of `rich` renders them; this class holds the values."""
 
     def __init__(self, console: RichConsole, update: int, total_updates: int):
         self.update, self.total_updates = update, total_updates
-        self._rows: dict[str, str] = {}
-        self._live = Live(self, console=console, refresh_per_second=REFRESH_PER_S, transient=True)
-
-    def start(self) -> None:
-        """Show it."""
-        self._live.start()
-
-    def stop(self) -> None:
-        """Take it away; what scrolled by above stays."""
-        self._live.stop()
-
-    def advance(self, update: int) -> None:
-        """Move the bar; costs next to nothing, the painter looks a few times a second."""
-        self.update = update
-
-    def keep(self, row: str, text: str) -> None:
-        """Show `text` in a row of KEPT_ROWS until the next one."""
-        self._rows[row] = text
+        self.rows: dict[str, str] = {}
+        """Text of each row of KEPT_ROWS."""
+        self.live = Live(self, console=console, refresh_per_second=REFRESH_PER_S, transient=True)
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """The view as rich paints it."""
+        """Render the view."""
         table: Any = Table.grid(expand=True, padding=(0, 1))
         table.add_column(no_wrap=True)
         table.add_column(ratio=1)
@@ -66,23 +50,23 @@ class LiveProgress:
         table.add_row(Text(f"update {self.update}/{self.total_updates}"), bar, Text(f"{share:6.1%}"))
         yield table
         for row in KEPT_ROWS:
-            if row in self._rows:
+            if row in self.rows:
                 cut = row == "sample"
-                yield Text(self._rows[row], no_wrap=cut, overflow="ellipsis" if cut else "fold")
+                yield Text(self.rows[row], no_wrap=cut, overflow="ellipsis" if cut else "fold")
 
 
 class Console:
-    """Prints the lines of a run and, on a terminal, keeps one live view below them.
+    """Prints the lines of a run and, on a terminal, shows a live view below them.
 
     Args:
         mode: `auto`, `live`, `plain` or `quiet`, as in the configuration.
-        log: file that gets every line, with a time stamp; None writes no file.
+        log: file that gets every line with a time stamp; None for no file.
     """
 
     def __init__(self, mode: str, log: Path | None):
         self.quiet = mode == "quiet"
         self.console = RichConsole(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
-        self._live = not self.quiet and (mode == "live" or (mode == "auto" and self.console.is_terminal))
+        self._use_view = not self.quiet and (mode == "live" or (mode == "auto" and self.console.is_terminal))
         self._log = None if log is None else log.open("a", encoding="utf-8")
         self._view: LiveProgress | None = None
 
@@ -91,21 +75,21 @@ class Console:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._view is not None:
-            self._view.stop()
+            self._view.live.stop()
         if self._log is not None:
             self._log.close()
 
     def line(self, text: str, *, keep: str = "") -> None:
-        """Print one line, with the time of day; a terminal or disk that is gone never ends a run.
+        """Print one line with the time of day; an unwritable terminal or disk silences the console instead of raising.
 
         Args:
             text: the line.
-            keep: row of the live view that also holds the text until its next line; `numbers` stands there only, since
-                it comes too often to scroll by.
+            keep: row of the live view that also shows the text until its next line. `numbers` is shown only there,
+                because it changes too often to scroll.
         """
         stamped = f"{time.strftime('%H:%M:%S')} {text}"
         if self._view is not None and keep:
-            self._view.keep(keep, self._printable(text))
+            self._view.rows[keep] = self._printable(text)
         try:
             if not self.quiet and (self._view is None or keep != "numbers"):
                 self.console.print(self._printable(stamped))
@@ -115,25 +99,24 @@ class Console:
         except OSError:
             self.quiet = True
 
-    def begin(self, update: int, total_updates: int) -> None:
-        """Show the live view of a run that stands at `update`, where there is a terminal for it."""
-        if self._live:
+    def start_view(self, update: int, total_updates: int) -> None:
+        """Show the live view if the console is a terminal."""
+        if self._use_view:
             self._view = LiveProgress(self.console, update, total_updates)
-            self._view.start()
+            self._view.live.start()
 
     def advance(self, update: int) -> None:
-        """Move the bar of the live view, if there is one."""
+        """Move the progress bar, if it is shown."""
         if self._view is not None:
-            self._view.advance(update)
+            self._view.update = update
 
     def _printable(self, text: str) -> str:
-        """`text` with what this terminal cannot write replaced."""
         encoding = self.console.encoding or "ascii"
         return text.encode(encoding, errors="replace").decode(encoding)
 
 
-def train_line(row: Mapping[str, Any], total_updates: int, left: Left) -> str:
-    """The console line of a training row."""
+def train_line(row: Mapping[str, Any], total_updates: int, left: TimeLeft) -> str:
+    """Format the console line of a training row."""
     update = row["update"]
     return (
         f"update {update:>6}/{total_updates} {100 * update / total_updates:5.1f}% ep {row['epoch']:.2f}"
@@ -144,7 +127,7 @@ def train_line(row: Mapping[str, Any], total_updates: int, left: Left) -> str:
 
 
 def evaluation_line(row: Mapping[str, Any], is_best: bool) -> str:
-    """The console line of an evaluation row."""
+    """Format the console line of an evaluation row."""
     mark = " (best)" if is_best else ""
     terms = of_terms = ""
     if row["loss_terms"] is not None:
@@ -157,7 +140,7 @@ def evaluation_line(row: Mapping[str, Any], is_best: bool) -> str:
 
 
 def restoration_line(row: Mapping[str, Any]) -> str:
-    """The console line of a restoration row."""
+    """Format the console line of a restoration row."""
     if row["term_rate"] is None:
         return f"restore{row['update']:>6} no masked term among {row['n_examples']} examples | span match {row['span_match']}"
     majority = row["majority_rate"]
@@ -169,10 +152,46 @@ def restoration_line(row: Mapping[str, Any]) -> str:
 
 
 def phase_line(verdict: Verdict) -> str:
-    """The console line of a verdict: the phase, why the run goes on or stops, and what happened beside that."""
+    """Format the console line of a verdict: the phase, the reason to continue or stop, and the events."""
     return f"phase  {verdict.phase.name} {format_verdict(verdict)}"
 
 
+def checkpoint_line(event: str, fields: Mapping[str, Any]) -> str:
+    """Format the console line of a checkpoint event; empty for QUIET_EVENTS."""
+    if event in QUIET_EVENTS:
+        return ""
+    if event != "save":
+        return f"checkpoint {event}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
+    size = f"{fields['bytes'] / (1 << 20):.1f} MiB in {fields['save_s']:.2f} s"
+    return f"saved  {fields['update']:>6} {fields['name']} ({fields['reason']}) {size}"
+
+
+def slow_save_line(deadline_s: float) -> str:
+    """Format the warning about a save that does not fit between SIGTERM and exit."""
+    return (
+        f"save   warning: a save takes longer than run.deadline_s {deadline_s:g}, so the newest state may not be saved after"
+        " SIGTERM; raise run.deadline_s and the scheduler's grace period"
+    )
+
+
+def guard_line(row: Mapping[str, Any]) -> str:
+    """Format the console line of a guard verdict about an update."""
+    return f"guard  {row['action']}: {row['why']}; loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}"
+
+
+def rollback_line(from_update: int, checkpoint: str, skipped: Sequence[Sequence[int]]) -> str:
+    """Format the console line of a rollback; `skipped` are [first, last] ranges of attempted updates."""
+    return f"guard  rolled back from update {from_update} to {checkpoint}; attempted updates {skipped} will be skipped"
+
+
+def halving_line(row: Mapping[str, Any]) -> str:
+    """Format the console line of an update that is repeated with smaller micro-batches."""
+    return (
+        f"guard  update {row['update'] + 1} ran out of memory at micro_tokens {row['former_micro_tokens']}: gradients dropped,"
+        f" repeated with micro_tokens {row['micro_tokens']}, which stays in effect"
+    )
+
+
 def tokens_text(tokens_per_s: float) -> str:
-    """Tokens a second in at most five characters."""
+    """Format tokens per second in at most five characters."""
     return f"{tokens_per_s:.0f}" if tokens_per_s < 1000 else f"{tokens_per_s / 1000:.1f}k"

@@ -1,6 +1,6 @@
-"""Where the time of a run goes: updates, waiting for data, evaluations, saves; and the time that is left.
+"""Where the time of a run goes (updates, waiting for data, evaluations, saves), and the time left.
 
-Times are wall-clock seconds of this process; none of them enters the state of the run.
+Times are wall-clock seconds of this process; none of them is part of the training state.
 """
 
 import math
@@ -13,8 +13,8 @@ SMOOTHING_UPDATES = 200
 
 
 @dataclass(frozen=True)
-class Left:
-    """Seconds to the planned end, by what they go to."""
+class TimeLeft:
+    """Seconds to the planned end, by activity."""
 
     training_s: float
     evaluation_s: float
@@ -22,11 +22,11 @@ class Left:
 
     @property
     def total_s(self) -> float:
-        """All of it."""
+        """Seconds to the planned end."""
         return self.training_s + self.evaluation_s + self.save_s
 
     def text(self) -> str:
-        """Such as `1d 02h (train 23h 10m, eval 2h 04m, save 8m 20s)`; parts that nothing is known of are left out."""
+        """Format as `1d 02h (train 23h 10m, eval 2h 04m, save 8m 20s)`; unknown or short parts are left out."""
         parts = {"train": self.training_s, "eval": self.evaluation_s, "save": self.save_s}
         named = ", ".join(f"{name} {readable(part_s)}" for name, part_s in parts.items() if part_s >= 1.0)
         return f"{readable(self.total_s)} ({named})" if named else readable(self.total_s)
@@ -34,25 +34,26 @@ class Left:
 
 @dataclass
 class Timing:
-    """Seconds by activity since this process began to train."""
+    """Seconds by activity since this process started to train."""
 
     started_s: float = field(default_factory=time.monotonic)
     spent_s: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     lapped_s: dict[str, float] = field(default_factory=dict)
     update_s: float = math.nan
+    """Moving average over about SMOOTHING_UPDATES updates."""
 
     @contextmanager
     def measure(self, activity: str) -> Iterator[None]:
-        """Count the time of the block as `activity`: update, wait, evaluation or save."""
-        begun_s = time.monotonic()
+        """Add the time of the block to `activity`: update, wait, evaluation or save."""
+        started_s = time.monotonic()
         try:
             yield
         finally:
-            self.add(activity, time.monotonic() - begun_s)
+            self.add(activity, time.monotonic() - started_s)
 
     def add(self, activity: str, duration_s: float) -> None:
-        """Count `duration_s` as `activity`; for updates, keep a moving average over about 200 of them."""
+        """Add `duration_s` to `activity`."""
         self.spent_s[activity] = self.spent_s.get(activity, 0.0) + duration_s
         count = self.counts[activity] = self.counts.get(activity, 0) + 1
         if activity == "update":
@@ -60,31 +61,31 @@ class Timing:
             self.update_s = duration_s if count == 1 else self.update_s + weight * (duration_s - self.update_s)
 
     def lap(self, activity: str) -> float:
-        """Seconds of `activity` since the last lap of it."""
+        """Seconds of `activity` since the previous lap."""
         total_s = self.spent_s.get(activity, 0.0)
         lap_s = total_s - self.lapped_s.get(activity, 0.0)
         self.lapped_s[activity] = total_s
         return lap_s
 
     def mean_s(self, activity: str) -> float:
-        """Mean seconds of one `activity`; 0 when there was none yet."""
+        """Mean seconds of one `activity`; 0 before the first."""
         return self.spent_s.get(activity, 0.0) / max(1, self.counts.get(activity, 0))
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since this process began to train."""
+        """Seconds since this process started to train."""
         return time.monotonic() - self.started_s
 
-    def left(self, updates: int, evaluations: int, save_every_s: float | None) -> Left:
-        """What `updates` and `evaluations` will take, with the saves that fall into them: one each evaluation at most."""
+    def left(self, updates: int, evaluations: int, save_every_s: float | None) -> TimeLeft:
+        """Project the time of `updates` and `evaluations`, with one save per evaluation and one per `save_every_s`."""
         training_s = updates * (self.update_s + self.mean_s("wait"))
         evaluation_s = evaluations * self.mean_s("evaluation")
         saves = evaluations + ((training_s + evaluation_s) / save_every_s if save_every_s else 0.0)
-        return Left(training_s, evaluation_s, saves * self.mean_s("save"))
+        return TimeLeft(training_s, evaluation_s, saves * self.mean_s("save"))
 
 
 def readable(duration_s: float) -> str:
-    """A duration for people: 0.4 s, 42 s, 3m 20s, 5h 12m, 2d 03h; `?` when it is not known."""
+    """Format a duration: 0.4 s, 42 s, 3m 20s, 5h 12m, 2d 03h; `?` when it is unknown."""
     if not math.isfinite(duration_s):
         return "?"
     whole = max(0, round(duration_s))

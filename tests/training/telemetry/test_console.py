@@ -7,7 +7,7 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from resilient_t5.training.telemetry.console import Console, LiveProgress
-from resilient_t5.training.telemetry.timing import Left, Timing
+from resilient_t5.training.telemetry.timing import TimeLeft, Timing
 
 
 def painted(view, width):
@@ -21,8 +21,8 @@ def painted(view, width):
 def test_no_row_is_wider_than_the_terminal_whatever_the_script(width):
     """Chinese characters take two cells; rows are folded or cut by cells, brackets of the data are no markup."""
     view = LiveProgress(RichConsole(file=io.StringIO()), 1200, 2000)
-    view.keep("numbers", "update 1200/2000 60.0% | loss 1.8423 | lr 9.95e-06 | 3.9k tok/s | eta 1d 02h (train 23h, eval 2h)")
-    view.keep("sample", "sample 1200 患者[/b]反复[咳嗽]咳痰十余年，加重伴[气促]三天，查体双肺可闻及[湿性啰音]，血压正常" * 3)
+    view.rows["numbers"] = "update 1200/2000 60.0% | loss 1.8423 | lr 9.95e-06 | 3.9k tok/s | eta 1d 02h (train 23h, eval 2h)"
+    view.rows["sample"] = "sample 1200 患者[/b]反复[咳嗽]咳痰十余年，加重伴[气促]三天，查体双肺可闻及[湿性啰音]，血压正常" * 3
     lines = painted(view, width)
     assert all(cell_len(line) <= width for line in lines)
     assert "[/b]" in "".join(lines)[:4000] or width < 30
@@ -33,8 +33,8 @@ def test_rows_keep_their_order_and_show_their_last_word():
     """Whatever was said last in a row stands there, below the bar, in a fixed order."""
     view = LiveProgress(RichConsole(file=io.StringIO()), 5, 10)
     for row, text in (("sample", "old"), ("phase", "phase OBSERVE"), ("numbers", "loss 2"), ("sample", "new")):
-        view.keep(row, text)
-    view.advance(6)
+        view.rows[row] = text
+    view.update = 6
     lines = [line.strip() for line in painted(view, 60)]
     assert lines[0].startswith("update 6/10") and lines[0].endswith("60.0%")
     assert lines[1:] == ["loss 2", "phase OBSERVE", "new"]
@@ -43,7 +43,7 @@ def test_rows_keep_their_order_and_show_their_last_word():
 def test_on_a_pipe_every_line_is_printed_and_logged(tmp_path, capsys):
     """Without a terminal there is no view: the same plain lines go to the console and to train.log."""
     with Console("plain", tmp_path / "train.log") as display:
-        display.begin(0, 10)
+        display.start_view(0, 10)
         display.line("update 5/10 | loss 2.0", keep="numbers")
         display.line("phase  OBSERVE", keep="phase")
         display.advance(5)
@@ -64,4 +64,4 @@ def test_the_time_left_counts_evaluations_and_saves():
     assert left.evaluation_s == pytest.approx(180.0)
     assert left.save_s == pytest.approx((3 + 2) * 5.0)
     assert left.text() == "13m 25s (train 10m 00s, eval 3m 00s, save 25 s)"
-    assert Left(0.2, 0.0, 0.0).text() == "0.2 s"
+    assert TimeLeft(0.2, 0.0, 0.0).text() == "0.2 s"

@@ -5,16 +5,26 @@ import math
 
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from resilient_t5.training.telemetry.metrics_log import MetricsLog, read_rows
+from resilient_t5.training.state import RunState
+from resilient_t5.training.telemetry.console import Console
+from resilient_t5.training.telemetry.metrics_log import read_rows
+from resilient_t5.training.telemetry.run_log import RunLog
+
+
+def opened(directory, from_update, console=None, **options):
+    """A log that continues at `from_update`."""
+    log = RunLog(console or Console("quiet", None), directory, **options)
+    log.open_at(RunState(update=from_update, evaluated_update=from_update))
+    return log
 
 
 def write(directory, updates, from_update=0):
     """Log one training row per update, as a run that goes on from `from_update` does."""
-    telemetry = MetricsLog(directory, from_update=from_update, tensorboard=True)
+    log = opened(directory, from_update, tensorboard=True)
     for update in updates:
-        telemetry.row("train", update, loss=1.0 / update, tokens_per_s=5.0)
-    telemetry.row("save", max(updates), name="u", write_s=0.1)
-    telemetry.close()
+        log.event("train", update, loss=1.0 / update, tokens_per_s=5.0)
+    log.event("save", max(updates), name="u", write_s=0.1)
+    log.close()
 
 
 def updates_of(directory, kind="train"):
@@ -58,8 +68,29 @@ def test_curves_go_on_cleanly_in_tensorboard_after_a_crash(tmp_path):
 
 def test_a_value_that_is_no_number_is_written_as_text(tmp_path):
     """JSON has no NaN; the raw value is never hidden and the file stays valid."""
-    telemetry = MetricsLog(tmp_path, from_update=0, tensorboard=False)
-    telemetry.row("guard", 1, loss=math.nan, gradient_norm=math.inf)
-    telemetry.close()
+    log = opened(tmp_path, 0)
+    log.event("guard", 1, loss=math.nan, gradient_norm=math.inf)
+    log.close()
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert (row["loss"], row["gradient_norm"]) == ("nan", "inf")
+
+
+def test_one_call_writes_the_row_and_the_line(tmp_path):
+    """The line may be formatted from the row; checkpoint events before the log is open are queued, and come first."""
+    with Console("quiet", tmp_path / "train.log") as console:
+        log = RunLog(console, tmp_path)
+        log.checkpoint_event("fallback", {"name": "u1", "update": 1})
+        log.open_at(RunState(update=2))
+        log.event("guard", 2, line=lambda row: f"guard  {row['action']}", action="skip")
+        log.close()
+    assert [(row["kind"], row["update"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [("save", 1), ("guard", 2)]
+    lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(" ")[2] for line in lines] == ["checkpoint fallback: name u1, update 1", "guard  skip"]
+
+
+def test_a_rank_that_does_not_write_is_silent(tmp_path, capsys):
+    """No directory: no file, no line, no error."""
+    log = opened(None, 0)
+    log.event("guard", 1, line="guard  skip")
+    log.close()
+    assert (list(tmp_path.iterdir()), capsys.readouterr().out, log.write_errors) == ([], "", 0)

@@ -1,4 +1,4 @@
-"""What every result says of itself: date, kind of machine, versions, the command with the names of its files; its last line."""
+"""Metadata of a benchmark result (date, machine, versions, command) and its output as one line of JSON."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def circumstances(benchmark: str, packages: Sequence[str]) -> dict[str, Any]:
-    """The first keys of a result; no path of the machine and no host name is among them."""
+    """Return the first keys of a result. They contain no paths and no host name."""
     return {
         "benchmark": benchmark,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -25,7 +25,7 @@ def circumstances(benchmark: str, packages: Sequence[str]) -> dict[str, Any]:
 
 
 def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """One line on stdout, last; the same in `path` for people to read."""
+    """Write one line of JSON to stdout, and an indented copy to `path`."""
     if path is not None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(result) + "\n")

@@ -1,25 +1,25 @@
-"""The same attacks on five ways to save a run: kill -9 while it saves after every update, and damage to the newest save.
+"""Attack five checkpointing systems: kill -9 while they save after every update, and damage to the newest save.
 
     python benchmarks/crash.py [--trials 100] [--damages 50] [--systems resilient_t5 dcp_folders ...] [--json FILE]
 
-Kill: a forked child trains and saves after every update; at a random moment in the 0.35 s after its fourth acknowledged save
-it gets SIGKILL; then the system's own resume call runs in a new process. Bad is
-  unrecoverable   the call raises, although four saves and more were acknowledged
-  mixed           it returns, and weights, optimizer, random state and update number are not those of one update
-  lost            it returns a whole state that is older than the last acknowledged save
-The percentages are those of a kill in or near a save: they rank systems, and are no failure rates of real runs.
+Kill: a forked child trains and saves after every update. It gets SIGKILL at a random moment within 0.35 s after its fourth
+acknowledged save. Then the system's own resume call runs in a new process. Bad outcomes:
+  unrecoverable   the call raises, although at least four saves were acknowledged
+  mixed           weights, optimizer, random state and update number are not those of one update
+  lost            the state is intact but older than the last acknowledged save
+The kills hit in or near a save, so the percentages rank the systems; they are not failure rates of real runs.
 
-Damage: one file of the newest checkpoint, drawn at random, gets one flipped bit, is cut short, has its tail zeroed, or is
-removed; then the same resume call. Bad is
-  wrong           it returns a state that was never saved; a line in a log does not count, the run goes on with it
-  dies            it raises, although an older checkpoint is whole
-Where it raises and there is nothing older, that is counted apart. Damage that changes nothing of what was trained
-(a file that the resume does not need) is no fault, and neither is an older state that is whole.
+Damage: one random file of the newest checkpoint gets one flipped bit, is truncated, has its tail zeroed, or is removed. Then
+the same resume call runs. Bad outcomes:
+  wrong           a state that was never saved is returned, whether or not a warning is logged
+  dies            the call raises, although an older checkpoint is intact
+A call that raises when there is no older checkpoint is counted separately. Harmless damage (to a file that the resume does not
+read) and an older intact state are not counted as bad.
 
-The file is written after each system and keeps what it held of the others: a table can be made in pieces.
+The file is rewritten after each system and keeps the results of the others, so a table can be made in several calls.
 
-Everything lies in memory (/dev/shm) where there is such a place: a kill does not care, and a benchmark does not wear a disk.
-The last line is JSON. How each system is called: benchmarks/crash_systems.py.
+All files are in memory (/dev/shm) where available: a kill does not depend on the disk, and the disk is spared.
+The last line is JSON. benchmarks/crash_systems.py has the calls of each system.
 """
 
 import argparse
@@ -49,7 +49,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 
 
 def start(function: Callable[[Callable[[str], None]], None]) -> tuple[int, Any]:
-    """Fork; the child runs `function(tell)` with its console closed. (Process id, stream of the lines that it tells.)"""
+    """Fork a child that runs `function(send)` without a console. Return its process id and the stream of the lines it sends."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -68,8 +68,8 @@ def start(function: Callable[[Callable[[str], None]], None]) -> tuple[int, Any]:
 
 
 def call(function: Callable[[], Any]) -> Any:
-    """`function()` in a forked child by way of JSON; None when it raised or died."""
-    pid, stream = start(lambda tell: tell(json.dumps(function())))
+    """Return the result of `function()` in a forked child, through JSON; None if it raised or died."""
+    pid, stream = start(lambda send: send(json.dumps(function())))
     with stream:
         lines = stream.read().splitlines()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -77,51 +77,51 @@ def call(function: Callable[[], Any]) -> Any:
 
 
 class Judge:
-    """Runs a system's resume call and says what came of it."""
+    """Run a system's resume call and classify its result."""
 
     def __init__(self, digests: list[str]):
         self.digests = digests
 
     def resumed(self, system: System, directory: Path, path: Path | None = None) -> int | str:
-        """The update that was resumed whole; "dies" when the call raised; "mixed" when the state is of no one update."""
-        found = call(lambda: system.resume(directory, path))
-        if found is None:
+        """Return the update of an intact state, "dies" if the call raised, or "mixed" for parts of two updates."""
+        loaded = call(lambda: system.resume(directory, path))
+        if loaded is None:
             return "dies"
-        update, digest = found
-        whole = 1 <= update <= len(self.digests) and self.digests[update - 1] == digest
-        return update if whole else "mixed"
+        update, digest = loaded
+        intact = 1 <= update <= len(self.digests) and self.digests[update - 1] == digest
+        return update if intact else "mixed"
 
     def older_loads(self, system: System, directory: Path) -> bool:
-        """Whether one of the checkpoints that are not the newest loads whole when a person names it."""
+        """Whether a checkpoint other than the newest loads intact when it is named explicitly."""
         return any(isinstance(self.resumed(system, directory, path), int) for path in system.checkpoints(directory)[-2::-1])
 
 
 def kill_once(system: System, directory: Path, wait_s: float, judge: Judge) -> str:
-    """One trial; the outcome in a word."""
+    """Run one kill and return the name of its outcome."""
 
-    def train(tell: Callable[[str], None]) -> None:
-        system.train(directory, lambda update: tell(str(update)), FOREVER)
+    def train(send: Callable[[str], None]) -> None:
+        system.train(directory, lambda update: send(str(update)), FOREVER)
 
     pid, stream = start(train)
     with stream:
         first = [stream.readline() for _ in range(SAVES_FIRST)]
         time.sleep(wait_s)
         os.kill(pid, signal.SIGKILL)
-        told = [int(line) for line in [*first, *stream.readlines()] if line.endswith(b"\n")]
+        acknowledged = [int(line) for line in [*first, *stream.readlines()] if line.endswith(b"\n")]
     os.waitpid(pid, 0)
-    if len(told) < SAVES_FIRST:
-        raise RuntimeError(f"{system.name}: the child died by itself after {len(told)} saves")
-    found = judge.resumed(system, directory)
-    if found == "dies":
+    if len(acknowledged) < SAVES_FIRST:
+        raise RuntimeError(f"{system.name}: the child died without a kill after {len(acknowledged)} saves")
+    resumed = judge.resumed(system, directory)
+    if resumed == "dies":
         return "unrecoverable_older_whole" if judge.older_loads(system, directory) else "unrecoverable"
-    if found == "mixed":
+    if resumed == "mixed":
         return "mixed"
-    return "lost" if int(found) < told[-1] else "good"
+    return "lost" if int(resumed) < acknowledged[-1] else "good"
 
 
 def kill_many(system: System, trials: int, scratch: Path, judge: Judge) -> dict[str, Any]:
-    """`trials` kills; counts of the outcomes."""
-    draw, outcomes, begun_s = random.Random(3), Counter(), time.monotonic()
+    """Run `trials` kills and count the outcomes."""
+    draw, outcomes, started_s = random.Random(3), Counter(), time.monotonic()
     for number in range(trials):
         directory = scratch / f"kill-{number}"
         directory.mkdir()
@@ -137,7 +137,7 @@ def kill_many(system: System, trials: int, scratch: Path, judge: Judge) -> dict[
         "acknowledged_save_lost": outcomes["lost"],
         "bad_share": bad / trials,
         "bad_share_below_95": bound(bad, trials),
-        "wall_s": round(time.monotonic() - begun_s, 1),
+        "wall_s": round(time.monotonic() - started_s, 1),
     }
 
 
@@ -166,13 +166,13 @@ DAMAGES = {"flipped_bit": flip_a_bit, "truncated": truncate, "zeroed_tail": zero
 
 
 def damage_many(system: System, trials: int, scratch: Path, judge: Judge) -> dict[str, Any]:
-    """`trials` damages of each kind to the newest of three saves; counts of the outcomes by kind."""
+    """Damage the newest of three saves `trials` times in each way, and count the outcomes by kind."""
     base, draw, result = scratch / "base", random.Random(4), {}
     base.mkdir()
     if call(lambda: system.train(base, lambda update: None, 3)) is None and not system.checkpoints(base):
         raise RuntimeError(f"{system.name}: nothing was saved")
     if judge.resumed(system, base) != 3:
-        raise RuntimeError(f"{system.name}: an undamaged save does not load whole")
+        raise RuntimeError(f"{system.name}: an undamaged save does not load intact")
     for kind, damage in DAMAGES.items():
         outcomes = Counter(damage_once(system, base, scratch / "copy", (damage, draw), judge) for _ in range(trials))
         bad = outcomes["wrong"] + outcomes["dies_older_whole"]
@@ -193,24 +193,24 @@ def damage_many(system: System, trials: int, scratch: Path, judge: Judge) -> dic
 def damage_once(
     system: System, base: Path, copy: Path, damage: tuple[Callable[[Path, random.Random], None], random.Random], judge: Judge
 ) -> str:
-    """One damage to a copy of `base`; the outcome in a word."""
+    """Damage a copy of `base` once and return the name of the outcome."""
     shutil.copytree(base, copy)
     newest, draw = system.checkpoints(copy)[-1], damage[1]
     files = [newest] if newest.is_file() else sorted(path for path in newest.rglob("*") if path.is_file())
     damage[0](draw.choice([path for path in files if path.stat().st_size]), draw)
-    found = judge.resumed(system, copy)
-    if found == "dies":
-        word = "dies_older_whole" if judge.older_loads(system, copy) else "dies"
-    elif found == "mixed":
-        word = "wrong"
+    resumed = judge.resumed(system, copy)
+    if resumed == "dies":
+        outcome = "dies_older_whole" if judge.older_loads(system, copy) else "dies"
+    elif resumed == "mixed":
+        outcome = "wrong"
     else:
-        word = "harmless" if found == 3 else "fell_back"
+        outcome = "harmless" if resumed == 3 else "fell_back"
     shutil.rmtree(copy)
-    return word
+    return outcome
 
 
 def bound(bad: int, trials: int) -> float:
-    """Upper end of the 95 % interval of a share: 3/N for none, else Wilson's."""
+    """Upper end of the 95 % interval of a share: 3/N for zero, otherwise Wilson's interval."""
     if bad == 0:
         return min(1.0, 3 / trials)
     share, z = bad / trials, 1.96
@@ -219,10 +219,10 @@ def bound(bad: int, trials: int) -> float:
 
 
 def main() -> int:
-    """Attack what is asked for, print a table and one line of JSON."""
+    """Attack the selected systems; print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=100, help="kills of each system")
-    parser.add_argument("--damages", type=int, default=50, help="damages of each kind to each system")
+    parser.add_argument("--trials", type=int, default=100, help="kills per system")
+    parser.add_argument("--damages", type=int, default=50, help="damages of each kind per system")
     parser.add_argument("--systems", nargs="+", default=[system.name for system in SYSTEMS])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -244,8 +244,8 @@ def main() -> int:
             kills = kill_many(system, options.trials, Path(folder), judge)
             damages = damage_many(system, options.damages, Path(folder), judge)
             result["systems"][system.name] = {"how": system.how, "kill": kills, "damage": damages}
-            words = "  ".join(f"{kind} {found['bad']:>3}" for kind, found in damages.items())
-            sys.stdout.write(f"{system.name:>24}  kills {kills['bad']:>3} of {kills['trials']} bad  | {words}  bad\n")
+            counts = "  ".join(f"{kind} {damage['bad']:>3}" for kind, damage in damages.items())
+            sys.stdout.write(f"{system.name:>24}  kills {kills['bad']:>3} of {kills['trials']} bad  | {counts}  bad\n")
             sys.stdout.flush()
             if options.json:
                 options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Five ways to save a training run after every update, each with its own documented calls, for benchmarks/crash.py.
+"""Five checkpointing systems that save after every update with their own documented calls, for benchmarks/crash.py.
 
-All of them train the same thing: a T5 of 0.3 million parameters whose gradient is one everywhere, under AdamW, with torch's
-random state set anew by every update. So the whole state is a function of the update number, and one sha256 over weights,
-optimizer and random state tells after a resume whether it is the state of the update that the system says it is.
+All systems train the same T5 of 0.3 million parameters with AdamW. Every gradient is one, and every update sets torch's random
+state. The whole state is therefore a function of the update number: one sha256 over weights, optimizer and random state shows
+whether a resumed state belongs to the update that the system reports.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ FOREVER = 10**9
 
 Acknowledge = Callable[[int], None]
 Found = tuple[int, str]
-"""What a resume came back with: the update that the system names, and the digest of the state."""
+"""Result of a resume: the update that the system reports, and the digest of the state."""
 
 
 class Subject:
@@ -47,7 +47,7 @@ class Subject:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
     def train_once(self, update: int) -> None:
-        """Do update number `update`, counted from one."""
+        """Run update number `update`, counted from one."""
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter)
         self.optimizer.step()
@@ -65,7 +65,7 @@ class Subject:
 
 
 def reference_digests(updates: int) -> list[str]:
-    """The digest after each update from 1 on."""
+    """Return the digests after updates 1 to `updates`."""
     subject, digests = Subject(), []
     for update in range(1, updates + 1):
         subject.train_once(update)
@@ -75,11 +75,11 @@ def reference_digests(updates: int) -> list[str]:
 
 @dataclass(frozen=True)
 class System:
-    """One way to save.
+    """One checkpointing system.
 
-    `train(directory, acknowledge, saves)` saves after every update and acknowledges it once the save call came back;
-    `resume(directory, path)` is a new process' resume call, on what the system finds itself when `path` is None, or on the
-    checkpoint `path`; `checkpoints(directory)` lists what is there, oldest first.
+    `train(directory, acknowledge, saves)` saves after every update and acknowledges it when the save call has returned.
+    `resume(directory, path)` is the resume call of a new process: on checkpoint `path`, or on the one that the system selects
+    if `path` is None. `checkpoints(directory)` lists the checkpoints, oldest first.
     """
 
     name: str
@@ -90,16 +90,16 @@ class System:
 
 
 def numbered(directory: Path, pattern: str) -> list[Path]:
-    """Entries whose name matches, by the last number in it."""
+    """Return the entries whose name matches, sorted by the last number in the name."""
     found = [path for path in directory.glob("*") if re.fullmatch(pattern, path.name)]
     return sorted(found, key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
 
 
-# resilient_t5: what bin/train does around its loop, and the parts that it captures
+# resilient_t5: the calls of bin/train around its loop, and the parts of a checkpoint
 
 
-def ours_vault(directory: Path, keep_last: int) -> CheckpointManager:
-    """The run's vault; events go nowhere."""
+def our_manager(directory: Path, keep_last: int) -> CheckpointManager:
+    """Return the checkpoint manager of a run; events are discarded."""
     settings = CheckpointConfig(keep_last=keep_last)
     return CheckpointManager(directory, run_id=RUN_ID, settings=settings, audit=lambda event, fields: None)
 
@@ -107,7 +107,7 @@ def ours_vault(directory: Path, keep_last: int) -> CheckpointManager:
 def train_ours(directory: Path, acknowledge: Acknowledge, saves: int) -> None:
     subject = Subject()
     with RunLock(directory):
-        manager = ours_vault(directory, 3)
+        manager = our_manager(directory, 3)
         manager.sweep()
         writer = Writer(manager, background=True)
         for update in range(1, saves + 1):
@@ -133,7 +133,7 @@ def ours_parts(subject: Subject, update: int) -> Parts:
 def resume_ours(directory: Path, path: Path | None) -> Found:
     subject = Subject()
     with RunLock(directory), torch.no_grad():
-        manager = ours_vault(directory, 3)
+        manager = our_manager(directory, 3)
         manager.sweep()
         loaded: Loaded | None = manager.load_newest() if path is None else manager.load(path.name)
         if loaded is None:
@@ -144,7 +144,7 @@ def resume_ours(directory: Path, path: Path | None) -> Found:
     return loaded.update, subject.digest()
 
 
-# torch.save over one file
+# torch.save to one file
 
 
 def train_torch_save(directory: Path, acknowledge: Acknowledge, saves: int) -> None:
@@ -182,7 +182,7 @@ class Counter:
 
 
 def prepared(directory: Path, total_limit: int) -> tuple[Subject, accelerate.Accelerator, Counter]:
-    """Everything handed to Accelerate as its guide on checkpoints does."""
+    """Set up Accelerate as its checkpointing guide does."""
     subject, counter = Subject(), Counter()
     project = ProjectConfiguration(str(directory), automatic_checkpoint_naming=True, total_limit=total_limit)
     accelerator = accelerate.Accelerator(cpu=True, project_config=project)
@@ -210,21 +210,21 @@ def resume_accelerate(directory: Path, path: Path | None) -> Found:
 
 
 class OnesTrainer(Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose loss has the gradient one everywhere."""
+    """A Seq2SeqTrainer whose loss has gradient one for every parameter."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return sum(parameter.sum() for parameter in model.parameters())
 
 
-class Tell(TrainerCallback):
-    """Sets the random state like `train_once`; acknowledges saves; calls `begun` before the first update after a start."""
+class SaveCallback(TrainerCallback):
+    """Set the random state like `train_once`, acknowledge saves, and call `on_start` before every update."""
 
-    def __init__(self, acknowledge: Acknowledge | None, begun: Callable[[int], None] | None):
-        self.acknowledge, self.begun = acknowledge, begun
+    def __init__(self, acknowledge: Acknowledge | None, on_start: Callable[[int], None] | None):
+        self.acknowledge, self.on_start = acknowledge, on_start
 
     def on_step_begin(self, args, state, control, **more):
-        if self.begun is not None:
-            self.begun(state.global_step)
+        if self.on_start is not None:
+            self.on_start(state.global_step)
 
     def on_step_end(self, args, state, control, **more):
         torch.manual_seed(state.global_step)
@@ -234,7 +234,7 @@ class Tell(TrainerCallback):
             self.acknowledge(state.global_step)
 
 
-def make_trainer(directory: Path, saves: int, total_limit: int, tell: Tell) -> tuple[Subject, OnesTrainer]:
+def make_trainer(directory: Path, saves: int, total_limit: int, callback: SaveCallback) -> tuple[Subject, OnesTrainer]:
     subject = Subject()
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(directory),
@@ -252,31 +252,31 @@ def make_trainer(directory: Path, saves: int, total_limit: int, tell: Tell) -> t
     examples = [{"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([5, 1])}] * 1000
     constant = torch.optim.lr_scheduler.LambdaLR(subject.optimizer, lambda update: 1.0)
     optimizers = (subject.optimizer, constant)
-    return subject, OnesTrainer(subject.model, arguments, train_dataset=examples, optimizers=optimizers, callbacks=[tell])
+    return subject, OnesTrainer(subject.model, arguments, train_dataset=examples, optimizers=optimizers, callbacks=[callback])
 
 
 def train_trainer(directory: Path, acknowledge: Acknowledge, saves: int, total_limit: int) -> None:
-    make_trainer(directory, saves, total_limit, Tell(acknowledge, None))[1].train()
+    make_trainer(directory, saves, total_limit, SaveCallback(acknowledge, None))[1].train()
 
 
 class Resumed(Exception):
-    """The trainer is about to do its first update; what was found is known."""
+    """Raised before the first update after a resume, to end training."""
 
 
 def resume_trainer(directory: Path, path: Path | None) -> Found:
-    found: list[Found] = []
+    resumed: list[Found] = []
 
-    def begun(update: int) -> None:
-        found.append((update, subject.digest()))
+    def on_start(update: int) -> None:
+        resumed.append((update, subject.digest()))
         raise Resumed
 
-    subject, trainer = make_trainer(directory, FOREVER, 3, Tell(None, begun))
+    subject, trainer = make_trainer(directory, FOREVER, 3, SaveCallback(None, on_start))
     with contextlib.suppress(Resumed):
         trainer.train(resume_from_checkpoint=True if path is None else str(path))
-    return found[0]
+    return resumed[0]
 
 
-# torch.distributed.checkpoint: a folder for each save, the newest that has its .metadata counts (the rule of torchtitan)
+# torch.distributed.checkpoint: one folder per save; the newest with .metadata is loaded, as in torchtitan
 
 
 def dcp_state(subject: Subject, update: int) -> dict:

@@ -1,13 +1,13 @@
-"""The real thing: bin/train on a real text, killed at random again and again, beside the same run left alone.
+"""Compare bin/train on a real text, killed repeatedly at random, with the same run without kills.
 
     python benchmarks/killed_run.py [--text FILE] [--terms FILE] [--kills 20] [--updates 120] [--seed 1] [--json FILE]
 
-Both runs are `bin/train --config configs/zh-medical-cpu.yaml` with dropout on, one thread, and evaluations, restorations and
-saves close enough together that several fall into a short run; one prepared store serves both. The second run gets SIGKILL,
-to the whole process group, at moments drawn at random: a quarter while it starts, the others while it trains. Each time the
-same command is started again. At the end everything is compared: every tensor of the newest checkpoint bit for bit, the
-exported models, and the training, evaluation, restoration and phase rows without what depends on the clock.
-The last line is JSON. Exit status 1 when anything differs.
+Both runs are `bin/train --config configs/zh-medical-cpu.yaml` with dropout and one thread. Evaluations, restorations and saves
+are frequent, so that a short run has several of each. Both runs share one prepared store. The whole process group of the second
+run gets SIGKILL at random moments: a quarter of the kills during start-up, the others during training. The same command is
+started again after each kill. At the end the runs are compared: all tensors of the newest checkpoint bit for bit, the exported
+models, and the training, evaluation, restoration and phase rows without values that depend on the clock.
+The last line is JSON. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STARTING_SHARE = 0.25
 
 
 def command(options: argparse.Namespace, store: Path, run: Path) -> list[str]:
-    """The command of both runs."""
+    """Return the command of a run in directory `run`."""
     settings = {
         "data.train": options.text,
         "data.terms": options.terms,
@@ -47,7 +47,7 @@ def command(options: argparse.Namespace, store: Path, run: Path) -> list[str]:
         "evaluation.every": max(1, options.updates // 4),
         "evaluation.examples": 64,
         "evaluation.restore_examples": 32,
-        "checkpoint.every_updates": max(1, options.updates // 60),  # a few saves between two kills
+        "checkpoint.every_updates": max(1, options.updates // 60),  # several saves between two kills
         "telemetry.log_every": 1,
         "telemetry.progress": "plain",
         "hardware.threads": 1,
@@ -58,25 +58,25 @@ def command(options: argparse.Namespace, store: Path, run: Path) -> list[str]:
 
 
 def start(argv: list[str], console: Path) -> subprocess.Popen[bytes]:
-    """Start a run in a process group of its own, its console appended to a file."""
+    """Start a run in its own process group; append its output to a file."""
     with console.open("ab") as output:
         return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=console.parent)
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """Whole rows written so far."""
+    """Return the complete rows written so far."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def starts(run: Path) -> int:
-    """How many processes have begun to train in `run`."""
+    """Number of processes that have started to train in `run`."""
     return sum(row["kind"] == "start" for row in read_rows(run))
 
 
 def kill_once(argv: list[str], run: Path, draw: random.Random, times: tuple[float, float]) -> dict[str, Any] | None:
-    """Start, kill at a random moment; what it hit, or None when the run was at its end before that."""
+    """Start the run and kill it at a random moment. Describe the hit; None if the run had already ended."""
     starting_s, training_s = times
     before, starting = starts(run), draw.random() < STARTING_SHARE
     process = start(argv, run.with_name("console.txt"))
@@ -98,13 +98,13 @@ def kill_once(argv: list[str], run: Path, draw: random.Random, times: tuple[floa
 
 
 def tensors(run: Path) -> dict[str, str]:
-    """Sha256 of every tensor file's content in the newest checkpoint, by file."""
+    """Sha256 of each tensor file in the newest checkpoint, by file stem."""
     newest = max((run / "checkpoints").glob("u*-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return {path.stem: tensor_sha256(path) for path in sorted(newest.glob("*.safetensors"))}
 
 
 def tensor_sha256(path: Path) -> str:
-    """Sha256 over names, kinds, shapes and bytes of all tensors of a file."""
+    """Sha256 over the names, dtypes, shapes and bytes of all tensors in a file."""
     digest = hashlib.sha256()
     for name, value in sorted(load_file(path).items()):
         digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
@@ -112,7 +112,7 @@ def tensor_sha256(path: Path) -> str:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Everything that the two runs are to have in common."""
+    """Return everything that must be equal in the two runs."""
     rows = [{key: value for key, value in row.items() if key != "time" and not key.endswith(CLOCK)} for row in read_rows(run)]
     exported = {name: tensor_sha256(run / "export" / name / "model.safetensors") for name in ("best", "last")}
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
@@ -125,9 +125,9 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run both, compare."""
+    """Run both and compare them."""
     alone, killed, store = folder / "alone", folder / "killed", options.store or folder / "store"
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     process = start(command(options, store, alone), folder / "console_alone.txt")
     while not starts(alone) and process.poll() is None:
         time.sleep(0.05)
@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     subprocess.run([*argv[:2], "--help"], check=True, stdout=subprocess.DEVNULL)
     starting_s = 8 * (time.monotonic() - warm_s)
     while len(hits) < options.kills:
-        # On average less than a kill's share of the run, so that the run lasts for all of them.
+        # A kill comes, on average, before 1 / kills of the training time has passed, so the run lasts for all kills.
         hit = kill_once(argv, killed, draw, (starting_s, 1.5 * wall_s / options.kills))
         if hit is None:
             break
@@ -149,8 +149,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     code = start(argv, folder / "console.txt").wait()
     if code:
         raise RuntimeError((folder / "console.txt").read_text(encoding="utf-8"))
-    found, expected = outcome(killed), outcome(alone)
-    different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    actual, expected = outcome(killed), outcome(alone)
+    different = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
     resumed = [row["resumed_from"] for row in read_rows(killed) if row["kind"] == "start"]
     return {
         "updates": options.updates,
@@ -162,23 +162,23 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "different": different,
         "identical": not different,
         "text_bytes": options.text.stat().st_size,
-        "wall_s": round(time.monotonic() - begun_s, 1),
+        "wall_s": round(time.monotonic() - started_s, 1),
     }
 
 
 def main() -> int:
-    """Print what was hit and one line of JSON."""
+    """Print the hits and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=SHARED / "zh_medical_25mb_open.txt")
     parser.add_argument("--terms", type=Path, default=SHARED / "zh_terms.txt")
-    parser.add_argument("--store", type=Path, help="the text prepared before with these settings")
+    parser.add_argument("--store", type=Path, help="a store that was prepared from this text with these settings")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--updates", type=int, default=120)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.text.is_file():
-        parser.error(f"no text at {options.text}; name a file with --text")
+        parser.error(f"{options.text} does not exist; pass a text file with --text")
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(options, Path(folder))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,8 +1,8 @@
-"""What the loop costs outside forward, backward, optimizer and evaluation, as a share of an update.
+"""Cost of the training loop outside forward, backward, optimizer and evaluation, as a share of an update.
 
-Two runs do the same updates on the same examples, in turns: one in the loop of bin/train, with its reader thread,
-counters, guard, metric rows, TensorBoard and console lines; one bare, its micro-batches in memory, doing nothing but the
-mathematics. What the loop takes longer is the cost of everything else. Evaluations and saves are left out on both sides.
+Two runs alternate on the same updates and examples. One uses the loop of bin/train with its reader thread, counters, spike
+guard, metric rows, TensorBoard and console. The other has its micro-batches in memory and only runs the mathematics of the
+updates. The difference in time is the overhead. Evaluations and saves are excluded on both sides.
 
     python benchmarks/loop_overhead.py --config configs/quickstart.yaml [--section.key value ...]
 """
@@ -33,7 +33,7 @@ UPDATES = 20
 
 
 def open_run(config: Config, directory: Path) -> Run:
-    """A new run in `directory`, its store shared with the other side."""
+    """Create a run in `directory`; both sides share the store."""
     directory.mkdir()
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
     store = prepare(config, directory.parent / "store")
@@ -43,25 +43,25 @@ def open_run(config: Config, directory: Path) -> Run:
 
 
 def loop_s(run: Run, updates: int) -> float:
-    """Seconds that the next `updates` updates take in the loop, without evaluations and saves."""
-    apart = ("evaluation", "save")
+    """Seconds of the next `updates` updates in the loop, without evaluations and saves."""
+    excluded = ("evaluation", "save")
     plan = dataclasses.replace(run.plan, total_updates=run.state.update + updates)
-    before_s = sum(run.timing.spent_s.get(activity, 0.0) for activity in apart)
-    begun_s = time.perf_counter()
+    before_s = sum(run.timing.spent_s.get(activity, 0.0) for activity in excluded)
+    started_s = time.perf_counter()
     with StopSignal() as stop:
         train(dataclasses.replace(run, plan=plan), stop)
-    spent_s = time.perf_counter() - begun_s
-    return spent_s - sum(run.timing.spent_s.get(activity, 0.0) for activity in apart) + before_s
+    spent_s = time.perf_counter() - started_s
+    return spent_s - sum(run.timing.spent_s.get(activity, 0.0) for activity in excluded) + before_s
 
 
 def bare_s(run: Run, updates: int) -> float:
-    """Seconds that the mathematics of the next `updates` updates takes."""
+    """Seconds of the mathematics of the next `updates` updates."""
     first = run.state.attempted
     prepared = [run.batches.at(number) for number in range(first, first + updates)]
-    begun_s = time.perf_counter()
+    started_s = time.perf_counter()
     rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)
     results = [run.updater(found, number, rate, lambda: False) for number, found in enumerate(prepared, first)]
-    spent_s = time.perf_counter() - begun_s
+    spent_s = time.perf_counter() - started_s
     for result in results:
         assert result is not None
         run.state.count(result)
@@ -70,7 +70,7 @@ def bare_s(run: Run, updates: int) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Print a table and one line of JSON."""
-    config = parse_config(argv, "benchmark", "Cost of the loop around the mathematics.")
+    config = parse_config(argv, "benchmark", "Overhead of the training loop.")
     evaluation = dataclasses.replace(config.evaluation, every=10**9, examples=1, restore_examples=0)
     checkpoint = dataclasses.replace(config.checkpoint, every_minutes=None, every_updates=None)
     config = dataclasses.replace(config, evaluation=evaluation, checkpoint=checkpoint)
@@ -78,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
         looped, bare = open_run(config, Path(folder) / "loop"), open_run(config, Path(folder) / "bare")
         loop_s(looped, UPDATES)
         bare_s(bare, UPDATES)
-        waited_from_s = looped.timing.spent_s["wait"]
+        waited_before_s = looped.timing.spent_s["wait"]
         rounds = [(loop_s(looped, UPDATES), bare_s(bare, UPDATES)) for _ in range(ROUNDS)]
-        waited_s = looped.timing.spent_s["wait"] - waited_from_s
+        waited_s = looped.timing.spent_s["wait"] - waited_before_s
         looped.prefetcher.close()
         looped.log.close()
     shares = [1.0 - bare_round_s / loop_round_s for loop_round_s, bare_round_s in rounds]

@@ -1,10 +1,10 @@
-"""The planner's peak against the measured one, over shapes, number formats, optimizers and checkpointing, on this CPU.
+"""Compare the planned peak memory with the measured one on this CPU, by shape, precision, optimizer and checkpointing.
 
-Measured is what torch's allocator held at most during a whole update of two micro-batches of the longest shape: every
-allocation and release as the profiler records it, on top of weights, optimizer state and micro-batches. That is what
-`torch.cuda.max_memory_allocated` counts on a GPU, and it repeats to the byte. The resident size is printed beside it: it
-also holds what malloc kept back and the buffers of the matrix library, and differs from run to run. Each case runs in a
-process of its own.
+The measured figure is the peak of torch's allocator during an update of two micro-batches of the longest shape: weights,
+optimizer state and micro-batches, plus every allocation and release that the profiler records. On a GPU,
+`torch.cuda.max_memory_allocated` counts the same. The figure is reproducible to the byte. The resident set size is printed for
+comparison: it includes memory that malloc retains and buffers of the matrix library, and it varies. Each case runs in its own
+process.
 
     python benchmarks/plan.py [--json benchmarks/results/plan.json]
 """
@@ -37,7 +37,7 @@ CASES: list[tuple[str, int, str, str, bool, int, int, int]] = [
 
 
 def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
-    """Peak bytes of one update of two micro-batches, in this process; without `recording` it is only done."""
+    """Measure the peak bytes of one update of two micro-batches; without `recording`, only run the update."""
     import numpy as np
     import torch
     from accelerate import Accelerator
@@ -76,17 +76,17 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
         updater(micro_batches, 1, 1e-4, lambda: False)
         return {}
     states = named_state(updater.optimizer, model)[0]
-    standing = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    standing += sum(tensor.untyped_storage().nbytes() for tensor in states.values())
+    static = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    static += sum(tensor.untyped_storage().nbytes() for tensor in states.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         updater(micro_batches, 1, 1e-4, lambda: False)
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return {"measured": standing + float(held.max()), "standing": float(standing)}
+    allocated = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return {"measured": static + float(allocated.max()), "static": float(static)}
 
 
 def resident(case: Sequence[Any]) -> float:
-    """Bytes by which the resident size of this process rose from before the model to the end of an update."""
+    """Growth of the peak resident set size in bytes, from before the model is built to the end of an update."""
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -99,7 +99,7 @@ def resident(case: Sequence[Any]) -> float:
 
 
 def predicted(case: Sequence[Any]) -> float:
-    """The planner's peak for the same update."""
+    """Planned peak in bytes for the same update."""
     from resilient_t5.model.load import PRESETS
     from resilient_t5.model.memory import Execution, MicroBatchShape, training_peak
     from resilient_t5.model.shapes import sizes_of_shape
@@ -111,11 +111,11 @@ def predicted(case: Sequence[Any]) -> float:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a table and one line of JSON; with --case N measure one case and print its figures."""
+    """Print a table and one line of JSON; with --case N, measure one case and print its figures."""
     if argv[:1] == ["--case"]:
         case = CASES[int(argv[1])]
-        found = measure(case) if argv[2] == "allocated" else {"resident": resident(case)}
-        sys.stdout.write(json.dumps(found) + "\n")
+        figures = measure(case) if argv[2] == "allocated" else {"resident": resident(case)}
+        sys.stdout.write(json.dumps(figures) + "\n")
         return 0
     rows = []
     for number, case in enumerate(CASES):
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
         rows.append(row)
         sys.stdout.write(
             f"{' '.join(map(str, case)):55} predicted {row['predicted'] / MIB:8.1f} MiB | measured {row['measured'] / MIB:8.1f}"
-            f" | {100 * row['error']:+5.1f} % | weights and states {row['standing'] / MIB:8.1f}"
+            f" | {100 * row['error']:+5.1f} % | weights and states {row['static'] / MIB:8.1f}"
             f" | resident {row['resident'] / MIB:8.1f}\n"
         )
         sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""What cut layers (`hardware.shard_layers`) save in memory and cost in time: the same run on several processes, whole and cut.
+"""Memory saved and time added by `hardware.shard_layers`: the same run on several processes, with and without sharding.
 
-Every process of a run is started by itself, and the system says what it took at most: imports, training, an evaluation at
-the start and at the end, saves, exports. What a process takes whatever it trains is measured with a tiny model and taken
-off. The sides take turns; times are medians over all updates but the first two of each run. On CPUs, by gloo.
+Every process of a run is started separately, and the operating system reports its peak memory over imports, training, two
+evaluations, saves and exports. The memory that a process needs for any model is measured with a tiny model and subtracted. The
+two variants alternate. Times are medians over all updates except the first two of each run. On CPUs, with gloo.
 
     python benchmarks/sharding.py --processes 2 --preset mt5-small [--rounds 2]
 """
@@ -36,10 +36,10 @@ UNTIMED_UPDATES = 2
 
 
 def run(folder, name, options, *more):
-    """One run on all its processes: (peak MiB of each, processor seconds of all, seconds of each timed update)."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
+    """Run all processes. Return the peak MiB of each, the CPU seconds of all, and the seconds of each timed update."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     directory = folder / name
     argv = ["--config", folder / "config.yaml", "--data.store", folder / "store", "--run.dir", directory, *more]
     started = []
@@ -61,7 +61,7 @@ def run(folder, name, options, *more):
 
 
 def measure(options, folder):
-    """Peaks and processor times above what a run takes anyhow, and times of an update, of both sides; their ratios."""
+    """Return peaks and CPU times above those of the tiny model, update times, and the ratios of both variants."""
     (folder / "config.yaml").write_text(SETTINGS, encoding="utf-8")
     base_mib, base_s, _ = run(folder, "tiny", options, "--model.preset", "tiny")
     peaks, cpu, times = ({"whole": [], "cut": []} for _ in range(3))
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.processes < 2 or options.rounds < 1:
-        parser.error("--processes is to be 2 or more, --rounds 1 or more")
+        parser.error("--processes must be at least 2, --rounds at least 1")
     with tempfile.TemporaryDirectory() as folder:
         result = {**circumstances("sharding", ("torch", "accelerate")), **measure(options, Path(folder))}
     for side in ("whole", "cut"):

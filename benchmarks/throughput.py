@@ -1,21 +1,21 @@
-"""How fast the same masked examples train: our run beside the usual Seq2SeqTrainer script and a tuned Seq2SeqTrainer.
+"""Training speed of resilient_t5, the usual Seq2SeqTrainer script and a tuned Seq2SeqTrainer on the same examples.
 
     bin/benchmark throughput [--corpus FILE --terms FILE] [--model mt5-small] [--rounds 3] [--updates 50] [--quick]
                              [--device auto] [--memory-gib GIB] [--search] [--compile] [--peak-tflops X]
                              [--store DIR] [--json FILE] [--png FILE]
 
-Four sides (benchmarks/peers/trainers.py says what each does): `script` as it is, `script_mended`, `tuned_trainer`, `ours`.
-Same corpus, tokenizer, masked examples, model shape and first weights (setup.py says how tokenizer and vocabulary go
-together). In every round each side runs once, in a process of its own, the order turning; a warm-up update, then the
-timed ones, with everything that an update costs: batches, forward, backward, clipping, optimizer. A ratio is taken within
-a round, and the median of the rounds counts. Peak memory is that of training, without that of loading.
+The four sides are `script` (unchanged), `script_mended` (loss corrected), `tuned_trainer` and `ours`; see
+benchmarks/peers/trainers.py. All sides use the same corpus, tokenizer, masked examples, model shape and initial weights
+(setup.py describes tokenizer and vocabulary). In every round each side runs once in a new process, and the order rotates.
+After the warm-up, the timed updates include batching, forward, backward, clipping and optimizer. Ratios are taken within a
+round; the median over the rounds is reported. Peak memory is that of training, without loading.
 
---search lets the tuned Trainer and ours first try micro-batches of several sizes and keep the fastest that fits; the script
-is what it is. --compile adds ours with compiled layers as a side. --peak-tflops is what the device can do in its number
-format: each side then has `useful_share_of_peak`, the operations that its tokens need, without padding and recomputation.
+--search first tries several micro-batch sizes for the tuned Trainer and for ours, and keeps the fastest that fits. --compile
+adds a side: ours with compiled layers. --peak-tflops is the peak of the device in the number format used. Each side then
+reports `useful_share_of_peak`: the operations that its tokens need, without padding and recomputation, as a share of that peak.
 
-The last line is JSON: {"ratio_over_script", "ratio_over_mended_script", "ratio_over_tuned_trainer" (examples a second),
-the same as cpu_ratio_* (CPU seconds an example), "flops_ratio_*", "sides": {side: medians}, ...}.
+The last line is JSON: {"ratio_over_script", "ratio_over_mended_script", "ratio_over_tuned_trainer" (examples per second),
+the same as cpu_ratio_* (CPU seconds per example), "flops_ratio_*", "sides": {side: medians}, ...}.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SEARCHED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "tuned_trainer": ("micro_examples", (16, 8, 4, 2)),
     "ours": ("micro_tokens", ("auto", 1024, 2048, 4096, 8192, 16384, 32768)),
 }
-"""What --search tries: a field of Setup, and its values."""
+"""Fields of Setup that --search varies, and their values."""
 SEARCH_UPDATES = 10
 PRESETS = ("mt5-small", "mt5-base", "mt5-large")
 SHARED = Path(os.environ.get("RESILIENT_T5_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
@@ -48,40 +48,40 @@ QUICK_ROWS = 4096
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; checked."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(
         prog="bin/benchmark throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, default=SHARED / "zh_medical_25mb_open.txt", help="text, a document a line")
-    parser.add_argument("--terms", type=Path, default=SHARED / "zh_terms.txt", help="terms, one a line")
-    parser.add_argument("--store", type=Path, help="keep the prepared corpus here, and use it again")
-    parser.add_argument("--pieces", type=int, default=32_000, help="pieces of the tokenizer trained on the corpus")
-    parser.add_argument("--model", choices=PRESETS, default="mt5-small", help="shape; the weights are random")
+    parser.add_argument("--corpus", type=Path, default=SHARED / "zh_medical_25mb_open.txt", help="text, one document per line")
+    parser.add_argument("--terms", type=Path, default=SHARED / "zh_terms.txt", help="terms, one per line")
+    parser.add_argument("--store", type=Path, help="keep the prepared corpus in this directory and reuse it")
+    parser.add_argument("--pieces", type=int, default=32_000, help="vocabulary size of the tokenizer trained on the corpus")
+    parser.add_argument("--model", choices=PRESETS, default="mt5-small", help="model shape; the weights are random")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--updates", type=int, default=50, help="timed updates of ours and the tuned Trainer; 50 are the same examples"
+        "--updates", type=int, default=50, help="timed updates of ours and the tuned Trainer; with 50, on the same examples"
     )
-    parser.add_argument("--script-updates", type=int, default=1, help="timed updates of the script, ten times as dear")
+    parser.add_argument("--script-updates", type=int, default=1, help="timed updates of the script, ten times as slow")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--memory-gib", type=float, help="let each side have no more of the GPU than this")
-    parser.add_argument("--search", action="store_true", help="each side at the micro-batch that is fastest for it")
-    parser.add_argument("--compile", action="store_true", help="one more side: ours with compiled layers")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used")
-    parser.add_argument("--quick", action="store_true", help="a tiny model on built-in notes: checks the script, not the claim")
-    parser.add_argument("--json", type=Path, help="write the result here as well")
-    parser.add_argument("--png", type=Path, help="draw the picture here")
+    parser.add_argument("--memory-gib", type=float, help="limit of GPU memory for each side")
+    parser.add_argument("--search", action="store_true", help="use the fastest micro-batch size of each side")
+    parser.add_argument("--compile", action="store_true", help="add a side: ours with compiled layers")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device, to report its utilisation")
+    parser.add_argument("--quick", action="store_true", help="a tiny model on built-in notes, to test the script")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--png", type=Path, help="draw the plot to this file")
     options = parser.parse_args(argv)
     if min(options.rounds, options.updates, options.script_updates) < 1:
         parser.error("--rounds, --updates and --script-updates must be at least 1")
     if options.peak_tflops is not None and options.peak_tflops <= 0:
         parser.error("--peak-tflops must be above 0")
     if not options.quick and not (options.corpus.is_file() and options.terms.is_file()):
-        parser.error(f"{options.corpus} or {options.terms} is not there: name files with --corpus and --terms, or use --quick")
+        parser.error(f"{options.corpus} or {options.terms} is missing: set --corpus and --terms, or use --quick")
     return options
 
 
 def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
-    """Corpus, store and model directory of all sides; runs in a process of its own."""
+    """Prepare the corpus, store and model directory of all sides. Runs in a new process."""
     from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MT5_ROWS, Setup, make_model, make_store
     from resilient_t5.config.data import DataConfig, ModelConfig, TokenizerConfig
     from resilient_t5.training.hardware.machine import choose_device
@@ -110,7 +110,7 @@ def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
 
 
 def run_side(side: str, setup: Any, seed: int) -> Any:
-    """Figures of one side; runs in a process of its own."""
+    """Measure one side. Runs in a new process."""
     from benchmarks.peers.ours import run_ours
     from benchmarks.peers.trainers import run_script, run_tuned
 
@@ -120,7 +120,7 @@ def run_side(side: str, setup: Any, seed: int) -> Any:
 
 
 def fastest(setup: Any, folder: Path) -> dict[str, Any]:
-    """The fields of Setup at which each side that is searched is fastest; a size that does not fit is passed over."""
+    """Return the fields of Setup at which each searched side is fastest; sizes that do not fit are skipped."""
     chosen: dict[str, Any] = {}
     for side, (name, values) in SEARCHED.items():
         speeds: dict[Any, float] = {}
@@ -139,34 +139,34 @@ def fastest(setup: Any, folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Print a table and one line of JSON."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the side ends too, and the model directory goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally: ends the side and removes the model directory
     sides = (*SIDES, "ours_compiled") if options.compile else SIDES
     rounds: list[dict[str, Any]] = []
-    begun_s = time.perf_counter()
+    started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         setup = in_fresh_process(prepare_sides, options, folder)
-        print(f"prepared in {time.perf_counter() - begun_s:.0f} s", flush=True)
+        print(f"prepared in {time.perf_counter() - started_s:.0f} s", flush=True)
         chosen = fastest(setup, folder) if options.search else {}
         setup = dataclasses.replace(setup, **chosen)
         for number in range(options.rounds):
-            found: dict[str, Any] = {}
+            measured: dict[str, Any] = {}
             for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
                 own = dataclasses.replace(setup, scratch=str(folder / f"{side}-{number}"))
                 figures = in_fresh_process(run_side, side, own, 42 + number)
                 fits = not isinstance(figures, OutOfDeviceMemory)
-                found[side] = figures if fits else None
+                measured[side] = figures if fits else None
                 shown = (
                     f"{figures['examples'] / figures['wall_s']:8.3f} examples/s" if fits else f"does not fit: {figures.message}"
                 )
                 print(f"round {number + 1}  {side:<14} {shown}", flush=True)
-            rounds.append(found)
+            rounds.append(measured)
     result = document(rounds, sides) | {
         "model": "tiny" if options.quick else options.model,
         "rounds": options.rounds,
         "timed_updates": {side: setup.script_updates if "script" in side else setup.updates for side in sides},
         "searched": chosen,
-        "benchmark_s": round(time.perf_counter() - begun_s),
+        "benchmark_s": round(time.perf_counter() - started_s),
         **in_fresh_process(environment, setup.device, setup.memory_gib),
         "command": " ".join(["bin/benchmark throughput", *shown_options(argv)]),
     }

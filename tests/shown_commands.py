@@ -1,4 +1,4 @@
-"""What the documents tell a reader to type: every launcher call in a code block of the README and of docs/."""
+"""Find the commands in the documents: every launcher call in a code block of the README and of docs/."""
 
 import re
 import shlex
@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[1]
 FIRST_RUN = ROOT / "docs" / "first-run.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STARTERS = ("srun", "exec", "torchrun", "accelerate")
-"""What may stand before a launcher and start it, with options of its own."""
+"""Commands that start a launcher and may have their own options."""
 CALL = re.compile(rf"(?:^|&& |\| |\b(?:{'|'.join(STARTERS)}) (?:.* )?)bin/\w+")
 SHOWN_ONLY = "..."
-"""Stands for settings that a page does not repeat."""
+"""Placeholder for settings that a page does not repeat."""
 
 
 @dataclass(frozen=True, order=True)
 class Shown:
-    """One call: the page, the launcher with its arguments, and the text that an `echo` before it would pipe into it."""
+    """One call: page, launcher, arguments, and the text that an `echo` pipes into it."""
 
     page: str
     launcher: str
@@ -31,7 +31,7 @@ class Shown:
 
 
 def code_lines(page: Path) -> Iterator[str]:
-    """The lines of all code blocks, fenced or indented; lines behind a backslash belong to the line before."""
+    """Yield the lines of all fenced or indented code blocks, with backslash continuations joined."""
     fenced = False
     for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
         if line.startswith("```"):
@@ -41,22 +41,22 @@ def code_lines(page: Path) -> Iterator[str]:
 
 
 def first_block(page: Path) -> list[str]:
-    """The lines of the first fenced block."""
+    """Return the lines of the first fenced block."""
     return page.read_text(encoding="utf-8").split("```")[1].strip().splitlines()
 
 
 def shown_commands() -> list[Shown]:
-    """Every call, each once a page."""
-    found = set()
+    """Return all calls, without duplicates on a page."""
+    calls: set[Shown] = set()
     for page in PAGES:
         for line in code_lines(page):
             if CALL.search(line):
-                found.update(_calls(page.name, shlex.split(line, comments=True)))
-    return sorted(found, key=str)
+                calls.update(_calls(page.name, shlex.split(line, comments=True)))
+    return sorted(calls, key=str)
 
 
 def _calls(page: str, words: list[str]) -> Iterator[Shown]:
-    """The calls of one line; what stands behind `>` is the reader's file."""
+    """Yield the calls in one line, without the output file after `>`."""
     parts: list[list[str]] = [[]]
     for word in words:
         if word in ("|", "&&"):

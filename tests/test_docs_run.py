@@ -1,8 +1,8 @@
-"""What the documents show is run. Run: python -m pytest tests/test_docs_run.py
+"""The commands in the documents run. Run: python -m pytest tests/test_docs_run.py
 
-The first page as it stands, in a shell, with a shorter training. Every other call in the folder of a reader who has what
-the pages speak of: text, terms, a run of each name, a tokenizer under the name that the hub would know. Only the amount of
-work is cut, by settings behind the written ones. Nothing is left out: no shown command needs a GPU or the hub.
+The first page runs unchanged in a shell, with a shorter training. All other commands run in a folder that has the files that
+the pages mention: text, terms, a run of each name, and a model under its hub name. Additional settings reduce the amount of
+work. Every command runs: none needs a GPU or the hub.
 """
 
 import contextlib
@@ -45,22 +45,22 @@ LESS_WORK = {
     "bin/evaluate": ["--examples", "8", "--curve_examples", "2"],
 }
 ONCE = list({(shown.launcher, shown.arguments, shown.stdin): shown for shown in shown_commands()}.values())
-"""A call that several pages show is run once."""
-OF_A_CHECKPOINT = ("configs/mt5-small-4gb.yaml", "configs/seed.yaml")
-"""Configurations whose tokenizer is that of a published model; for others a small one is trained."""
-MADE_BY = ("--png", "--json", "--to")
-"""Options that name a file or folder that the call makes."""
+"""Commands without duplicates across pages."""
+PUBLISHED = ("configs/mt5-small-4gb.yaml", "configs/seed.yaml")
+"""Configurations that use the tokenizer of a published model; for others a small one is trained."""
+OUTPUT_OPTIONS = ("--png", "--json", "--to")
+"""Options whose value is a file or folder that the command creates."""
 
 
 @pytest.fixture(scope="session")
 def mt5(tmp_path_factory):
-    """An mT5 in the layout of the hub, of random weights: what a page's google/mt5-small stands for here."""
+    """An mT5 with random weights in the layout of the hub, in place of google/mt5-small."""
     return write_layout(LAYOUTS["mt5-hub"], random_weights(untied=True), tmp_path_factory.mktemp("hub") / "mt5-small")
 
 
 @pytest.fixture
 def reader(finished, mt5, tiny_config, tmp_path, monkeypatch):
-    """The folder of a reader, and the current one."""
+    """A folder with the files that the pages mention; the current directory."""
     notes = [note.text for note in generate_notes(60, 3)]
     for name in ("corpus/ward.txt", "notes/ward.txt", "reports/ward7.txt"):
         (tmp_path / name).parent.mkdir()
@@ -85,24 +85,24 @@ def reader(finished, mt5, tiny_config, tmp_path, monkeypatch):
 
 
 def completed(shown):
-    """The arguments with what the page does not repeat: those of its first call without the place of the store."""
+    """Replace `...` by the arguments of the first command on the same page, up to its --data.store."""
     first = next(other for other in shown_commands() if other.page == shown.page and SHOWN_ONLY not in other.arguments)
-    given = list(first.arguments)
-    del given[given.index("--data.store") :]
-    return [part for word in shown.arguments for part in (given if word == SHOWN_ONLY else [word])]
+    repeated = list(first.arguments)
+    del repeated[repeated.index("--data.store") :]
+    return [part for word in shown.arguments for part in (repeated if word == SHOWN_ONLY else [word])]
 
 
 @pytest.mark.parametrize("shown", ONCE, ids=lambda shown: str(shown)[:70])
 def test_a_shown_command_runs(shown, reader, fork_server, monkeypatch, capfd):
-    """Exit code 0, no traceback, and what it says it writes is there."""
+    """The exit code is 0, there is no traceback, and the named output files exist."""
     arguments = [*(completed(shown) if SHOWN_ONLY in shown.arguments else shown.arguments), *LESS_WORK.get(shown.launcher, ())]
     if shown.launcher == "bin/train":
-        arguments += [] if set(OF_A_CHECKPOINT) & set(arguments) else ["--tokenizer.train_vocab_size", "700"]
+        arguments += [] if set(PUBLISHED) & set(arguments) else ["--tokenizer.train_vocab_size", "700"]
         for run in (reader / "runs").iterdir():
-            run.unlink()  # the reader's first run of that name
+            run.unlink()  # so that the run is new
         console = reader / "console.txt"
         code = fork_server.run(arguments, console, before=[("os:chdir", {"path": str(reader)})])
-        told = console.read_text(encoding="utf-8")
+        output = console.read_text(encoding="utf-8")
     else:
         if "--merge" in arguments:
             parts = arguments[: arguments.index("--merge")]
@@ -110,15 +110,15 @@ def test_a_shown_command_runs(shown, reader, fork_server, monkeypatch, capfd):
         torch.set_num_threads(1)
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((shown.stdin or "").encode())))
         code = MAIN[shown.launcher](arguments)
-        told = "".join(capfd.readouterr())
-    assert code == 0, told
-    assert "Traceback" not in told
-    for option, made in zip(arguments, arguments[1:], strict=False):
-        assert option not in MADE_BY or made.startswith("--") or (reader / made).exists(), made
+        output = "".join(capfd.readouterr())
+    assert code == 0, output
+    assert "Traceback" not in output
+    for option, value in zip(arguments, arguments[1:], strict=False):
+        assert option not in OUTPUT_OPTIONS or value.startswith("--") or (reader / value).exists(), value
 
 
 def first_page(folder: Path, *shorter: str) -> str:
-    """What the shell prints for the first page's commands, those that install excepted, in a clone without runs."""
+    """Run the commands of the first page without the installation, in a clone without runs; return the output."""
     (folder / "bin").symlink_to(ROOT / "bin")
     (folder / "configs").symlink_to(ROOT / "configs")
     lines = first_block(FIRST_RUN)
@@ -135,20 +135,17 @@ def first_page(folder: Path, *shorter: str) -> str:
 
 
 def test_the_first_page_leads_to_a_restored_sentence(tmp_path):
-    """Its commands in a shell, with fewer notes and updates: the sentence comes back whole, without a gap."""
-    written = first_page(tmp_path, "--schedule.max_updates", "4", "--data.sample_notes", "400")
+    """With fewer notes and updates, its commands in a shell print the sentence with all gaps filled."""
+    printed = first_page(tmp_path, "--schedule.max_updates", "4", "--data.sample_notes", "400")
     asked = shlex.split(first_block(FIRST_RUN)[4])[1]
     between = asked.split("[?]")
-    assert written.startswith(between[0]) and written.endswith(between[-1] + "\n") and between[1] in written
-    assert "[?]" not in written
+    assert printed.startswith(between[0]) and printed.endswith(between[-1] + "\n") and between[1] in printed
+    assert "[?]" not in printed
 
 
 @pytest.mark.slow
-def test_the_first_page_prints_what_it_says_and_its_model_answers_alike_in_plain_transformers(tmp_path):
-    """The whole quickstart: the sentence as the page shows it; then the documented Python code on 96 gaps of both languages.
-
-    At least 95 of the filled texts are those of bin/restore.
-    """
+def test_the_first_page_prints_its_sentence_and_plain_transformers_restores_the_same_texts(tmp_path):
+    """The full quickstart prints the documented sentence. The documented Python code and bin/restore agree on 95 of 96 gaps."""
     shown = FIRST_RUN.read_text(encoding="utf-8").split("```")[3].strip()
     assert first_page(tmp_path).strip() == shown
     export = str(tmp_path / "runs" / "quickstart" / "export" / "best")
@@ -163,7 +160,7 @@ def test_the_first_page_prints_what_it_says_and_its_model_answers_alike_in_plain
 
 
 def plainly_filled(export: str):
-    """The code of the documents as a function of a text; the model is loaded once."""
+    """Wrap the documented code in a function of a text that loads the model once."""
     code = snippet(export, "TEXT").replace('"TEXT"', "TEXT")
     loading, filling = code.split("source = ", 1)
     names: dict = {"TEXT": ""}

@@ -1,4 +1,4 @@
-"""Memory above weights and gradients of the micro-batches of one update, measured in the process that calls it."""
+"""Measure the peak memory of one update above weights and gradients, in the calling process."""
 
 from typing import Any
 
@@ -26,20 +26,20 @@ EXAMPLES = 2
 
 
 class Above:
-    """From `begin` to `end`: the peak, without what was in use and without the gradients to come."""
+    """Peak memory from `begin` to `end`, minus the memory in use before and minus the gradients."""
 
     def __init__(self, model: T5Model, device: torch.device, sizes: tuple[int, int]):
         self.model, self.sizes, self.meter = model, sizes, Meter(device)
 
     def begin(self) -> None:
-        """Weights are on the device, gradients are not there."""
+        """Start: weights are on the device, gradients are not allocated."""
         assert all(parameter.grad is None for parameter in self.model.parameters())
         self.meter.forget_peak()
         self.before_mib = resident_mib(self.meter.device)
         self.meter.start()
 
     def end(self) -> dict[str, float]:
-        """The gradients are whole, the optimizer has not moved."""
+        """Stop: the gradients are complete, the optimizer has not run."""
         figures = self.meter.stop()
         peak_mib = figures["peak_mib"]
         if self.meter.device.type == "cuda":
@@ -56,7 +56,7 @@ class Above:
 
 
 def ours_above(model_name: str, quick: bool, device: str, micro_batches: int, scratch: str) -> dict[str, float]:
-    """Our micro-batches, through the updater, with the full vocabulary and checkpointing."""
+    """Measure our micro-batches in the updater, with the full vocabulary and gradient checkpointing."""
     settings, rows, sizes = _shape(model_name, quick)
     config = Config(
         model=ModelConfig(**settings, active_vocabulary="full", gradient_checkpointing=True),
@@ -76,7 +76,7 @@ def ours_above(model_name: str, quick: bool, device: str, micro_batches: int, sc
 
 
 def trainer_above(model_name: str, quick: bool, device: str, micro_batches: int, scratch: str) -> dict[str, float]:
-    """The same micro-batches through Seq2SeqTrainer, with checkpointing and the loss scale mended."""
+    """Measure the same micro-batches in Seq2SeqTrainer, with gradient checkpointing and the corrected loss scale."""
     quiet()
     settings, rows, sizes = _shape(model_name, quick)
     where = choose_device(device)
@@ -109,7 +109,7 @@ def trainer_above(model_name: str, quick: bool, device: str, micro_batches: int,
 
 
 def _shape(model_name: str, quick: bool) -> tuple[dict[str, Any], int, tuple[int, int]]:
-    """Settings of the model, vocabulary rows, source and target tokens."""
+    """Return model settings, vocabulary rows, and (source, target) tokens."""
     if quick:
         return {"preset": "mt5-small", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2}, 20_000, (64, 32)
     return {"preset": model_name}, MT5_ROWS, (512, 256)
@@ -120,7 +120,7 @@ def _model(settings: dict[str, Any], rows: int) -> T5Model:
 
 
 def _micro_batch(number: int, rows: int, sizes: tuple[int, int]) -> MicroBatch:
-    """Random ids that fill source and target."""
+    """Return a micro-batch of random ids without padding."""
     generator = torch.Generator().manual_seed(number)
     source, target = (torch.randint(2, rows, (EXAMPLES, length), generator=generator) for length in sizes)
     tokens = source.numel() + target.numel()

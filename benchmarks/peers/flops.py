@@ -1,10 +1,10 @@
-"""Floating-point operations that one micro-batch of a T5 costs, from its shapes; a multiply-add counts as two.
+"""Floating-point operations of one micro-batch of a T5, from its shapes; a multiply-add counts as two.
 
-Only matrix products count, as in torch's FlopCounterMode, which tests/benchmarks/test_flops.py holds these formulas
-against. Padding, recomputed activations and recomputed logits are counted, because they are computed.
+Only matrix products count, as in torch's FlopCounterMode; tests/benchmarks/test_flops.py compares the formulas with it.
+Padding, recomputed activations and recomputed logits are included.
 
-Symbols of the formulas: B examples, S source and T target positions with padding, N positions that reach the head,
-V vocabulary rows; d width, f feed-forward width, i = heads x width of a head, L layers of a stack.
+Symbols: B examples, S source and T target positions with padding, N positions that reach the head, V vocabulary rows,
+d model width, f feed-forward width, i = heads x head width, L layers of a stack.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from resilient_t5.model.vocabulary_gradients import rows_of_block
 
 @dataclass(frozen=True)
 class MicroShape:
-    """The shape of one micro-batch as it was computed."""
+    """Padded shape of one micro-batch."""
 
     examples: int
     source: int
@@ -24,11 +24,11 @@ class MicroShape:
     target: int
     """T"""
     head: int
-    """N: every target position where whole logits are made, the labels alone where they are not."""
+    """N: all target positions if all logits are computed, otherwise the label positions."""
 
 
 def stack_flops(config: Any, shape: MicroShape) -> int:
-    """Forward pass of encoder and decoder.
+    """Operations of the forward pass of encoder and decoder.
 
     Args:
         config: a T5Config or MT5Config.
@@ -44,30 +44,30 @@ def stack_flops(config: Any, shape: MicroShape) -> int:
 
 
 def peer_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
-    """Forward and backward with whole logits: 3 x forward, and the stacks once more where activations are recomputed."""
+    """Operations of forward and backward with all logits: 3 x forward, plus the stacks again if recomputed."""
     stacks, head = stack_flops(config, shape), 2 * shape.head * config.d_model * config.vocab_size
     return (4 if checkpointing else 3) * stacks + 3 * head
 
 
 def useful_flops(config: Any, lengths: Iterable[tuple[int, int]]) -> int:
-    """What examples of these source and target lengths need: no padding, nothing computed twice, logits of labels alone.
+    """Operations that examples of these (source, target) lengths need, without padding, recomputation and unused logits.
 
-    Over the time and the peak of a device it is the utilisation by useful tokens, and comparable between sides that train
-    the same vocabulary rows.
+    Divided by time and device peak, this is the useful utilisation. It is comparable between sides that train the same
+    vocabulary rows.
     """
     return sum(peer_flops(config, MicroShape(1, source, target, target), checkpointing=False) for source, target in lengths)
 
 
 def score_flops(config: Any, shape: MicroShape) -> int:
-    """The products of queries with keys in one forward pass."""
+    """Operations of the query-key products in one forward pass."""
     i, s, t = config.num_heads * config.d_kv, shape.source, shape.target
     return int(shape.examples * 2 * i * (config.num_layers * s * s + config.num_decoder_layers * (t * t + t * s)))
 
 
 def our_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
-    """Forward and backward with lean layers and the head in blocks.
+    """Operations of forward and backward with lean layers and a head in blocks.
 
-    Attention scores are made a second time, and so are the logits of all blocks but the last.
+    Attention scores are computed twice, and so are the logits of all blocks except the last.
     """
     rows = config.vocab_size
     head = 2 * shape.head * config.d_model * (4 * rows - rows_of_block(shape.head, rows))

@@ -1,4 +1,4 @@
-"""Our side: the run that bin/train builds, update after update, through its reader, updater and counters."""
+"""Our side of the comparison: a run as built by bin/train, with its reader, updater and counters."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from resilient_t5.training.telemetry.run_log import RunLog
 
 
 def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
-    """Figures of our timed updates, in this process. What the loop adds to them is measured by loop_overhead."""
+    """Measure our timed updates in this process, without the training loop (see loop_overhead.py)."""
     device = choose_device(setup.device)
     cap_memory(device, setup.memory_gib)
     meter = Meter(device)
@@ -27,7 +27,7 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
     try:
         for _ in range(setup.warm_updates):
             _update(run)
-        # From the first update again: the timed ones are the first window, whole.
+        # Restart at the first update, so that the timed updates are exactly the first window.
         run.prefetcher.restart(0)
         meter.start()
         done = [micro_batch for _ in range(setup.updates) for micro_batch in _update(run)]
@@ -49,13 +49,13 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
 
 
 def _lengths(micro_batch: MicroBatch) -> list[tuple[int, int]]:
-    """Source and target tokens of each example."""
+    """Return the (source, target) tokens of each example."""
     sources, targets = micro_batch.source_mask_BS.sum(1), (micro_batch.labels_BT >= 0).sum(1)
     return list(zip(sources.tolist(), targets.tolist(), strict=True))
 
 
 def open_run(setup: Setup, seed: int) -> Run:
-    """A run at update 0 in a directory of its own."""
+    """Create a run at update 0 in a new directory."""
     config = setup.config(seed)
     directory = Path(config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -65,11 +65,11 @@ def open_run(setup: Setup, seed: int) -> Run:
 
 
 def _update(run: Run) -> list[MicroBatch]:
-    """The next update, as the loop does it; its micro-batches."""
+    """Run the next update as the loop does, and return its micro-batches."""
     micro_batches = run.prefetcher.take()
     rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)
     result = run.updater(micro_batches, run.state.attempted, rate, lambda: False)
     if result is None or not result.applied:
-        raise FloatingPointError("an update was refused: the comparison would count work that moved nothing")
+        raise FloatingPointError("an update was skipped, so the timing would include work without effect")
     run.state.count(result)
     return micro_batches

@@ -1,7 +1,7 @@
-"""One side of a comparison in a process of its own, and the clocks and memory that are read in it.
+"""Run one side of a comparison in a new process, and measure its time and memory.
 
-The processes are forked from a server that has only imported the libraries: nothing that another side allocated, cached
-or tuned is there, and the imports are paid once.
+The processes are forked from a server that has only imported the libraries. They share no allocations, caches or tuning with
+other sides, and the imports run once.
 """
 
 import multiprocessing
@@ -23,18 +23,18 @@ PRELOADED = ["torch", "transformers.trainer_seq2seq", "resilient_t5.training.run
 
 
 class SideFailed(RuntimeError):
-    """A side ended without a result; its own traceback stands above."""
+    """A side ended without a result; its traceback was printed before."""
 
 
 @dataclass(frozen=True)
 class OutOfDeviceMemory:
-    """What a side reports instead of figures when it does not fit."""
+    """Result of a side that does not fit into device memory."""
 
     message: str
 
 
 def in_fresh_process(side: Callable[..., Any], *arguments: Any) -> Any:
-    """`side(*arguments)` of a module-level function, in a new process; `OutOfDeviceMemory` where the device is too small.
+    """Return `side(*arguments)` of a module-level function from a new process, or `OutOfDeviceMemory`.
 
     Raises:
         SideFailed: the process died or raised.
@@ -52,7 +52,7 @@ def in_fresh_process(side: Callable[..., Any], *arguments: Any) -> Any:
         answer = None
         process.join()
     finally:
-        process.kill()  # after Ctrl+C or SIGTERM; nothing to do otherwise
+        process.kill()  # after Ctrl+C or SIGTERM; no effect otherwise
     if process.exitcode != 0 or answer is None:
         raise SideFailed(f"{side.__name__}{arguments} ended with {process.exitcode}")
     return answer
@@ -74,12 +74,12 @@ class Meter:
         self.loading_mib = 0.0
 
     def start(self) -> None:
-        """Begin; what was allocated before stays in the peak, what was freed does not."""
+        """Start the clocks. Memory that is still allocated counts towards the peak."""
         _synchronize(self.device)
         self._wall_s, self._cpu_s = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict[str, float]:
-        """Seconds since `start`, and the peak since `forget_peak`."""
+        """Return the seconds since `start` and the peak since `forget_peak`."""
         _synchronize(self.device)
         return {
             "wall_s": time.perf_counter() - self._wall_s,
@@ -89,17 +89,17 @@ class Meter:
         }
 
     def forget_peak(self) -> None:
-        """Note the peak of loading, and begin the peak of training."""
+        """Record the peak of loading and reset it for training."""
         self.loading_mib = memory_mib(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        if CLEAR_REFS.exists():  # elsewhere than on Linux the peak includes loading
-            CLEAR_REFS.write_text("5", encoding="ascii")  # the high-water mark becomes what is resident now
+        if CLEAR_REFS.exists():  # on other systems than Linux the peak includes loading
+            CLEAR_REFS.write_text("5", encoding="ascii")  # resets the peak resident size to the current one
 
 
 def resident_mib(device: torch.device) -> float:
-    """Memory in use now: what the GPU allocator holds, or the resident size on a CPU."""
+    """Memory in use: allocated by the GPU allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MIB
     with open("/proc/self/statm", encoding="ascii") as statm:
@@ -107,11 +107,11 @@ def resident_mib(device: torch.device) -> float:
 
 
 def cap_memory(device: torch.device, memory_gib: float | None) -> None:
-    """Let this process allocate no more on the GPU than a card of `memory_gib` has."""
+    """Limit the GPU memory of this process to `memory_gib`."""
     if memory_gib is None:
         return
     if device.type != "cuda":
-        sys.exit("benchmark error: --memory-gib caps a GPU, and this is a CPU. Leave it out, or name a GPU with --device")
+        sys.exit("benchmark error: --memory-gib limits GPU memory, but this is a CPU. Omit it, or choose a GPU with --device")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total), device)
 

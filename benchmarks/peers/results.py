@@ -1,4 +1,4 @@
-"""Rounds of measurements -> medians, ratios within a round, a table, and one line of JSON."""
+"""Turn rounds of measurements into medians, ratios within a round, a table and JSON."""
 
 import importlib.metadata
 import platform
@@ -18,7 +18,7 @@ Rounds = Sequence[dict[str, Any]]
 
 
 def document(rounds: Rounds, sides: Sequence[str]) -> dict[str, Any]:
-    """Medians of every side and the ratios of ours over each peer; None where a side did not fit into memory."""
+    """Return the medians of every side and our ratio to each peer; None where a side did not fit into memory."""
     result: dict[str, Any] = {"benchmark": "throughput"}
     for kind, value in (("ratio_over", speed), ("cpu_ratio_over", cpu_speed), ("flops_ratio_over", inverse_flops)):
         for side, name in PEERS.items():
@@ -34,7 +34,7 @@ def document(rounds: Rounds, sides: Sequence[str]) -> dict[str, Any]:
 
 
 def add_utilisation(result: dict[str, Any], peak_tflops: float) -> None:
-    """Give every side the share of the device's peak that its useful operations took."""
+    """Add the useful operations of every side as a share of the device's peak."""
     result["peak_tflops"] = peak_tflops
     for figures in result["sides"].values():
         if figures is not None:
@@ -42,27 +42,27 @@ def add_utilisation(result: dict[str, Any], peak_tflops: float) -> None:
 
 
 def speed(figures: dict[str, float]) -> float:
-    """Examples a second by the wall clock."""
+    """Examples per second of wall time."""
     return figures["examples"] / figures["wall_s"]
 
 
 def cpu_speed(figures: dict[str, float]) -> float:
-    """Examples a CPU second."""
+    """Examples per CPU second."""
     return figures["examples"] / figures["cpu_s"]
 
 
 def inverse_flops(figures: dict[str, float]) -> float:
-    """Examples an operation: more is cheaper."""
+    """Examples per operation; higher is cheaper."""
     return figures["examples"] / figures["flops"]
 
 
 def _medians(rounds: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
-    found = [one for one in rounds if one is not None]
-    if not found:
+    measured = [one for one in rounds if one is not None]
+    if not measured:
         return None
 
     def median(value: Any) -> float:
-        return round(statistics.median(value(one) for one in found), 4)
+        return round(statistics.median(value(one) for one in measured), 4)
 
     return {
         "examples_per_s": median(speed),
@@ -75,12 +75,12 @@ def _medians(rounds: Sequence[dict[str, float] | None]) -> dict[str, float] | No
         "update_s": median(lambda one: one["wall_s"] / one["updates"]),
         "peak_mib": median(lambda one: one["peak_mib"]),
         "loading_peak_mib": median(lambda one: one["loading_peak_mib"]),
-        "vocabulary_rows": found[0]["vocabulary_rows"],
+        "vocabulary_rows": measured[0]["vocabulary_rows"],
     }
 
 
 def table(result: dict[str, Any], sides: Sequence[str]) -> list[str]:
-    """The medians for people, one line a side."""
+    """Format the medians as a table, one line per side."""
     columns = (
         ("examples/s", "examples_per_s", 3),
         ("tokens/s", "target_tokens_per_s", 1),
@@ -94,16 +94,16 @@ def table(result: dict[str, Any], sides: Sequence[str]) -> list[str]:
     for side in sides:
         figures = result["sides"][side]
         if figures is None:
-            lines.append(f"{side:<14} does not fit into the memory that it was given")
+            lines.append(f"{side:<14} does not fit into the memory limit")
             continue
         ratio = result.get(f"ratio_over_{PEERS.get(side, '')}")
-        told = f"{ratio:>9.2f}x" if ratio else ""
-        lines.append(f"{side:<14}" + "".join(f"{figures[key]:>12.{digits}f}" for _, key, digits in columns) + told)
+        ours_is = f"{ratio:>9.2f}x" if ratio else ""
+        lines.append(f"{side:<14}" + "".join(f"{figures[key]:>12.{digits}f}" for _, key, digits in columns) + ours_is)
     return lines
 
 
 def environment(device: str, memory_gib: float | None) -> dict[str, Any]:
-    """What it ran on and with: no name and no path of the machine."""
+    """Hardware and package versions, without host name or paths."""
     import torch
 
     from resilient_t5.training.hardware.machine import choose_device, describe
@@ -119,7 +119,7 @@ def environment(device: str, memory_gib: float | None) -> dict[str, Any]:
 
 
 def shown_options(argv: Sequence[str]) -> list[str]:
-    """The options with file names instead of paths: a published result names no directory of the machine."""
+    """Replace paths in the options by file names: a published result must not contain local directories."""
     return [Path(part).name if "/" in part else part for part in argv]
 
 

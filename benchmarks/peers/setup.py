@@ -1,9 +1,9 @@
-"""What all sides of a comparison share: corpus, tokenizer, store, model directory, and the masked examples.
+"""Shared inputs of all sides of a comparison: corpus, tokenizer, store, model directory and masked examples.
 
-The full model has as many vocabulary rows as mT5, 250,112, and random weights. The tokenizer is trained on the corpus and
-has fewer pieces; they are the first rows of the tables, and the rows behind them stand for the pieces of mT5 that this
-corpus never uses. A peer trains all rows, since it has no other way. Ours cuts to the rows that the store calls active:
-every piece of the trained tokenizer. mT5's own tokenizer would leave fewer active rows on such a corpus.
+The full model has the 250,112 vocabulary rows of mT5 and random weights. The tokenizer is trained on the corpus and has fewer
+pieces; they use the first rows, and the remaining rows represent the pieces of mT5 that the corpus does not use. The peers
+train all rows. Ours trains the active rows of the store, which are all pieces of the trained tokenizer; with mT5's own
+tokenizer there would be fewer.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ EXAMPLES_PER_UPDATE = 16
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the parts lie, and the sizes that all sides use. Plain values: it travels to the processes of the sides."""
+    """Paths and sizes for all sides. Plain values, because it is sent to other processes."""
 
     store: str
     model: str
@@ -41,17 +41,17 @@ class Setup:
     updates: int
     """Timed updates of the tuned Trainer and of ours."""
     script_updates: int
-    """Timed updates of the script: each one costs about ten times as much."""
+    """Timed updates of the script; each takes about ten times as long."""
     warm_updates: int
     micro_tokens: int | Literal["auto"] = "auto"
-    """Of ours."""
+    """For ours."""
     micro_examples: int = EXAMPLES_PER_UPDATE
-    """Of the tuned Trainer."""
+    """For the tuned Trainer."""
     compiled: bool = False
-    """Whether ours compiles its layers."""
+    """Whether ours uses compiled layers."""
 
     def config(self, seed: int) -> Config:
-        """Our configuration: the defaults, over this store and model."""
+        """Return our configuration: the defaults with this store and model."""
         return Config(
             data=dataclasses.replace(self.data, store=self.store),
             tokenizer=TokenizerConfig(name_or_path=str(Path(self.store) / "tokenizer")),
@@ -66,12 +66,12 @@ class Setup:
 
 
 def make_store(data: DataConfig, tokenizer: TokenizerConfig, model: ModelConfig, directory: Path) -> Store:
-    """Prepare the corpus, or open the store that is there."""
+    """Prepare the corpus, or open an existing store."""
     return prepare(Config(data=dataclasses.replace(data, store=str(directory)), tokenizer=tokenizer, model=model), directory)
 
 
 def make_model(store: Store, settings: ModelConfig, rows: int, directory: Path) -> None:
-    """Write a model of random weights with `rows` vocabulary rows, as `from_pretrained` and our own loader read it."""
+    """Write a model with random weights and `rows` vocabulary rows, for `from_pretrained` and for our loader."""
     special = SpecialIds(store.tokenizer.pad_id, store.tokenizer.eos_id, decoder_start_id=store.tokenizer.pad_id)
     directory.mkdir()
     save_model(build_model(settings, vocabulary_rows=rows, special=special, seed=1), directory)
@@ -79,17 +79,17 @@ def make_model(store: Store, settings: ModelConfig, rows: int, directory: Path) 
 
 @dataclass(frozen=True)
 class MaskedExamples(Dataset):  # type: ignore[type-arg]
-    """Examples as our corruption masks them, in full ids: the data set of a Trainer. Ragged, like `Corrupted`."""
+    """Dataset for a Trainer: examples masked by our corruption, in full-vocabulary ids. Ragged, like `Corrupted`."""
 
     source: np.ndarray
     source_offsets: np.ndarray
     target: np.ndarray
     target_offsets: np.ndarray
     rows: np.ndarray
-    """Which examples, in which order."""
+    """Selected examples, in order."""
 
     def only(self, rows: np.ndarray) -> "MaskedExamples":
-        """Examples `rows` of the whole epoch, in this order."""
+        """Select examples `rows` of the epoch, in this order."""
         return dataclasses.replace(self, rows=np.asarray(rows))
 
     def __len__(self) -> int:
@@ -103,9 +103,9 @@ class MaskedExamples(Dataset):  # type: ignore[type-arg]
 
 
 def masked_epoch(setup: Setup, seed: int) -> MaskedExamples:
-    """The whole first epoch in the order of our own run with this seed.
+    """Return the first epoch in the order of our run with this seed.
 
-    Masks are a function of (seed, epoch, example), so a run of ours with this seed sees the same masked examples.
+    Masks are a function of (seed, epoch, example), so our run with this seed trains on the same masked examples.
     """
     config, store = setup.config(seed), Store.open(Path(setup.store))
     ids = order(seed, 0, np.arange(len(store.train)), len(store.train))

@@ -1,12 +1,12 @@
-"""The peers on transformers 5.x: the script that many people start from, and the best Seq2SeqTrainer of a careful user.
+"""The peers on transformers 5.x: the script that many users start from, and a carefully tuned Seq2SeqTrainer.
 
-The script: everything padded to the maximum, pads in the loss, 2 examples x 8, gradient checkpointing, fp16 on a GPU,
-everything else as transformers has it. Only names that transformers 5 removed were changed. `mended` masks the pads and
-divides the loss by the accumulation: Seq2SeqTrainer believes that a T5 does so itself, and it does not.
+The script pads everything to the maximum, includes pads in the loss, and uses 2 x 8 examples, gradient checkpointing, fp16 on
+a GPU, and the defaults of transformers. Only names that transformers 5 removed were changed. With `corrected`, pads are masked
+and the loss is divided by the accumulation steps: Seq2SeqTrainer assumes that T5 does this itself, but it does not.
 
-The tuned Trainer: padding to the longest of a batch, batches of neighbours in length, sdpa, fused AdamW, 16 examples in
-one batch (fewer at a time where --search finds that faster), no checkpointing, bf16 where the device has it, the loss scale
-mended.
+The tuned Trainer pads to the longest example of a batch, groups examples by length, and uses sdpa, fused AdamW, 16 examples
+per batch (or the faster size found by --search), no checkpointing, bf16 where the device supports it, and the corrected loss
+scale.
 """
 
 import warnings
@@ -38,13 +38,13 @@ Features = list[dict[str, Any]]
 
 
 def _lengths(features: Features) -> list[tuple[int, int]]:
-    """Source and target tokens of each example."""
+    """Return the (source, target) tokens of each example."""
     return [(len(row["input_ids"]), len(row["labels"])) for row in features]
 
 
 @dataclass
 class Padded:
-    """The script's collator: every example to the maximum, as its tokenizer calls did; remembers what it gave."""
+    """Collator of the script: pads every example to the maximum. Records the shapes."""
 
     source: int
     target: int
@@ -67,7 +67,7 @@ class Padded:
 
 @dataclass
 class Dynamic:
-    """DataCollatorForSeq2Seq, and what it gave."""
+    """DataCollatorForSeq2Seq that records the shapes."""
 
     collator: DataCollatorForSeq2Seq
     given: list[tuple[MicroShape, list[tuple[int, int]]]] = field(default_factory=list)
@@ -81,25 +81,25 @@ class Dynamic:
 
 
 class Clock(TrainerCallback):
-    """Starts the meter behind the warm-up and stops it behind the last update."""
+    """Start the meter after the warm-up and stop it after the last update."""
 
     def __init__(self, meter: Meter, warm: int, last: int):
         self.meter, self.warm, self.last = meter, warm, last
         self.figures: dict[str, float] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called behind every update."""
+        """Called after every update."""
         if state.global_step == self.warm:
             self.meter.start()
         if state.global_step == self.last:
             self.figures = self.meter.stop()
 
 
-def run_script(setup: Setup, seed: int, mended: bool) -> dict[str, Any]:
-    """Figures of the script's timed updates, in this process."""
+def run_script(setup: Setup, seed: int, corrected: bool) -> dict[str, Any]:
+    """Measure the timed updates of the script in this process."""
     examples = masked_epoch(setup, seed)
     count = (setup.warm_updates + setup.script_updates) * EXAMPLES_PER_UPDATE
-    label_pad = -100 if mended else 0
+    label_pad = -100 if corrected else 0
     collator = Padded(setup.data.max_source_tokens, setup.data.max_target_tokens, 0, label_pad)
     cuda = choose_device(setup.device).type == "cuda"
     settings = {
@@ -110,15 +110,15 @@ def run_script(setup: Setup, seed: int, mended: bool) -> dict[str, Any]:
         "logging_steps": 100,
     }
     data = examples.only(np.arange(count) % len(examples))
-    return _train(setup, data, collator, settings, updates=setup.script_updates, mended=mended)
+    return _train(setup, data, collator, settings, updates=setup.script_updates, corrected=corrected)
 
 
 def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
-    """Figures of the tuned Trainer's timed updates, in this process.
+    """Measure the timed updates of the tuned Trainer in this process.
 
-    The batches are those that group_by_length makes of the first stretch of examples that transformers sorts together,
-    50 updates: the very examples that our first window of 50 updates holds. With fewer timed updates they are taken at
-    equal distances, because the stretch begins with the longest batch and ends with the shortest.
+    The batches are those of group_by_length for the first 50 updates, which transformers sorts together: the same examples as
+    in our first window of 50 updates. With fewer timed updates, batches are taken at equal distances, because the sorted
+    examples begin with the longest batch and end with the shortest.
     """
     examples = masked_epoch(setup, seed)
     stretch = min(MEGABATCH_UPDATES, len(examples) // EXAMPLES_PER_UPDATE)
@@ -142,11 +142,11 @@ def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
         "logging_steps": 100,
     }
     data = examples.only(batches[np.concatenate([warm, timed])].ravel())
-    return _train(setup, data, collator, settings, updates=setup.updates, mended=True)
+    return _train(setup, data, collator, settings, updates=setup.updates, corrected=True)
 
 
 def quiet() -> None:
-    """No progress bars and no advice: the table is what a person should see."""
+    """Disable progress bars and warnings of transformers, so that the table stays readable."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
@@ -155,7 +155,7 @@ def quiet() -> None:
 def build_trainer(
     model: MT5ForConditionalGeneration, settings: dict[str, Any], scratch: str, device: torch.device, **parts: Any
 ) -> Seq2SeqTrainer:
-    """A Seq2SeqTrainer that neither saves nor reports."""
+    """Build a Seq2SeqTrainer that neither saves nor reports."""
     arguments = Seq2SeqTrainingArguments(
         output_dir=scratch,
         save_strategy="no",
@@ -172,7 +172,7 @@ def build_trainer(
 
 
 def _train(
-    setup: Setup, data: Any, collator: Padded | Dynamic, settings: dict[str, Any], *, updates: int, mended: bool
+    setup: Setup, data: Any, collator: Padded | Dynamic, settings: dict[str, Any], *, updates: int, corrected: bool
 ) -> dict[str, Any]:
     device = choose_device(setup.device)
     cap_memory(device, setup.memory_gib)
@@ -182,7 +182,7 @@ def _train(
     clock = Clock(meter, setup.warm_updates, last)
     whole = {**settings, "max_steps": last}
     trainer = build_trainer(model, whole, setup.scratch, device, train_dataset=data, data_collator=collator, callbacks=[clock])
-    if mended:
+    if corrected:
         trainer.loss_is_scaled_for_ga = False
     meter.forget_peak()
     trainer.train()

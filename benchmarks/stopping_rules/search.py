@@ -10,12 +10,13 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from benchmarks.stopping_rules.rules import FIRST_JUDGED, THRESHOLD, anchored_patience
 from benchmarks.stopping_rules.scoring import Score, against_frontier, score, summary, sweep
 from resilient_t5.training.convergence.replay import Curve, Outcome, lowest
-from resilient_t5.training.convergence.trend import Direction, judge_trend, median, noise_sigma
+from resilient_t5.training.convergence.trend import Direction, judge_trend, noise_sigma
 
 BASES = (4, 5, 6, 8, 10, 12, 15)
 

@@ -1,6 +1,6 @@
-"""The phases of a run and the table that moves between them; what goes into the convergence machine and what comes out.
+"""Phases of a run, the table of their transitions, and the input, output and state of the convergence machine.
 
-`training/convergence/machine.py` turns each window into one sign; the next phase is `NEXT[phase][sign]` and nothing else.
+`machine.py` turns each window into one sign; the next phase is always `NEXT[phase][sign]`.
 """
 
 from collections.abc import Mapping
@@ -9,32 +9,32 @@ from enum import IntEnum, StrEnum
 
 
 class Phase(IntEnum):
-    """Where the run stands; the numbers are what TensorBoard draws. 5 was a phase of an earlier version."""
+    """Phase of a run; TensorBoard draws the numbers. 5 was a phase of an earlier version."""
 
     WARMUP = 0
-    """Before `start`: training always goes on."""
+    """Before `start`."""
     OBSERVE = 1
-    """Before `judge_from`: verdicts are told, a stop is vetoed."""
+    """Before `judge_from`: verdicts are reported but cannot stop the run."""
     DESCENT = 2
-    """Judged, and the loss still makes counted gains."""
+    """Judged, with less than half of the patience used."""
     PLATEAU = 3
-    """Half of the patience or more is used up."""
+    """Half of the patience or more is used."""
     SECONDARY_CONVERGENCE = 4
-    """A counted gain has come after a plateau."""
+    """A counted gain followed a plateau."""
     COOLDOWN = 6
-    """Saturated; the learning rate goes linearly to zero and nothing is judged."""
+    """Saturated; the learning rate decays linearly to zero and no window is judged."""
     SATURATED = 7
-    """Patience is used up: the end, unless `on_saturation` is `continue`."""
+    """The patience is used up; final unless `on_saturation` is `continue`."""
     STOPPED = 8
-    """Diverged: the end."""
+    """Diverged; final."""
 
 
 class Sign(StrEnum):
-    """What one window means to the machine."""
+    """Meaning of one window."""
 
     EARLY = "update is below start"
     WATCHED = "update is below judge_from"
-    BASED = "first finite judged window: it sets the anchor"
+    BASED = "first finite judged window, which sets the anchor"
     FELL = "counted gain"
     STALLED = "no counted gain, less than half of the patience used"
     LEVEL = "no counted gain, half of the patience or more used"
@@ -44,7 +44,7 @@ class Sign(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why the machine ends a run; the loop has reasons of its own."""
+    """Reason of the machine to end a run."""
 
     SATURATED = "saturated"
     DIVERGED = "diverged"
@@ -85,31 +85,31 @@ NEXT: dict[Phase, dict[Sign, Phase]] = {
     Phase.STOPPED: {},
 }
 AFTER_PLATEAU = (Phase.PLATEAU, Phase.SATURATED)
-"""Phases out of which a counted gain is a secondary convergence."""
+"""Phases after which a counted gain is a secondary convergence."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one evaluation knows. Losses are means per target token in nats, pads excluded, on the fixed evaluation set."""
+    """Result of one evaluation. Losses are means in nats per target token, without padding, on the fixed evaluation set."""
 
     update: int
     tokens: int
     lr: float
     loss: float
     loss_se: float | None = None
-    """Standard error of `loss` between documents."""
+    """Standard error of `loss` over documents."""
     train_loss: float | None = None
-    """Mean training loss of the window; explains, and tells overfitting from divergence."""
+    """Mean training loss of the window; distinguishes overfitting from divergence."""
     train_se: float | None = None
     series: Mapping[str, float] = field(default_factory=dict)
     """Further measures, such as `term_restoration`."""
     paired_se: float | None = None
-    """Standard error of the difference to the best, example by example; a floor of the noise where it is known."""
+    """Standard error of the paired difference to the best evaluation; a lower bound of the noise."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A loss and where it was measured; `value` is what the criterion compares."""
+    """A loss, its update, and the value that the criterion compares."""
 
     update: int
     loss: float
@@ -118,7 +118,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the machine makes of one window."""
+    """Decision of the machine on one window, with its explanation."""
 
     update: int
     phase: Phase
@@ -133,7 +133,7 @@ class Verdict:
 
 @dataclass
 class State:
-    """All that the machine remembers; JSON values and marks."""
+    """State of the machine, as JSON values and marks."""
 
     phase: int = Phase.WARMUP
     best: Mark | None = None

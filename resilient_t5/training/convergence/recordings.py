@@ -1,6 +1,6 @@
-"""Readers of recorded runs: our metrics.jsonl, TensorBoard, trainer_state.json, CSV, and files of curves.
+"""Readers of recorded runs: metrics.jsonl, TensorBoard, trainer_state.json, CSV, and files of curves.
 
-Files come from strangers: sizes are bounded, numbers are checked, and what is wrong is told with its file and line.
+The files are untrusted input: sizes are bounded, numbers are checked, and errors name the file and the line.
 """
 
 import csv
@@ -26,17 +26,19 @@ EVALUATION_NAMES = ("evaluation_loss", "eval_loss", "validation_loss", "val_loss
 TRAINING_NAMES = ("train_loss", "training_loss", "loss_train", "loss")
 POSITION_NAMES = ("update", "updates", "global_step", "step", "steps", "iteration", "iter", "epoch")
 FORMS = "a metrics.jsonl, a TensorBoard directory, a trainer_state.json, a CSV, or a .jsonl(.gz) of curves"
+STATISTICS_PREFIX = "convergence_"
+Pairs = list[tuple[float, float]]
 
 
 def read_curves(path: Path, tag: str | None = None) -> list[Curve]:
-    """Every curve that `path` holds.
+    """Read all curves in `path`.
 
     Args:
         path: a file, a run directory, or a directory of event files.
-        tag: name of the evaluation loss in a CSV, an event file or a trainer_state.json, when it is not guessed right.
+        tag: name of the evaluation loss in a CSV, an event file or a trainer_state.json; by default a usual name.
 
     Raises:
-        DataError: nothing there, no evaluation loss in it, or not what it claims to be.
+        DataError: the path does not exist, has no evaluation loss, or is not in a known format.
     """
     if path.is_dir():
         for name, reader in (("metrics.jsonl", _jsonl), ("trainer_state.json", _trainer_state)):
@@ -55,7 +57,7 @@ def read_curves(path: Path, tag: str | None = None) -> list[Curve]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text, packed or not, as ("path:line", text); bounded, so that a packed bomb stays small."""
+    """Yield ("path:line", text) of a plain or gzip text; bounded, because a small gzip file may expand without end."""
     total = 0
     try:
         with _open(path) as file:
@@ -76,7 +78,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _jsonl(path: Path, tag: str | None) -> list[Curve]:
-    """A metrics.jsonl of ours, or one curve per line; the first object tells which."""
+    """Read a metrics.jsonl of ours, or one curve per line, depending on the first object."""
     rows: list[tuple[str, dict[str, Any]]] = []
     torn = ""
     for where, line in _lines(path):
@@ -92,36 +94,29 @@ def _jsonl(path: Path, tag: str | None) -> list[Curve]:
         if not isinstance(row, dict):
             raise DataError("not a JSON object", where=where)
         rows.append((where, row))
-    # Only a run of ours may end in a torn line, as a kill leaves it.
-    ours = bool(rows) and "eval" not in rows[0][1] and "kind" in rows[0][1]
-    if torn and not ours:
+    # Only a run of ours may end in a torn line, which a kill leaves.
+    is_ours = bool(rows) and "eval" not in rows[0][1] and "kind" in rows[0][1]
+    if torn and not is_ours:
         raise DataError("not a JSON object", where=torn)
     if not rows:
         raise DataError("the file is empty", where=str(path))
-    if ours:
-        return [_our_run(path, rows)]
-    return [_curve_of(row, where) for where, row in rows]
+    return [_own_run(path, rows)] if is_ours else [_curve_of(row, where) for where, row in rows]
 
 
 def _curve_of(row: Mapping[str, Any], where: str) -> Curve:
     if "eval" not in row:
-        raise DataError('a curve wants "eval": [[update, loss], ...]', where=where)
+        raise DataError('a curve needs "eval": [[update, loss], ...]', where=where)
     length = row.get("window_updates")
     if length is not None and (not isinstance(length, (int, float)) or isinstance(length, bool) or not length > 0):
         raise DataError("window_updates is not a number above 0", where=where)
-    return Curve(
-        name=str(row.get("name", where)),
-        evaluations=_rising(_pairs(row["eval"], where), where),
-        training=_rising(_pairs(row.get("train") or [], where), where, needed=False),
-        group=str(row.get("group", "")),
-        window_length=length,
-    )
+    name, group = str(row.get("name", where)), str(row.get("group", ""))
+    return _curve(name, _pairs(row["eval"], where), _pairs(row.get("train") or [], where), where, group, length)
 
 
-def _our_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
-    """A run of ours: the windows and the verdicts as they were, where it wrote them down."""
-    points: list[tuple[float, float]] = []
-    training: list[tuple[float, float]] = []
+def _own_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
+    """Read a run of ours, with the windows, rules and verdicts that it recorded."""
+    points: Pairs = []
+    training: Pairs = []
     windows: list[Window] = []
     recorded: list[Recorded] = []
     rules: Rules | None = None
@@ -141,14 +136,14 @@ def _our_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
             windows.append(window_of_row(row["window"], where))
             window_rules += [rules] if rules else []
         if "phase" in row:
-            recorded.append(Recorded(int(pair[0][0]), str(row["phase"]), str(row.get("why", ""))))
+            recorded.append(_verdict_of(row, int(pair[0][0])))
     if any(later.update <= earlier.update for earlier, later in zip(windows[:-1], windows[1:], strict=True)):
         raise DataError("the evaluations do not follow each other", where=str(path))
     name = path.parent.name if path.name == "metrics.jsonl" else path.name
     return Curve(
         name=name or str(path),
         evaluations=_rising(points, str(path)),
-        training=_rising(training, str(path), needed=False),
+        training=_rising(training, str(path), required=False),
         windows=tuple(windows) if len(windows) == len(points) else (),
         rules=rules,
         window_rules=tuple(window_rules) if len(window_rules) == len(points) else (),
@@ -156,11 +151,16 @@ def _our_run(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Curve:
     )
 
 
+def _verdict_of(row: Mapping[str, Any], update: int) -> Recorded:
+    statistics = {key.removeprefix(STATISTICS_PREFIX): row[key] for key in row if key.startswith(STATISTICS_PREFIX)}
+    return Recorded(update, str(row["phase"]), {key: value for key, value in statistics.items() if key != "phase"})
+
+
 def window_of_row(values: Mapping[str, Any], where: str) -> Window:
-    """A window as `dataclasses.asdict` and a JSON line gave it; a non-finite number stands there as a string.
+    """Read a window that was written as a JSON object, with non-finite numbers as strings.
 
     Raises:
-        DataError: a key is missing or unknown, or a value is no number.
+        DataError: a key is missing or unknown, or a value is not a number.
     """
     try:
         numbers = {key: value and _number(value) for key, value in values.items() if key not in ("update", "tokens", "series")}
@@ -171,7 +171,7 @@ def window_of_row(values: Mapping[str, Any], where: str) -> Window:
 
 
 def _trainer_state(path: Path, tag: str | None) -> list[Curve]:
-    """The log of a Hugging Face Trainer."""
+    """Read the log of a Hugging Face Trainer."""
     try:
         history = json.loads("".join(line for _, line in _lines(path)))["log_history"]
         entries = [dict(entry) for entry in history]
@@ -180,11 +180,11 @@ def _trainer_state(path: Path, tag: str | None) -> list[Curve]:
     where, key = str(path), tag or "eval_loss"
     points = _pairs([[entry.get("step"), entry[key]] for entry in entries if key in entry], where)
     training = _pairs([[entry.get("step"), entry["loss"]] for entry in entries if "loss" in entry], where)
-    return [Curve(path.parent.name or path.name, _rising(points, where), _rising(training, where, needed=False))]
+    return [_curve(path.parent.name or path.name, points, training, where)]
 
 
 def _csv(path: Path, tag: str | None) -> list[Curve]:
-    """A table with a header; the evaluation loss and the position are found by their names."""
+    """Read a table with a header; evaluation loss and position are found by their names."""
     lines = list(_lines(path))
     header = lines[0][1] if lines else ""
     separator = max(",\t;", key=header.count)
@@ -192,24 +192,23 @@ def _csv(path: Path, tag: str | None) -> list[Curve]:
     names = [_plain_name(name) for name in table[0]] if table else []
     loss = _find(names, (_plain_name(tag),) if tag else (*EVALUATION_NAMES, "loss"))
     if loss is None:
-        raise DataError(
-            f"no column of an evaluation loss among {', '.join(names[:20])}", where=str(path), hint="Name it: --tag"
-        )
+        problem = f"no column of an evaluation loss among {', '.join(names[:20])}"
+        raise DataError(problem, where=str(path), hint="Name it: --tag")
     train, position = _find(names, TRAINING_NAMES), _find(names, POSITION_NAMES)
-    points: list[tuple[float, float]] = []
-    training: list[tuple[float, float]] = []
+    points: Pairs = []
+    training: Pairs = []
     for number, cells in enumerate(table[1:], 1):
         where = f"{path}:{number + 1}"
         for column, pairs in ((loss, points), (train if train != loss else None, training)):
             if column is not None and column < len(cells) and cells[column].strip():
                 at = cells[position] if position is not None and position < len(cells) else number
                 pairs += _pairs([[at, cells[column]]], where)
-    return [Curve(path.name, _rising(points, str(path)), _rising(training, str(path), needed=False))]
+    return [_curve(path.name, points, training, str(path))]
 
 
 def _tensorboard(path: Path, tag: str | None) -> list[Curve]:
-    """Every run below `path` that holds an evaluation loss."""
-    # Imported late: only this form needs it, and it takes a second.
+    """Read every run under `path` that has an evaluation loss."""
+    # Imported late: only this format needs it, and the import takes a second.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     directories = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
@@ -217,34 +216,27 @@ def _tensorboard(path: Path, tag: str | None) -> list[Curve]:
     for directory in directories:
         log = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
         log.Reload()
-        series = _scalars(log)
-        tags = list(series)
-        names = [_plain_name(name) for name in tags]
-        found = _find(names, (_plain_name(tag),) if tag else EVALUATION_NAMES)
-        if found is None:
+        series = [(_plain_name(name), values) for name, values in _scalars(log).items()]
+        names = [name for name, _ in series]
+        loss, train = _find(names, (_plain_name(tag),) if tag else EVALUATION_NAMES), _find(names, TRAINING_NAMES)
+        if loss is None:
             continue
-        train = _find(names, TRAINING_NAMES)
-        where = str(directory)
-        points, training = (
-            [] if index is None else [(float(update), value) for update, value in series[tags[index]]]
-            for index in (found, train)
-        )
         name = directory.name if directory != path else path.resolve().name
-        curves.append(Curve(name, _rising(points, where), _rising(training, where, needed=False)))
+        curves.append(_curve(name, series[loss][1], [] if train is None else series[train][1], str(directory)))
     if not curves:
         problem = "no event file with an evaluation loss" if directories else "nothing here that can be replayed"
         raise DataError(problem, where=str(path), hint=f"Name the tag with --tag, or give {FORMS}")
     return curves
 
 
-def _scalars(log: "EventAccumulator") -> dict[str, list[tuple[int, float]]]:
-    """(update, value) of every scalar tag; TensorFlow 2 writes a scalar as a tensor without a dimension."""
+def _scalars(log: "EventAccumulator") -> dict[str, Pairs]:
+    """(update, value) of every scalar tag; TensorFlow 2 writes a scalar as a zero-dimensional tensor."""
     from tensorboard.util.tensor_util import make_ndarray
 
-    series = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    series = {tag: [(float(event.step), event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     for tag in log.Tags()["tensors"]:
         if log.SummaryMetadata(tag).plugin_data.plugin_name == "scalars":
-            series[tag] = [(event.step, float(make_ndarray(event.tensor_proto))) for event in log.Tensors(tag)]
+            series[tag] = [(float(event.step), float(make_ndarray(event.tensor_proto))) for event in log.Tensors(tag)]
     return series
 
 
@@ -256,8 +248,8 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _pairs(values: Any, where: str) -> list[tuple[float, float]]:
-    """(position, loss) of each entry; the position finite and not negative."""
+def _pairs(values: Any, where: str) -> Pairs:
+    """(position, loss) of each entry; positions are finite and not negative."""
     try:
         pairs = [(_number(position), _number(loss)) for position, loss in values]
     except (TypeError, ValueError, OverflowError):
@@ -268,15 +260,19 @@ def _pairs(values: Any, where: str) -> list[tuple[float, float]]:
 
 
 def _number(value: Any) -> float:
-    """A number from JSON or CSV; a missing loss is not a number, and stays one."""
+    """A number from JSON or CSV; a missing loss is NaN."""
     if isinstance(value, bool):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not a number")
     return math.nan if value is None else float(value)
 
 
-def _rising(pairs: Iterable[tuple[float, float]], where: str, needed: bool = True) -> tuple[tuple[float, float], ...]:
-    """Sorted by position; of two at one position the later record stands, since a resumed run repeats updates."""
+def _curve(name: str, points: Pairs, training: Pairs, where: str, group: str = "", window_length: float | None = None) -> Curve:
+    return Curve(name, _rising(points, where), _rising(training, where, required=False), group, window_length)
+
+
+def _rising(pairs: Iterable[tuple[float, float]], where: str, required: bool = True) -> tuple[tuple[float, float], ...]:
+    """Sort by position; the later record of a position wins, since a resumed run repeats updates."""
     latest = dict(pairs)
-    if needed and not latest:
+    if required and not latest:
         raise DataError("no evaluation loss in it", where=where, hint="Name it with --tag, or give another file")
     return tuple(sorted(latest.items()))

@@ -1,12 +1,9 @@
-"""The convergence machine over a recorded curve: the verdicts it would have given, and what they cost and save.
-
-A curve is a recorded course of losses; `windows_of` are the windows that the convergence machine makes of it.
-"""
+"""Replay a recorded curve through the convergence machine: its verdicts, their cost and their savings."""
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median_low
 
 from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
@@ -16,26 +13,27 @@ from resilient_t5.training.convergence.phases import Mark, Phase, Verdict, Windo
 from resilient_t5.training.convergence.rules import Rules, unreachable
 
 WINDOW_UPDATES = 1000
-"""Updates that a foreign evaluation stands for: the cadence that the presets are written for."""
+"""Updates per evaluation of a foreign recording: the cadence that the presets are written for."""
 EPOCH_WINDOWS = 12
-"""Windows of an epoch where a recording does not tell: points in epochs then lie where the corpus of the preset puts them."""
+"""Windows per epoch of a replay: points in epochs are then where the corpus of the preset puts them."""
+Losses = Sequence[float]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run of ours wrote beside an evaluation."""
+    """Verdict that a run of ours recorded at an evaluation; `statistics` as in `Verdict`."""
 
     update: int
     phase: str
-    why: str
+    statistics: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Evaluation and training losses as (position, loss), positions rising strictly in the recording's own unit.
+    """Evaluation and training losses as (position, loss), with strictly rising positions in the recording's own unit.
 
-    `windows` is there only for a run of ours: the very windows its machine observed, with the rules it obeyed.
-    `window_rules` holds those of each window, since a resume may change the patience; `rules` are the last ones.
+    Only a run of ours has `windows`, the input of its machine, with `window_rules` in force at each of them (a resume may
+    change the patience), the last `rules`, and the `recorded` verdicts.
     """
 
     name: str
@@ -43,7 +41,7 @@ class Curve:
     training: tuple[tuple[float, float], ...] = ()
     group: str = ""
     window_length: float | None = None
-    """Positions that make one window, where the recording says so; else each evaluation is one window."""
+    """Positions per window, if the recording defines it; otherwise each evaluation is one window."""
     windows: tuple[Window, ...] = ()
     rules: Rules | None = None
     window_rules: tuple[Rules, ...] = ()
@@ -56,7 +54,7 @@ class Curve:
 
     @property
     def training_losses(self) -> tuple[float | None, ...]:
-        """The latest training loss known at each evaluation."""
+        """The latest training loss at each evaluation."""
         positions = [position for position, _ in self.training]
         latest = [bisect_right(positions, position) - 1 for position, _ in self.evaluations]
         return tuple(self.training[index][1] if index >= 0 else None for index in latest)
@@ -67,7 +65,7 @@ def windows_of(curve: Curve, clock: str = "windows") -> tuple[Window, ...]:
 
     Args:
         curve: a recording.
-        clock: `windows` counts each evaluation as `WINDOW_UPDATES` updates, unless the curve tells its window's length;
+        clock: `windows` counts each evaluation as `WINDOW_UPDATES` updates, unless the curve has a window length;
             `updates` takes the recorded positions as updates.
     """
     if curve.windows:
@@ -80,21 +78,15 @@ def windows_of(curve: Curve, clock: str = "windows") -> tuple[Window, ...]:
             update = round(position / curve.window_length * WINDOW_UPDATES)
         else:
             update = number * WINDOW_UPDATES
-        # Positions in fractions of an epoch may round to the same update; the machine wants them to rise.
+        # Positions in fractions of an epoch may round to the same update, but the machine needs rising ones.
         update = max(update, windows[-1].update + 1) if windows else update
         windows.append(Window(update=update, tokens=0, lr=0.0, loss=loss, train_loss=train))
     return tuple(windows)
 
 
-def cadence(windows: Sequence[Window]) -> int:
-    """The usual distance between two evaluations, in updates."""
-    gaps = [later.update - earlier.update for earlier, later in zip(windows[:-1], windows[1:], strict=True)]
-    return max(1, median_low(gaps)) if gaps else WINDOW_UPDATES
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """`windows` that were trained, and the index of the `kept` one."""
+    """The number of `windows` trained, and the index of the `kept` one."""
 
     windows: int
     kept: int
@@ -117,7 +109,7 @@ class Replay:
 
     @property
     def outcome(self) -> Outcome:
-        """How long it trained and what it kept."""
+        """How long the run trained and which window it kept."""
         updates = [window.update for window in self.windows]
         kept = updates.index(self.best.update) if self.best else len(self.verdicts) - 1
         return Outcome(len(self.verdicts), kept)
@@ -125,23 +117,27 @@ class Replay:
 
 @dataclass(frozen=True)
 class ReplayComparison:
-    """Another rule over the same recording, with the name it is told and drawn by."""
+    """A replay of the same recording under another rule, with the name of that rule."""
 
     name: str
     replay: Replay
 
 
 def replay_rules(curve: Curve, settings: ConvergenceConfig, clock: str = "windows") -> Rules:
-    """The rules of `settings` in the clock of the recording; an epoch is what `EPOCH_WINDOWS` says."""
-    every = cadence(windows_of(curve, clock)) if clock == "updates" or curve.windows else WINDOW_UPDATES
+    """The rules of `settings` in the clock of the recording, with `EPOCH_WINDOWS` windows per epoch."""
+    every = WINDOW_UPDATES
+    if clock == "updates" or curve.windows:
+        updates = [window.update for window in windows_of(curve, clock)]
+        gaps = [later - earlier for earlier, later in zip(updates[:-1], updates[1:], strict=True)]
+        every = max(1, median_low(gaps)) if gaps else WINDOW_UPDATES
     epoch = EPOCH_WINDOWS * every
     return Rules.from_config(settings, lambda point: updates_at(point, epoch, 1.0), EvaluationConfig(every=every))
 
 
 def replay(curve: Curve, rules: Rules, clock: str = "windows") -> Replay:
-    """Let a fresh machine observe the recording until it stops.
+    """Let a new machine observe the recording until it stops.
 
-    A run of ours that was resumed with another patience is replayed with the rules of each window, as it happened.
+    With its own `rules`, a run of ours is replayed with the rules that were in force at each window.
     """
     windows = windows_of(curve, clock)
     in_force = curve.window_rules if rules == curve.rules and curve.window_rules else (rules,) * len(windows)
@@ -158,33 +154,36 @@ def replay(curve: Curve, rules: Rules, clock: str = "windows") -> Replay:
 
 
 def differences(result: Replay) -> list[str]:
-    """Where the verdicts differ from those that the run itself wrote down; empty when they are the very same."""
-    found = []
+    """Where phase or statistics differ from what the run itself recorded."""
+    lines = []
     for verdict, recorded in zip(result.verdicts, result.curve.recorded, strict=False):
-        if (verdict.phase.name, verdict.why) != (recorded.phase, recorded.why):
-            ours, theirs = f"{verdict.phase.name} {verdict.why}", f"{recorded.phase} {recorded.why}"
-            found.append(f"update {recorded.update}: the run said {theirs}; the replay says {ours}")
+        ours = {"phase": verdict.phase.name, **verdict.statistics}
+        theirs = {"phase": recorded.phase, **recorded.statistics}
+        for name, value in ours.items():
+            if theirs.get(name, value) != value:
+                lines.append(f"update {recorded.update}: the run recorded {name} {theirs[name]}; the replay gives {value}")
     if len(result.verdicts) != len(result.curve.recorded):
-        found.append(f"the run recorded {len(result.curve.recorded)} verdicts; the replay gives {len(result.verdicts)}")
-    return found
+        lines.append(f"the run recorded {len(result.curve.recorded)} verdicts; the replay gives {len(result.verdicts)}")
+    return lines
 
 
 def story(result: Replay, *, whole: bool = False) -> list[str]:
-    """What happened, line by line.
+    """The replay as text.
 
     Args:
         result: a replay.
-        whole: every window instead of those where something happened.
+        whole: include every window, not only those with an event.
     """
     windows, rules = result.windows, result.rules
     finite = [window.loss for window in windows if math.isfinite(window.loss)]
     if not finite:
-        return [f"{result.curve.name}: {len(windows)} evaluations, none of them finite"]
+        return [f"{result.curve.name}: {_plural(len(windows), 'evaluation')}, none of them finite"]
     lines = [
-        f"{result.curve.name}: {len(windows)} evaluations, one window = {rules.every} updates, "
+        f"{result.curve.name}: {_plural(len(windows), 'evaluation')}, one window = {_plural(rules.every, 'update')}, "
         f"loss {finite[0]:.4g} -> lowest {min(finite):.4g} -> last {finite[-1]:.4g}",
-        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {rules.patience} windows, counted gain "
-        f"{rules.min_gain:g} or {100 * rules.min_gain_rel:g} % ({rules.anchor_rule}), at saturation: {rules.on_saturation}",
+        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {_plural(rules.patience, 'window')}, "
+        f"counted gain {rules.min_gain:g} or {100 * rules.min_gain_rel:g} % ({rules.anchor_rule}), "
+        f"at saturation: {rules.on_saturation}",
     ]
     lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
     for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
@@ -194,7 +193,7 @@ def story(result: Replay, *, whole: bool = False) -> list[str]:
 
 
 def _balance(result: Replay, least: float, first: float) -> list[str]:
-    """Where it stops, what it keeps, gives up and saves."""
+    """The stop, the loss that is kept, and what the stop costs and saves."""
     windows, done, best = result.windows, len(result.verdicts), result.best
     if best is None:
         return ["no evaluation became the best"]
@@ -205,19 +204,20 @@ def _balance(result: Replay, least: float, first: float) -> list[str]:
         lines = [f"never stops: the recording ends in {last.phase.name} at update {windows[-1].update}"]
     share = 100 * (best.loss - least) / (first - least) if first > least else 0.0
     at = windows[lowest(result.curve.losses, 0, len(windows))].update
-    given_up = f"gives up {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, came at {at}"
-    lines.append(f"keeps {best.loss:.4g} of update {best.update}; {given_up if best.loss > least else 'gives up nothing'}")
-    lines.append(f"saves {len(windows) - done} windows, {100 * (1 - done / len(windows)):.0f} % of the recording")
+    cost = f"forgoes {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, is at update {at}"
+    lines.append(f"keeps {best.loss:.4g} of update {best.update}; {cost if best.loss > least else 'forgoes nothing'}")
+    lines.append(f"saves {_plural(len(windows) - done, 'window')}, {100 * (1 - done / len(windows)):.0f} % of the recording")
     has_cooled = result.curve.windows and result.rules == result.curve.rules
     if any(verdict.phase is Phase.COOLDOWN for verdict in result.verdicts) and not has_cooled:
-        lines.append("the recording did not cool down: what a falling learning rate would have gained is not in these figures")
+        lines.append("the recording did not cool down, so these figures do not include the gain of a decaying learning rate")
     return lines
 
 
-Losses = Sequence[float]
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def lowest(losses: Losses, begin: int, end: int) -> int:
-    """Index of the lowest finite loss in [begin, end); the last one where there is none. The oldest of equals."""
+    """Index of the lowest finite loss in [begin, end), the oldest of equals; the last index where none is finite."""
     finite = [index for index in range(begin, end) if math.isfinite(losses[index])]
     return min(finite, key=lambda index: losses[index]) if finite else end - 1

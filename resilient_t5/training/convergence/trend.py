@@ -1,20 +1,21 @@
-"""Statistics that explain a loss curve; they decide nothing.
+"""Statistics that explain a loss curve and decide nothing.
 
-All of it is plain Python over at most `RECENT` windows: a run evaluates a few hundred times, so clarity costs nothing.
-Every scale comes from the losses themselves: multiplying them by a constant multiplies every result by it.
+Plain Python over at most `RECENT` windows. All scales come from the losses: multiplying the losses by a constant
+multiplies every result by it.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import median
 
 RECENT = 24
-"""Windows that are remembered."""
+"""Number of latest windows that the statistics use."""
 HORIZON_WINDOWS = 5
-"""Windows ahead over which the projected gain is told."""
+"""Windows over which the gain is projected."""
 WORTH_SHARE = 0.001
-"""A projected gain below this share of the level is not worth waiting for."""
+"""A projected gain below this share of the level counts as flat."""
 CONFIDENCE_Z = 1.28
 """Half-width of the interval in standard errors: 90 % on each side."""
 SLOPE_WINDOWS_MIN, SLOPE_WINDOWS_MAX = 6, 16
@@ -23,7 +24,7 @@ CUSUM_DRIFT, CUSUM_CAP, CUSUM_ALARM = 0.5, 3.0, 4.0
 
 
 class Direction(StrEnum):
-    """What the interval of the projected gain says."""
+    """Direction of a loss, from the interval of its projected gain."""
 
     RISE = "RISE"
     FLAT = "FLAT"
@@ -32,12 +33,15 @@ class Direction(StrEnum):
 
 
 DIRECTION_CODES = {Direction.RISE: -1.0, Direction.FLAT: 0.0, Direction.UNSURE: 0.5, Direction.DECLINE: 1.0}
-"""For TensorBoard."""
+"""Values of the directions in metrics and TensorBoard."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """The recent course of a loss; gains are positive where the loss falls, in the unit of the loss."""
+    """Recent trend of a loss; gains have the unit of the loss and are positive where it falls.
+
+    `worth` is the projected gain below which the loss counts as flat, `sigma` the noise of one evaluation.
+    """
 
     direction: Direction
     level: float
@@ -48,17 +52,10 @@ class Trend:
     sigma: float
 
 
-def median(values: Sequence[float]) -> float:
-    """Median of at least one value."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])
-
-
 def noise_sigma(losses: Sequence[float]) -> float | None:
-    """Standard deviation of one evaluation, from neighbours' differences, so that a steep descent cannot inflate it.
+    """Standard deviation of one evaluation, from the differences of neighbours, so that a descent does not inflate it.
 
-    1.4826 MAD / sqrt(2) of the median-centred differences (von Neumann 1941, made robust). None below four losses.
+    1.4826 MAD / sqrt(2) of the median-centred differences (a robust form of von Neumann 1941). None below four losses.
     """
     if len(losses) < POINTS_MIN:
         return None
@@ -68,16 +65,16 @@ def noise_sigma(losses: Sequence[float]) -> float | None:
 
 
 def theil_sen(losses: Sequence[float]) -> float:
-    """Median of the slopes between all pairs, per window (Sen 1968): a quarter of the points may be wild."""
+    """Median of the slopes between all pairs, per window (Sen 1968); robust to outliers in about a quarter of the points."""
     count = len(losses)
     return median([(losses[j] - losses[i]) / (j - i) for i in range(count) for j in range(i + 1, count)])
 
 
 def judge_trend(losses: Sequence[float], plateau: int, sigma: float | None) -> Trend | None:
-    """Where the last windows are going; None while there are too few.
+    """Trend of the latest windows; None while there are too few.
 
-    An equivalence test, not a failure to see improvement: FLAT needs the whole interval below what is worth waiting
-    for. The slope window grows with the plateau, and its error with K ** -1.5, so a long plateau certifies itself.
+    FLAT is an equivalence test: the whole interval of the projected gain is below `WORTH_SHARE` of the level. The slope
+    window grows with the plateau and its error falls with K ** -1.5, so a long plateau becomes FLAT.
 
     Args:
         losses: finite losses of neighbouring windows, oldest first.
@@ -90,7 +87,7 @@ def judge_trend(losses: Sequence[float], plateau: int, sigma: float | None) -> T
     count = len(recent)
     level = median(recent)
     gain = -theil_sen(recent) * HORIZON_WINDOWS
-    # 1.05: Theil-Sen's error against that of least squares, rounded up (asymptotic efficiency 3 / pi under normal noise)
+    # 1.05: error of Theil-Sen relative to least squares (asymptotic efficiency 3 / pi under normal noise), rounded up
     margin = CONFIDENCE_Z * 1.05 * sigma * HORIZON_WINDOWS / math.sqrt(count * (count * count - 1) / 12)
     worth = WORTH_SHARE * abs(level)
     direction = Direction.UNSURE
@@ -104,13 +101,13 @@ def judge_trend(losses: Sequence[float], plateau: int, sigma: float | None) -> T
 
 
 def cusum_after(cusum: float, loss: float, segment: Sequence[float], sigma: float) -> float:
-    """One-sided cumulative sum for a downward shift (Page 1954): above `CUSUM_ALARM`, the loss has left the segment.
+    """One-sided cumulative sum for a downward shift (Page 1954); above `CUSUM_ALARM` the loss has left the segment.
 
     Args:
-        cusum: the sum so far, 0 at the start of a segment.
+        cusum: the previous sum, 0 at the start of a segment.
         loss: the new loss.
         segment: earlier losses of the plateau, at least one.
-        sigma: noise of one evaluation; with 0 any difference counts as far.
+        sigma: noise of one evaluation; with 0 any difference is an outlier.
     """
     fall = median(segment) - loss
     score = fall / sigma if sigma else fall * math.inf if fall else 0.0

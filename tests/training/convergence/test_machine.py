@@ -108,31 +108,34 @@ def test_the_whole_story_of_two_descents_runs_through_the_phases_in_order():
     assert [verdict.update for verdict in verdicts if verdict.is_best][-1] == 26
 
 
-def test_every_verdict_tells_why_and_when_it_could_stop():
-    """The line has the counter, the trend and the earliest stop."""
-    format_statistics = ConvergenceMachine(RULES).observe(window(1, 5.0))
-    assert format_statistics.why == "plateau=0/4 trend=none -> continue (watching from 10, judging from 20, earliest stop 24)"
+def test_every_verdict_explains_itself_and_gives_the_earliest_stop():
+    """The text has the patience used, the trend and the earliest stop."""
+    first = ConvergenceMachine(RULES).observe(window(1, 5.0))
+    expected = "patience 0/4 used, trend unknown -> continue (observed from 10, judged from 20, earliest stop 24)"
+    assert first.why == expected
     machine = ConvergenceMachine(JUDGED)
     last = feed(machine, [5 - 0.01 * i for i in range(4)])[-1]
-    assert last.why.startswith("plateau=3/4 trend=DECLINE gain/5w=0.05 [0.05,0.05] worth=0.005 sigma=")
+    assert last.why.startswith(
+        "patience 3/4 used, trend DECLINE, gain over 5 windows 0.05 [0.05, 0.05], flat below 0.005, noise "
+    )
     assert last.why.endswith("-> continue (no gain above 0.1, earliest stop 5)")
     assert "stop: saturated (4 windows without a counted gain, best 4.96 at 5)" in machine.observe(window(5, 4.96)).why
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_flat_run_stops_exactly_at_the_earliest_stop_that_was_told_from_the_first(preset):
-    """The told update is neither a hope nor a threat."""
+def test_a_flat_run_stops_exactly_at_the_earliest_stop_of_its_first_verdict(preset):
+    """The update is exact, neither too early nor too late."""
     settings = ConvergenceConfig(preset=preset)
     rules = Rules.from_config(settings, lambda point: updates_at(point, 8000, 1.0), EvaluationConfig(every=500))
     machine = ConvergenceMachine(rules)
-    format_statistics = []
+    earliest = []
     for update in range(0, 10**6, 500):
         verdict = machine.observe(window(update, 2.0))
-        format_statistics.append(verdict.earliest_stop_update)
+        earliest.append(verdict.earliest_stop_update)
         if verdict.stop:
             break
-    assert set(format_statistics[:-1]) == {update} == {rules.earliest_stop()}
-    assert format_statistics[-1] is None
+    assert set(earliest[:-1]) == {update} == {rules.earliest_stop()}
+    assert earliest[-1] is None
 
 
 def test_state_is_restored_at_every_index_of_a_curve_without_a_trace():
@@ -222,16 +225,16 @@ def test_cooldown_lasts_its_share_ends_on_an_evaluation_and_keeps_the_best_of_al
     assert machine.best.update == 60
 
 
-def test_on_saturation_continue_says_so_and_goes_on_to_a_second_descent():
+def test_on_saturation_continue_trains_on_to_a_second_descent():
     """Nothing stops; SATURATED gives way to SECONDARY_CONVERGENCE."""
     verdicts = feed(ConvergenceMachine(replace(JUDGED, on_saturation="continue")), [2.0] * 8 + [1.0, 1.0])
     assert [verdict.phase for verdict in verdicts[-5:]] == [X, X, X, S, S]
     assert all(verdict.stop is None and verdict.earliest_stop_update is None for verdict in verdicts)
-    assert "saturated, going on as asked" in verdicts[6].why
+    assert "continue although saturated" in verdicts[6].why
 
 
 def test_divergence_takes_two_windows_and_is_not_confused_with_memorising():
-    """One spike passes; two end the run; a training loss below the best evaluation says overfitting and goes on."""
+    """One spike passes; two end the run; a training loss below the best evaluation means overfitting, and the run continues."""
     rules = replace(RULES, divergence_factor=3.0, judge_from=10**6)
     spike = ConvergenceMachine(rules)
     assert [verdict.stop for verdict in feed(spike, [2.0, 7.0, 2.0, 7.0, 7.0])] == [None] * 4 + [Reason.DIVERGED]
@@ -243,7 +246,7 @@ def test_divergence_takes_two_windows_and_is_not_confused_with_memorising():
 
 
 def test_losses_that_are_not_finite_end_the_run_at_their_limit():
-    """Counted over the whole run, told each time."""
+    """Counted over the whole run, with an event each time."""
     verdicts = feed(ConvergenceMachine(replace(RULES, nonfinite_limit=3)), [math.nan, 2.0, math.inf, 2.0, math.nan])
     assert [verdict.stop for verdict in verdicts] == [None, None, None, None, Reason.DIVERGED]
     assert ["nonfinite" in verdict.events for verdict in verdicts] == [True, False, True, False, True]
@@ -268,15 +271,15 @@ def test_a_change_point_on_a_plateau_is_announced_before_patience_counts_a_gain(
     noise = [0.001, -0.001, 0.0005, -0.0005, 0.001, -0.001, 0.0]
     losses = [2 + n for n in noise * 2] + [1.99, 1.989, 1.988, 1.5]
     patient = feed(ConvergenceMachine(replace(JUDGED, patience=8, on_saturation="continue")), losses)
-    format_statistics = [(verdict.update, verdict.phase) for verdict in patient if "secondary_convergence" in verdict.events]
-    assert format_statistics == [(16, Phase.SATURATED)]
+    announced = [(verdict.update, verdict.phase) for verdict in patient if "secondary_convergence" in verdict.events]
+    assert announced == [(16, Phase.SATURATED)]
     assert patient[-1].phase is Phase.SECONDARY_CONVERGENCE
     longer = feed(ConvergenceMachine(replace(JUDGED, patience=8, on_saturation="continue")), [*losses, *[1.5] * 6, 1.0])
     assert [verdict.update for verdict in longer if "secondary_convergence" in verdict.events] == [16, 25]
 
 
-def test_noise_above_the_counted_gain_is_told_once():
-    """An evaluation set too small for its threshold is worth a word."""
+def test_noise_above_the_counted_gain_is_reported_once():
+    """The evaluation set is too small for its threshold."""
     losses = [2 + 0.3 * math.sin(2.3 * number) for number in range(40)]
     verdicts = feed(ConvergenceMachine(replace(JUDGED, patience=30)), losses)
     assert sum("noise_above_gain" in verdict.events for verdict in verdicts) == 1

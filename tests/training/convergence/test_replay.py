@@ -27,7 +27,7 @@ def curve_of(losses, name="one", **more) -> Curve:
 
 
 def write_run(path: Path, losses, rules=RULES, altered=None) -> Path:
-    """metrics.jsonl as a run with our telemetry writes it: its rules at the start, its windows and verdicts beside the loss."""
+    """metrics.jsonl as a run writes it: its rules at the start, and the window and the verdict of each evaluation."""
     machine = ConvergenceMachine(rules)
     rows = [{"kind": "start", "update": 0, "rules": asdict(rules)}]
     for number, loss in enumerate(losses):
@@ -36,8 +36,10 @@ def write_run(path: Path, losses, rules=RULES, altered=None) -> Path:
         verdict = machine.observe(window)
         written = {key: "nan" if value != value else value for key, value in asdict(window).items()}
         loss_written = "nan" if math.isnan(loss) else loss
-        why = "because" if altered == number else verdict.why
-        row = {"update": window.update, "loss": loss_written, "phase": verdict.phase.name, "why": why, "window": written}
+        statistics = {f"convergence_{name}": value for name, value in verdict.statistics.items()}
+        if altered == number:
+            statistics["convergence_plateau"] = 77
+        row = {"update": window.update, "loss": loss_written, "phase": verdict.phase.name, "window": written, **statistics}
         rows.append({"kind": "evaluation", **row})
         if verdict.stop:
             break
@@ -47,7 +49,7 @@ def write_run(path: Path, losses, rules=RULES, altered=None) -> Path:
 
 
 def test_a_run_replayed_gives_its_very_decisions(tmp_path, capsys):
-    """Own rules, own windows, NaN and a torn last line included; a changed verdict is found and named."""
+    """Own rules, own windows, NaN and a torn last line included; a verdict that differs is reported."""
     losses = [*LOSSES[:6], math.nan, *LOSSES[6:]]
     run = write_run(tmp_path / "run", losses)
     curve = read_curves(run)[0]
@@ -57,7 +59,7 @@ def test_a_run_replayed_gives_its_very_decisions(tmp_path, capsys):
     assert main([str(run), "--png", "none"]) == 0
     assert f"agrees with the run's own verdicts at all {len(curve.recorded)} evaluations" in capsys.readouterr().out
     assert main([str(write_run(tmp_path / "other", losses, altered=8)), "--png", "none"]) == 65
-    assert "update 800: the run said" in capsys.readouterr().out
+    assert "update 800: the run recorded plateau 77" in capsys.readouterr().out
 
 
 def test_a_run_of_the_version_with_extension_and_overfitting_is_replayed(tmp_path, capsys):
@@ -127,7 +129,7 @@ def test_scalars_that_tensorflow_2_wrote_as_tensors_are_read(tmp_path):
         ("a.jsonl", "", "empty"),
         ("a.jsonl", "{]\n{}\n", "not a JSON object"),
         ("a.jsonl", "[1]\n", "not a JSON object"),
-        ("a.jsonl", '{"name": "x"}\n', "a curve wants"),
+        ("a.jsonl", '{"name": "x"}\n', "a curve needs"),
         ("a.jsonl", '{"eval": 5}\n', "not a pair of numbers"),
         ("a.jsonl", '{"eval": [[1, true]]}\n', "not a pair of numbers"),
         ("a.jsonl", '{"eval": [[-1, 2.0]]}\n', "negative or not finite"),
@@ -172,8 +174,8 @@ def test_an_evaluation_is_a_window_unless_the_curve_says_otherwise():
     assert [window.update for window in windows_of(epochs, "updates")] == [0, 1, 2]
 
 
-def test_the_story_tells_stop_best_and_what_is_given_up_and_saved():
-    """A second descent after five flat windows: seed stops before it, thorough lives to see it."""
+def test_the_story_reports_stop_best_and_what_is_forgone_and_saved():
+    """A second descent after five flat windows: a patience of 4 stops before it, `thorough` reaches it."""
     curve = curve_of(LOSSES)
     stories = {
         p: "\n".join(story(replay(curve, replay_rules(curve, ConvergenceConfig(preset=p))))) for p in ("seed", "thorough")
@@ -183,7 +185,7 @@ def test_the_story_tells_stop_best_and_what_is_given_up_and_saved():
     early = replay(curve, replay_rules(curve, ConvergenceConfig(preset="seed", patience=4)))
     words = "\n".join(story(early))
     assert "stops at update 16000 of 28000 (saturated), after 16 of 28 windows" in words
-    assert "gives up 0.93 (15.25 % of the descent): the lowest, 2.9, came at 19000" in words
+    assert "forgoes 0.93 (15.25 % of the descent): the lowest, 2.9, is at update 19000" in words
     assert "saves 12 windows, 43 % of the recording" in words
     assert "never stops: the recording ends in PLATEAU" in stories["thorough"]
 
@@ -204,7 +206,7 @@ def test_settings_and_choices_on_the_command_line(tmp_path, capsys):
 
 
 def test_another_rule_is_reported_in_addition_to_the_runs_own(tmp_path, capsys):
-    """The run keeps its own rules and its agreement; the other's stop is in the text, and the picture is written."""
+    """The run keeps its own rules and verdicts; the stop of the other rule is printed, and the picture is written."""
     run, picture = write_run(tmp_path / "run", LOSSES, replace(RULES, patience=8)), tmp_path / "both.png"
     other = ["--beside", "--convergence.preset", "seed-code", "--convergence.start", "200", "--convergence.judge_from", "200"]
     assert main([str(run), "--png", str(picture), *other]) == 0
@@ -213,7 +215,7 @@ def test_another_rule_is_reported_in_addition_to_the_runs_own(tmp_path, capsys):
     assert "stops at update 2600 of 2600 (saturated)" in own
     assert "patience 5 windows" in beside
     assert "stops at update 1400 of 2600 (saturated)" in beside
-    assert "keeps 3.83 of update 900; gives up 0.93" in beside
+    assert "keeps 3.83 of update 900; forgoes 0.93" in beside
     assert "agrees with the run's own verdicts" in beside
     assert picture.stat().st_size > 10_000
     assert main([str(run), "--beside", "--png", "none"]) == 2

@@ -14,7 +14,7 @@ from resilient_t5.training.convergence.rules import PRESETS, Rules, unreachable
 
 
 def test_the_earliest_stops_of_the_presets_are_the_documented_ones():
-    """10 000 for the peer's code, 17 000 for its description, an epoch and 12 windows and a cooldown for thorough."""
+    """`seed-code` 10 000, `seed` 17 000, `thorough` an epoch, 12 windows and a cooldown."""
     at = {
         p: Rules.from_config(ConvergenceConfig(preset=p), lambda x: updates_at(x, 12000, 1.0)).earliest_stop() for p in PRESETS
     }
@@ -23,7 +23,7 @@ def test_the_earliest_stops_of_the_presets_are_the_documented_ones():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fills_every_key_and_a_given_key_wins(preset):
-    """No default hides outside the presets."""
+    """There is no default outside the presets."""
     assert PRESETS[preset].keys() | {"preset"} == asdict(ConvergenceConfig()).keys()
     rules = Rules.from_config(
         ConvergenceConfig(preset=preset, patience=3, min_gain=0.5), lambda point: updates_at(point, 100, 1.0)
@@ -45,11 +45,11 @@ def test_judging_never_begins_before_start():
     """A start beyond the preset's judge_from moves it along; two contradicting settings are refused by name."""
     points = lambda point: updates_at(point, 100, 1.0)  # noqa: E731
     assert Rules.from_config(ConvergenceConfig(start=20_000), points).judge_from == 20_000
-    with pytest.raises(ConfigError, match="judge_from: 5 lies before"):
+    with pytest.raises(ConfigError, match="judge_from: 5 is before"):
         Rules.from_config(ConvergenceConfig(start=20, judge_from=5), points)
 
 
-def test_a_phase_out_of_reach_is_said_with_values_that_work():
+def test_an_unreachable_phase_is_reported_with_options_that_work():
     """5 681 planned updates never reach start 6000: the warning's own options lead to a run that can stop."""
     for planned in (300, 999, 5_681, 11_900, 16_999, 24_000):
         for preset in PRESETS:

@@ -1,4 +1,4 @@
-"""Build a run: `build_run` is the only place that constructs its parts, and puts into them what the run begins with."""
+"""Build a run: construct its parts and set their initial state."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +30,12 @@ from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules
 from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
-from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os, slept_s
+from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, begin_equal
 from resilient_t5.training.hardware.sharding import ShardedModel, shard_model
 from resilient_t5.training.out_of_memory import MemoryGuard
-from resilient_t5.training.recovery import Recovery, SuspendDetector
+from resilient_t5.training.recovery import Recovery
 from resilient_t5.training.run import Run
 from resilient_t5.training.saver import Saver, fingerprints_of
 from resilient_t5.training.schedule import Plan, make_plan
@@ -61,16 +61,16 @@ def set_initial_state(saver: Saver, loaded: Loaded | None, config: Config, train
 
 
 def place_vocabulary(model: T5Model, train: Split, seed: int) -> None:
-    """Give the frequent pieces of a model from scratch the vectors that their neighbours in the training text suggest."""
+    """Initialize the embeddings of frequent tokens from their co-occurrences in the training text."""
     rows, width = model.shared.weight.shape
-    found = count_neighbours(train, rows, MAX_IDS)
-    vectors_nR = factored(found.row_ends, found.columns, found.values, min(RANK, width), seed)
-    set_initial_vectors(model, found.ids, vectors_nR, seed)
+    counts = count_neighbours(train, rows, MAX_IDS)
+    vectors_nR = factored(counts.row_ends, counts.columns, counts.values, min(RANK, width), seed)
+    set_initial_vectors(model, counts.ids, vectors_nR, seed)
 
 
-# Padded tokens of a batch where nothing is trained, hence nothing planned.
+# Padded tokens per batch if nothing is trained, so that there is no memory plan.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 4096}
-# A GPU's attention kernels want lengths in eights; a CPU only pays for the padding.
+# GPU attention kernels need multiples of eight; on a CPU padding is only a cost.
 PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
 
 
@@ -98,14 +98,13 @@ def build_run(
     device, precision, accelerator, (fit, model, sizes, batches) = resolve_device_and_memory(config, corpus, group)
     sharded = shard_model(model, config, group, precision.name, is_new=loaded is None)
     optimizer = build_optimizer(sharded, config.optim, device, precision.optimizer_dtype)
-    plan, rules = make_plan_and_rules(config, batches)
     updater = Updater(accelerator, sharded, optimizer, config.optim, config.run.seed)
+    plan, rules = make_plan_and_rules(config, batches)
     convergence, guard, state, timing = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), RunState(), Timing()
     ids, writer = trained_ids(corpus, model), Writer(manager, background=config.checkpoint.background)
     conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": group.count}
     conditions |= {"shard_layers": sharded.is_sharded, **sizes, **numeric_conditions(device)}
-    fingerprints = fingerprints_of(config, store, ids)
-    saver = Saver(writer, config, fingerprints, conditions, updater, convergence, guard, state, timing)
+    saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, state, timing)
     evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
     set_initial_state(saver, loaded, config, corpus.train, group)
     claim()
@@ -130,7 +129,6 @@ def build_run(
         manager=manager,
         saver=saver,
         recovery=Recovery(saver, manager, prefetcher, plan, log),
-        suspend=SuspendDetector(slept_s()),
         log=log,
         timing=timing,
         group=group,
@@ -138,45 +136,53 @@ def build_run(
 
 
 def make_plan_and_rules(config: Config, batches: Batches) -> tuple[Plan, Rules]:
-    """The plan and the rules of stopping, in updates of these batches."""
+    """Convert the plan and the stopping rules to updates."""
     plan = make_plan(config.schedule, config.evaluation, batches.updates_per_epoch, batches.mean_target_tokens)
     return plan, Rules.from_config(config.convergence, plan.to_updates, config.evaluation)
 
 
 Fitted = tuple[Fit, T5Model, dict[str, int], Batches]
-"""What depends on the plan: the plan, the model, the sizes of micro-batches, and the batches."""
+"""Memory plan, model, micro-batch sizes, batches."""
 
 
 def resolve_device_and_memory(
     config: Config, corpus: Dataset, group: ProcessGroup
 ) -> tuple[torch.device, Precision, Accelerator, Fitted]:
-    """Device and number format, tried on the first batches and given up for float32 where it fails, and what fits them."""
+    """Choose device and precision, and build for them; fall back to float32 if the precision fails on the first batches."""
     device, precision, accelerator = build_device(config)
     parts = build_for_plan(config, corpus, device, precision, group)
     _, model, _, batches = parts
-    found = settle_precision(config, model, batches, precision, device)
-    if found.name != precision.name:
-        accelerator = build_accelerator(found, device)
-        parts = build_for_plan(config, corpus, device, found, group)
-    return device, found, accelerator, parts
+    settled = settle_precision(config, model, batches, precision, device)
+    if settled.name != precision.name:
+        accelerator = build_accelerator(settled, device)
+        parts = build_for_plan(config, corpus, device, settled, group)
+    return device, settled, accelerator, parts
 
 
 def build_for_plan(
     config: Config, corpus: Dataset, device: torch.device, precision: Precision, group: ProcessGroup = SINGLE_PROCESS
 ) -> Fitted:
-    """Plan, then build what the plan says."""
-    fit = fit_run(config, corpus.store, device, precision.name, group)
+    """Plan the memory, then build model and batches for the plan."""
+    fit, sizes, batches = plan_batches(config, corpus, device, precision, group)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
     if config.hardware.compile:
         compile_layers(model, device)
+    return fit, model, sizes, batches
+
+
+def plan_batches(
+    config: Config, corpus: Dataset, device: torch.device, precision: Precision, group: ProcessGroup = SINGLE_PROCESS
+) -> tuple[Fit, dict[str, int], Batches]:
+    """Plan the memory; return the plan, the micro-batch sizes and the batches."""
+    fit = fit_run(config, corpus.store, device, precision.name, group)
     sizes = batch_sizes(config, device, fit.choice.micro_tokens)
-    return fit, model, sizes, Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
+    return fit, sizes, Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
 
 
 def build_trained_model(
     config: Config, corpus: Dataset, device: torch.device, precision: Precision, *, checkpointing: bool
 ) -> T5Model:
-    """The model with the rows that are trained, float32, on the device, in training mode."""
+    """Build the model with its trained vocabulary rows, float32, on the device, in training mode."""
     model = build_full_model(config, corpus.store)
     if config.model.active_vocabulary == "corpus":
         cut_vocabulary(model, corpus.active_to_full)
@@ -184,12 +190,12 @@ def build_trained_model(
 
 
 def prepare_for_training(model: T5Model, device: torch.device, precision: Precision, *, checkpointing: bool) -> T5Model:
-    """The same model on the device, in training mode, with lean layers and what checkpointing and number format need."""
+    """Move the model to the device in training mode, with lean layers, and adapt it to checkpointing and precision."""
     install_lean_layers(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
         if device.type == "cpu":
-            return_freed_memory_to_os()  # who recomputes to save memory does not want it kept by the heap
+            return_freed_memory_to_os()  # else the heap keeps the memory that checkpointing saves
     if precision.name == "fp16":
         install_float32_islands(model)
     model.to(device)  # type: ignore[arg-type]  # transformers types this method for pipelines only
@@ -198,13 +204,13 @@ def prepare_for_training(model: T5Model, device: torch.device, precision: Precis
 
 
 def trained_ids(corpus: Dataset, model: T5Model) -> np.ndarray:
-    """Full ids of the model's rows; a whole checkpoint may have more rows than its tokenizer has ids."""
+    """Return the full token ids of the model's rows; a full checkpoint may have more rows than tokens."""
     rows = model.shared.weight.shape[0]
     return corpus.active_to_full if rows == len(corpus.active_to_full) else np.arange(rows)
 
 
 def build_full_model(config: Config, store: Store) -> T5Model:
-    """The checkpoint, or the model from scratch, with every row that the tokenizer has ids for."""
+    """Load the checkpoint, or build the model from scratch, with the full vocabulary."""
     tokenizer = store.tokenizer
     if config.model.name_or_path is not None:
         model = load_model(config.model.name_or_path, config.model)
@@ -215,14 +221,14 @@ def build_full_model(config: Config, store: Store) -> T5Model:
 
 
 def original_tables(config: Config, store: Store) -> FullTables:
-    """The vocabulary tables from before training, for the rows that an export takes over unchanged."""
+    """Return the vocabulary tables before training; an export copies the untrained rows from them."""
     if config.model.name_or_path is not None:
         return tables_from(config.model.name_or_path)
     return tables_of(build_full_model(config, store))
 
 
 def batch_sizes(config: Config, device: torch.device, planned: int | None = None) -> dict[str, int]:
-    """Micro-batch budget and padding in tokens, `auto` resolved: to what was planned, or for the device where nothing was."""
+    """Return micro-batch budget and padding in tokens; `auto` becomes the `planned` size or the default of the device."""
     micro, multiple = config.batch.micro_tokens, config.batch.pad_multiple
     return {
         "micro_tokens": planned or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
@@ -233,7 +239,7 @@ def batch_sizes(config: Config, device: torch.device, planned: int | None = None
 def build_evaluator(
     config: Config, corpus: Dataset, accelerator: Accelerator, sharded: ShardedModel, sizes: dict[str, int]
 ) -> Evaluator:
-    """The fixed evaluation examples, in the order of their lengths, and what scores them."""
+    """Build the evaluator with its fixed examples, sorted by length."""
 
     def fixed(examples: int) -> list[EvaluationBatch]:
         return evaluation_batches(corpus.validation, corpus.table, config, examples=examples, seed=config.run.seed, **sizes)

@@ -1,8 +1,7 @@
 """Evaluation: loss and term restoration on fixed examples with fixed corruption.
 
-A pure reader (law 4 of the design): no global random state is drawn from, the model's mode comes back as it was, and
-nothing of the run moves. What is cut short by a stop request is dropped whole and done again later. With several processes
-each takes its share of the batches and all get the figures of one: every example is computed once and keeps its place.
+Evaluation changes nothing: it uses no global random state and restores the model's mode. An interrupted evaluation is
+dropped and repeated later. With several ranks each computes its share of the batches, and all get the same results as one.
 """
 
 import math
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from resilient_t5.data.batches import EvaluationBatch
 from resilient_t5.errors import Diverged
 from resilient_t5.model.embeddings import T5Model
-from resilient_t5.model.loss import ExampleNll, token_nll
+from resilient_t5.model.loss import token_nll
 from resilient_t5.restoration.scoring.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_mark
@@ -26,7 +25,7 @@ from resilient_t5.training.hardware.sharding import ShardedModel
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss over the fixed examples, in nats per target token; pads are not counted."""
+    """Results of one evaluation; losses in nats per target token, without padding."""
 
     loss: float
     loss_se: float
@@ -35,17 +34,17 @@ class Evaluation:
     """Share of target tokens that are the argmax under teacher forcing."""
     target_tokens: int
     loss_terms: float | None
-    """The loss over the tokens of masked terms alone; None where there is none."""
+    """Loss over the tokens of masked terms; None if there are none."""
     loss_rest: float | None
-    """The loss over all other tokens: sentinels, random spans, end marks."""
+    """Loss over all other tokens: sentinels, random spans, end tokens."""
     term_token_accuracy: float | None
-    """As `token_accuracy`, over the tokens of masked terms."""
+    """`token_accuracy` over the tokens of masked terms."""
     term_tokens: int
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The fixed examples and what is needed to score them; built once."""
+    """The fixed examples, and the parts that score them."""
 
     accelerator: Accelerator
     sharded: ShardedModel
@@ -58,7 +57,7 @@ class Evaluator:
 
     @property
     def model(self) -> T5Model:
-        """The model that is scored."""
+        """The evaluated model."""
         return self.sharded.model
 
     def restoration_due(self, evaluations: int) -> bool:
@@ -69,40 +68,37 @@ class Evaluator:
 
 
 def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluation | None:
-    """The loss of the model as it stands; None when `interrupted` between two batches."""
+    """Compute the loss of the current weights; None if `interrupted` between two batches."""
     batches, group, halted = evaluator.loss_batches, evaluator.group, False
     ends = np.cumsum([len(batch.example_ids) for batch in batches])
-    # nll, tokens and correct tokens of each example, then those of its terms. Whole numbers below 2**53 are exact in
-    # float64, and so is a sum with zeros.
+    # nll, tokens and correct tokens per example, then the same for its terms. Counts are exact in float64, and the
+    # all-reduce only adds zeros.
     sums_6E = torch.zeros(6, int(ends[-1]), dtype=torch.float64)
     with _reading(evaluator):
         for number in group.share([batch.micro_batch.padded_tokens for batch in batches]):
             if halted := interrupted():
                 break
             micro_batch, device = batches[number].micro_batch, evaluator.accelerator.device
-            found = token_nll(
+            scores = token_nll(
                 evaluator.model,
                 micro_batch.source_BS.to(device),
                 micro_batch.source_mask_BS.to(device),
                 micro_batch.labels_BT.to(device),
                 part_BT=batches[number].of_terms_BT.to(device),
             )
-            assert found.part is not None  # the part was asked for
-            own_6B = sums_6E[:, ends[number] - len(found.tokens_B) : ends[number]]
-            for row, values_B in enumerate((*_values(found), *_values(found.part))):
-                own_6B[row] = values_B
+            assert scores.part is not None  # part_BT was given
+            first, end = ends[number] - len(scores.tokens_B), ends[number]
+            for row, part in ((0, scores), (3, scores.part)):
+                for offset, values_B in enumerate((part.nll_sum_B, part.tokens_B, part.correct_B)):
+                    sums_6E[row + offset, first:end] = values_B
     if not _complete(evaluator, "evaluation", halted):
         return None
     group.all_reduce([sums_6E])
     return summarise(ExampleSums(*sums_6E[:3].numpy()), ExampleSums(*sums_6E[3:].numpy()))
 
 
-def _values(found: ExampleNll) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return found.nll_sum_B, found.tokens_B, found.correct_B
-
-
 def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> RestorationReport | None:
-    """Restore the fixed examples by greedy generation and score them; None when `interrupted` between two tokens."""
+    """Restore the fixed examples by greedy generation and score them; None if `interrupted` between two tokens."""
     batches, group, restorer = evaluator.restore_batches, evaluator.group, evaluator.restorer
     shapes = [(len(batch.example_ids), longest_answer(batch.micro_batch, restorer)) for batch in batches]
     ends = np.cumsum([rows * width for rows, width in shapes])
@@ -122,27 +118,27 @@ def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Rest
     group.all_reduce([widths, written])
     answers = [place[:, : int(width)].numpy() for place, width in zip(places, widths, strict=True)]
     return score_generated(
-        [(batch.micro_batch.example_ids, batch.corrupted, found) for batch, found in zip(batches, answers, strict=True)],
+        [(batch.micro_batch.example_ids, batch.corrupted, ids) for batch, ids in zip(batches, answers, strict=True)],
         restorer,
     )
 
 
 def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
-    """Whether no process was interrupted in its share.
+    """Return whether no rank was interrupted.
 
     Raises:
-        Diverged: the weights of two processes differ.
+        Diverged: the weights of two ranks differ.
     """
     group = evaluator.group
     if group.count == 1:
         return not halted
     notes = group.all_gather_object(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
-    if len({told["weights"] for told in notes}) > 1:
+    if len({note["weights"] for note in notes}) > 1:
         raise Diverged(
-            "the weights of the processes are no longer equal, so what was trained since the last evaluation is worthless",
-            hint="Use cards of one kind with one driver, or hardware.deterministic, and go on from an older one by run.resume",
+            "the weights of the processes differ, so the training since the last evaluation is invalid",
+            hint="Use GPUs of one model with one driver, or hardware.deterministic, and resume from an older checkpoint",
         )
-    return not any(told["halted"] for told in notes)
+    return not any(note["halted"] for note in notes)
 
 
 @dataclass(frozen=True)
@@ -154,12 +150,12 @@ class ExampleSums:
     correct_E: np.ndarray
 
     def totals(self) -> tuple[float, int, int]:
-        """nll, tokens and correct tokens of all examples."""
+        """Return nll, tokens and correct tokens of all examples."""
         return float(self.nll_E.sum()), int(self.tokens_E.sum()), int(self.correct_E.sum())
 
 
 def summarise(all_tokens: ExampleSums, of_terms: ExampleSums) -> Evaluation:
-    """Token-weighted losses of E examples, and the standard error of the whole (that of a ratio of sums, by linearisation)."""
+    """Compute token-weighted losses of E examples; the standard error is that of a ratio of sums, by linearisation."""
     nll_sum_E, tokens_E = all_tokens.nll_E, all_tokens.tokens_E
     nll_sum, total, correct = all_tokens.totals()
     term_nll_sum, terms, terms_correct = of_terms.totals()
@@ -181,7 +177,7 @@ def summarise(all_tokens: ExampleSums, of_terms: ExampleSums) -> Evaluation:
 
 @contextmanager
 def _reading(evaluator: Evaluator) -> Iterator[None]:
-    """Whole layers, evaluation mode, no gradients, the training precision; the mode comes back at the end."""
+    """Gather sharded layers, disable gradients, use evaluation mode and the training precision; restore the mode at the end."""
     was_training = evaluator.model.training
     evaluator.model.eval()
     try:

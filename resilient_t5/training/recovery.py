@@ -4,8 +4,8 @@ The raw values and examples of every such update are in the `guard` rows of metr
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ ADVICE = (
 class SuspendDetector:
     """Detects that the machine was suspended since the last check."""
 
-    slept_s: float
+    slept_s: float = field(default_factory=slept_s)
     """Seconds that the machine had been suspended at the last check."""
 
     def check(self, update: int, device: torch.device, log: RunLog) -> None:
@@ -135,7 +135,7 @@ class Recovery:
         memory, wall_s, from_update = guard.memory, state.wall_s, state.update
         self._drain_writer()
         try:
-            loaded = load_together(self.manager, saver.updater.group, lambda: self.manager.load_newest(healthy=True))
+            loaded = load_together(self.manager, saver.updater.group, healthy=True)
         except NoValidCheckpoint as error:
             raise self.abort(f"{verdict.why}, and {error.what}") from error
         if loaded is None:
@@ -215,12 +215,16 @@ def log_verdict(
     )
 
 
-def load_together(manager: CheckpointManager, group: ProcessGroup, choose: Callable[[], Loaded | None]) -> Loaded | None:
-    """Load on every rank the checkpoint that `choose` loads on rank 0; only rank 0 quarantines damaged ones.
+def load_together(
+    manager: CheckpointManager, group: ProcessGroup, name: str | None = None, *, healthy: bool = False
+) -> Loaded | None:
+    """Load the checkpoint `name`, or the newest one, on every rank; only rank 0 chooses and quarantines damaged ones.
 
     Raises:
-        NoValidCheckpoint, StorageError: as `choose`; or this rank cannot read the directory of rank 0.
+        NoValidCheckpoint, StorageError: no valid checkpoint; or this rank cannot read the directory of rank 0.
     """
-    loaded = choose() if group.is_writer else None
+    loaded = None
+    if group.is_writer:
+        loaded = manager.load_newest(healthy=healthy) if name is None else manager.load(name)
     name = group.broadcast("load", None if loaded is None else loaded.name)
     return loaded if group.is_writer or name is None else manager.load(name)

@@ -1,6 +1,6 @@
 """Run: the parts of one training run as plain data. `build_run` of build.py constructs it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Run:
     manager: CheckpointManager
     saver: Saver
     recovery: Recovery
-    suspend: SuspendDetector
     log: RunLog
     timing: Timing
     group: ProcessGroup
+    suspend: SuspendDetector = field(default_factory=SuspendDetector)

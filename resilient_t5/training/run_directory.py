@@ -1,7 +1,7 @@
-"""The run directory: whose it is, whether it may be entered, and what is written about the run once.
+"""The run directory: check whether a run may use it, and write the files that describe the run once.
 
-Never wiped. A directory that holds something else is refused; one that holds a run is continued when the settings that
-change the mathematics are the same, and refused, by key, when they are not.
+Nothing in it is ever deleted here. A directory with other content is refused. A directory with a run is continued if the
+settings that change the mathematics are equal, and otherwise refused with every different key.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "sentencepiece"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run directory that this process may use, and the id of its run; `is_new` as long as it holds none."""
+    """A run directory that this process may use; `is_new` if it holds no run yet."""
 
     path: Path
     run_id: str
@@ -35,73 +35,84 @@ class RunDirectory:
 
 
 def inspect(config: Config) -> RunDirectory:
-    """Whether the run directory of `config` may be used; writes nothing. Call it under the run lock.
+    """Check whether this run may use its directory; writes nothing. Call it while holding the run lock.
 
     Raises:
-        RunDirectoryError: the directory holds files that are no run, or a run although a new one is wanted.
-        ResumeMismatch: the run it holds was started with another mathematics; all keys are named.
+        RunDirectoryError: the directory has other content, or holds a run although run.resume is none.
+        ResumeMismatch: the run in it has other mathematics; lists all keys.
     """
     path = Path(config.run.dir)
     if not (path / ENVIRONMENT).exists():
         refuse_foreign_files(path)
         return RunDirectory(path, uuid.uuid4().hex, is_new=True)
-    stored = _read(path / ENVIRONMENT)
+    run_id, mathematics = _read(path / ENVIRONMENT)
+    command = f"bin/train --config {path / 'config.yaml'}"
     if config.run.resume == "none":
         raise RunDirectoryError(
-            f"{path} holds a run, and this one is to be a new one",
-            hint=f"Continue it with bin/train --config {path / 'config.yaml'}, or choose another --run.dir",
+            f"{path} already holds a run, and run.resume is none",
+            hint=f"Continue it with {command}, or choose another --run.dir",
         )
-    _refuse_other_mathematics(path, stored["mathematics"], config)
-    return RunDirectory(path, stored["run_id"], is_new=False)
+    if changed := changed_trajectory_settings(mathematics, config):
+        raise ResumeMismatch(
+            f"{path} holds another run; these settings would change its mathematics",
+            where="; ".join(changed),
+            hint=f"Continue it with its own settings: {command}; or choose another --run.dir",
+        )
+    return RunDirectory(path, run_id, is_new=False)
 
 
 def claim(directory: RunDirectory, config: Config, config_yaml: str, device: str) -> None:
-    """Write what is written once about a run; what is there stays.
+    """Write environment.json and config.yaml if they are missing.
 
     Args:
-        directory: what `inspect` found.
+        directory: the result of `inspect`.
         config: the configuration.
-        config_yaml: its text as config.yaml holds it.
-        device: the device in words, for environment.json.
+        config_yaml: its text, for config.yaml.
+        device: description of the device, for environment.json.
     """
     if directory.is_new:
-        description = {"run_id": directory.run_id, "format": FORMAT, "device": device, **describe_environment()}
-        text = json.dumps({**description, "mathematics": trajectory_settings(config)}, indent=2, ensure_ascii=False) + "\n"
-        write_whole(directory.path / ENVIRONMENT, text)
+        description = {
+            "run_id": directory.run_id,
+            "format": FORMAT,
+            "device": device,
+            "command": shlex.join(sys.argv),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu_threads": os.cpu_count(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "mathematics": trajectory_settings(config),
+        }
+        write_whole(directory.path / ENVIRONMENT, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     if not (directory.path / "config.yaml").exists():
         write_whole(directory.path / "config.yaml", config_yaml)
 
 
 def refuse_foreign_files(path: Path) -> None:
-    """Raise RunDirectoryError when `path` is no directory, or holds files that no run of ours left."""
+    """Raise RunDirectoryError if `path` is not a directory, or holds no run but other files."""
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"{path} is a file, not a directory", hint="Choose another --run.dir")
     if not path.exists() or (path / ENVIRONMENT).exists():
         return
-    foreign = sorted(
-        item.name for item in path.iterdir() if item.name not in OWN_BEFORE_A_RUN and not item.name.startswith(".")
-    )
-    if foreign:
+    names = sorted(item.name for item in path.iterdir())
+    if foreign := [name for name in names if name not in OWN_BEFORE_A_RUN and not name.startswith(".")]:
         raise RunDirectoryError(
             f"{path} is not empty and holds no run", where=", ".join(foreign[:5]), hint="Choose another --run.dir"
         )
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every setting that differs."""
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+    """Return `key: old -> new` for every value that differs."""
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
 def changed_trajectory_settings(old: dict[str, Any], config: Config) -> list[str]:
-    """`key: old -> new` for every setting of `config` that would change the mathematics of a run saved with `old`.
+    """Return `key: old -> new` for every setting that would change the mathematics of a run saved with `old`.
 
-    A key that a later version brought is missing in `old`, which ran as that version does by default; one that a later
-    version dropped is not looked at.
+    A key of a later version is missing in `old` and had its default; a key that a later version dropped is ignored.
     """
     new = trajectory_settings(config)
-    known = {**trajectory_settings(Config()), **old}
-    return changed_keys({key: value for key, value in known.items() if key in new}, new)
+    former = {**trajectory_settings(Config()), **old}
+    return changed_keys({key: value for key, value in former.items() if key in new}, new)
 
 
 def removed_settings(old: dict[str, Any]) -> list[str]:
@@ -110,31 +121,11 @@ def removed_settings(old: dict[str, Any]) -> list[str]:
     return [f"{key}: {old[key]} -> removed" for key in effective]
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine and command line."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "command": shlex.join(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_threads": os.cpu_count(),
-        "versions": versions,
-    }
-
-
-def _refuse_other_mathematics(path: Path, old: dict[str, Any], config: Config) -> None:
-    if changed := changed_trajectory_settings(old, config):
-        raise ResumeMismatch(
-            f"{path} holds another run; going on with these settings would change its mathematics",
-            where="; ".join(changed),
-            hint=f"Continue it with its own settings: bin/train --config {path / 'config.yaml'}; or choose another --run.dir",
-        )
-
-
-def _read(environment: Path) -> dict[str, Any]:
+def _read(environment: Path) -> tuple[str, dict[str, Any]]:
+    """Return run id and mathematics from environment.json."""
     try:
         stored = json.loads(environment.read_text(encoding="utf-8"))
-        return {"run_id": str(stored["run_id"]), "mathematics": dict(stored["mathematics"])}
+        return str(stored["run_id"]), dict(stored["mathematics"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
             f"{environment} is damaged ({error})", hint="Restore the file, or choose another --run.dir"

@@ -1,7 +1,7 @@
-"""When a checkpoint is due, what goes into it, and how a run takes it back.
+"""When a checkpoint is due, what it contains, and how a run restores it.
 
-`capture` and `restore` are the one list of what a run's state is: parameters, optimizer, random state, counters, the
-convergence machine, the guard and the loss scaler. The checkpoint package stores named parts and knows none of them.
+`capture` and `restore` define the saved state: parameters, optimizer, random state, counters, convergence machine, guard
+and loss scaler. The checkpoint package stores named parts without knowing what they are.
 """
 
 import hashlib
@@ -33,80 +33,75 @@ from resilient_t5.training.update import Updater
 
 @dataclass
 class Saver:
-    """Saves what moves in a run, and puts it back into freshly built parts."""
+    """Saves the training state and restores it into freshly built parts."""
 
     writer: Writer
     config: Config
     fingerprints: dict[str, str]
-    """What the state belongs to; see `fingerprints_of`."""
+    """See `fingerprints_of`."""
     conditions: dict[str, Any]
-    """What bits depend on beside the mathematics: machine, versions, threads, the cut into micro-batches."""
+    """What results depend on in addition to the settings: machine, versions, threads, micro-batch size."""
     updater: Updater
     convergence: ConvergenceMachine
     guard: SpikeGuard
     state: RunState
     timing: Timing
     submitted: tuple[int, bool] = (-1, False)
-    """The update of the last save that was asked for, and whether it was the best."""
+    """Update of the last requested save, and whether it was the best."""
     committed: tuple[int, bool] = (-1, False)
-    """The same of the last save that is on disk."""
+    """The same for the last save that is on disk."""
     changed_conditions: list[str] = field(default_factory=list)
-    """What differs from the process that saved what this one went on from; empty means bit for bit (on a CPU)."""
+    """Conditions that differ from those of the restored checkpoint; if empty, a resume on a CPU is exact."""
     submitted_at_s: float = field(default_factory=time.monotonic)
     write_s: float = 0.0
     capture_s: float = 0.0
-    """Seconds that the last save took before it was written: next to none, but for layers that are cut."""
+    """Seconds that the last `capture` took; noticeable only with sharded layers."""
 
     def due(self, stop: StopSignal) -> str | None:
-        """Why a checkpoint is due at this update, or None: a new best, asked for, the first, by count, by clock.
+        """Return why a checkpoint is due now, or None.
 
         Raises:
-            ResilientError: what the writer raised since it was last looked after.
+            ResilientError: an earlier error of the background writer.
         """
-        self._note(self.writer.poll())
-        settings, state, update = self.config.checkpoint, self.state, self.state.update
+        self._poll()
+        settings, update, best = self.config.checkpoint, self.state.update, is_best(self.state)
         asked, stop.save_requested = stop.save_requested, False
-        if self.submitted in ((update, True), (update, is_best(state))):
+        if self.submitted in ((update, True), (update, best)):
             return None
-        if is_best(state):
+        if best:
             return "best"
         if asked:
             return "asked"
         if update == 0 or (settings.every_updates is not None and update % settings.every_updates == 0):
             return "periodic"
-        if self.writer.busy:  # the next one is near
+        if self.writer.busy or settings.every_minutes is None:
             return None
-        waited_s = time.monotonic() - self.submitted_at_s
-        return "periodic" if settings.every_minutes is not None and waited_s >= 60 * settings.every_minutes else None
+        return "periodic" if time.monotonic() - self.submitted_at_s >= 60 * settings.every_minutes else None
 
     def save(self, cause: str, stop: StopSignal) -> None:
-        """Save this update; a periodic save is left out while the one before is still being written.
+        """Save this update on rank 0; with sharded layers the other ranks must call it too.
 
-        Process 0 does; with cut layers the others come here too, and hand in their rows.
-
-        A save that a user asked for by SIGUSR1 waits for its turn, but like a periodic one it does not end the run when
-        the disk is full.
+        A periodic save is skipped while another is in flight. A save that SIGUSR1 asked for waits for it, but like a
+        periodic one does not end the run when the disk is full.
         """
-        begun_s = time.monotonic()
-        parts, best = self.capture("periodic" if cause == "asked" else cause), is_best(self.state)
-        self.capture_s = time.monotonic() - begun_s
+        started_s, best = time.monotonic(), is_best(self.state)
+        parts = self.capture("periodic" if cause == "asked" else cause)
+        self.capture_s = time.monotonic() - started_s
         if not self.updater.group.is_writer:
             return
-        must = cause != "periodic"
-        # The save that a signal asks for must not be cut short by that signal; all others may be.
+        # The save for a signal must not be cut short by that signal; all others may be.
         should_stop = None if cause == "signal" else lambda: stop.requested
-        if self.writer.submit(parts, best=best, must=must, should_stop=should_stop):
+        if self.writer.submit(parts, best=best, must=cause != "periodic", should_stop=should_stop):
             self.submitted, self.submitted_at_s = (self.state.update, best), time.monotonic()
-        self._note(self.writer.poll())
-        self.timing.add("save", time.monotonic() - begun_s)
+        self._poll()
+        self.timing.add("save", time.monotonic() - started_s)
 
     def finish(self, cause: str, stop: StopSignal) -> None:
-        """Make sure that this update is on disk before the process leaves; with cut layers all processes come here.
+        """Make sure that this update is on disk before the process exits; with sharded layers all ranks must call it.
 
-        Where a deadline is near, a save that is in flight is worth more than one that cannot be finished: it is waited
-        for, and the newest state is saved only if the time that is left is enough for it.
+        After a signal, wait for a save in flight first, and save the newest state only if the remaining time suffices.
         """
-        begun_s, state = time.monotonic(), self.state
+        started_s, state = time.monotonic(), self.state
         if cause == "signal":
             self.writer.hurry()
         missing = False
@@ -119,18 +114,18 @@ class Saver:
         if missing:
             self.save(cause, stop)
             self.settle()
-        self.timing.add("save", time.monotonic() - begun_s)
+        self.timing.add("save", time.monotonic() - started_s)
 
     def settle(self) -> None:
-        """Wait until no save is in flight.
+        """Wait for a save in flight.
 
         Raises:
-            ResilientError: what the writer raised since it was last looked after.
+            ResilientError: an error of the background writer.
         """
         self._note(self.writer.drain())
 
     def capture(self, reason: str) -> Parts:
-        """Everything that moves in a run, by name; the tensors are the live ones, or copies where the layers are cut."""
+        """Return the training state by name; the tensors are the live ones, or copies with sharded layers."""
         state, updater, scaler = self.state, self.updater, self.updater.accelerator.scaler
         optimizer_tensors, optimizer_values = named_state(updater.optimizer, updater.sharded)
         random_tensors, random_values = rng.capture()
@@ -157,10 +152,10 @@ class Saver:
         )
 
     def restore(self, loaded: Loaded) -> None:
-        """Put `loaded` into the parts and take its model and optimizer tensors away; returns the counters.
+        """Restore the training state; removes the model and optimizer tensors from `loaded` to free their memory.
 
         Raises:
-            ResumeMismatch: the checkpoint belongs to other settings, other data or another model; every key is named.
+            ResumeMismatch: the checkpoint belongs to other settings, other data or another model; lists every key.
         """
         changed = changed_trajectory_settings(loaded.state["mathematics"], self.config)
         if loaded.manifest.fingerprints["data"] != self.fingerprints["data"]:
@@ -172,7 +167,6 @@ class Saver:
                 hint="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
             )
         updater, scaler = self.updater, self.updater.accelerator.scaler
-        # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
         load_model_tensors(updater.model, loaded.tensors.pop("model"))
         own = updater.sharded.own_state(loaded.tensors.pop("optimizer"))
         load_named_state(updater.optimizer, updater.sharded, own, loaded.state["optimizer"])
@@ -181,29 +175,31 @@ class Saver:
             scaler.load_state_dict(loaded.state["scaler"])
         self.convergence.restore(loaded.state["convergence"])
         self.guard.restore(loaded.state["guard"])
+        self.state.restore(loaded.state["run"])
+        # A higher patience may have reopened the run.
+        self.state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
-        former = loaded.state["conditions"]
-        former.setdefault("shard_layers", False)  # of a checkpoint from before layers could be cut
+        former = {"shard_layers": False, **loaded.state["conditions"]}  # older checkpoints lack shard_layers
         self.changed_conditions = changed_keys(former, self.conditions)
         self.changed_conditions += removed_settings(loaded.state["mathematics"])
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
-        self.state.restore(loaded.state["run"])
-        # Only the machine ends a run, and a raised patience may have reopened it.
-        self.state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
 
     def load_weights(self, loaded: Loaded) -> None:
-        """Start a new run from the weights of another run's checkpoint, and from nothing else of it.
+        """Start a new run from the weights of another run's checkpoint.
 
         Raises:
-            ResumeMismatch: it was trained with another vocabulary or another shape.
+            ResumeMismatch: the checkpoint has another vocabulary or another shape.
         """
         if loaded.manifest.fingerprints.get("vocabulary") != self.fingerprints["vocabulary"]:
             raise ResumeMismatch(
-                f"{loaded.name} was trained with another vocabulary, so its rows mean other pieces",
+                f"{loaded.name} was trained with another vocabulary, so its embedding rows mean other tokens",
                 where="run.fork",
-                hint="Fork with the same tokenizer and the same active vocabulary, or start from export/ by model.name_or_path",
+                hint="Fork with the same tokenizer and active vocabulary, or start from export/ with model.name_or_path",
             )
         load_model_tensors(self.updater.model, loaded.tensors["model"])
+
+    def _poll(self) -> None:
+        self._note(self.writer.poll())
 
     def _note(self, committed: list[Committed]) -> None:
         for checkpoint in committed:
@@ -211,10 +207,10 @@ class Saver:
 
 
 def fingerprints_of(config: Config, store: Store, ids: np.ndarray) -> dict[str, str]:
-    """Hashes of what a run's state belongs to.
+    """Return hashes of what the state of a run depends on.
 
-    `data`: what examples are made from, that is the store, and the user's look-alikes by content. `vocabulary`: what each
-    vocabulary row of the model means, by its full id in `ids`.
+    `data`: the store, and the content of the user's confusion table. `vocabulary`: the token of each embedding row, from
+    the full token `ids`.
     """
     confusions = config.corruption.confusions
     content = b"" if confusions is None else Path(confusions).read_bytes()
@@ -225,25 +221,25 @@ def fingerprints_of(config: Config, store: Store, ids: np.ndarray) -> dict[str, 
 
 
 def is_best(state: RunState) -> bool:
-    """Whether the state is the best of its run, as far as it is known."""
+    """Return whether the state is the best evaluated one of its run."""
     return state.best is not None and state.best["update"] == state.update == state.evaluated_update
 
 
 def model_tensors(model: T5Model) -> dict[str, torch.Tensor]:
-    """Parameters under their own names; a tied matrix stands under each of its names and is stored once."""
+    """Return the parameters by name; a tied matrix appears under each of its names and is stored once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def load_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy saved parameters into the live model; of what is cut, this process' rows.
+    """Copy saved parameters into the live model; of sharded ones, this rank's rows.
 
     Raises:
-        ResumeMismatch: names or shapes are not exactly the model's own.
+        ResumeMismatch: names or shapes differ from the model's.
     """
     live = model_tensors(model)
     if live.keys() != tensors.keys():
-        odd = sorted(live.keys() ^ tensors.keys())[:5]
-        raise ResumeMismatch("the checkpoint's parameters are not this model's", where=", ".join(odd))
+        different = sorted(live.keys() ^ tensors.keys())[:5]
+        raise ResumeMismatch("the parameter names of the checkpoint differ from the model's", where=", ".join(different))
     for name, parameter in live.items():
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} -> {tuple(parameter.shape)}"

@@ -1,7 +1,6 @@
 """The plan of a run in updates, the time left, and the learning rate as a pure function of the update number."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from resilient_t5.config.schema import CheckpointConfig, Config, EvaluationConfig, OptimConfig, ScheduleConfig
@@ -69,34 +68,16 @@ def lr_at(update: int, plan: Plan, schedule: ScheduleConfig, optim: OptimConfig)
     """
     if update < plan.warmup_updates:
         return optim.lr * (update + 1) / plan.warmup_updates
-    return optim.lr * SHAPES[schedule.shape](update, plan, schedule.final_share)
-
-
-def _remaining_share(update: int, plan: Plan) -> float:
-    span = max(1, plan.total_updates - plan.warmup_updates)
-    return min(1.0, max(0.0, (plan.total_updates - update) / span))
-
-
-def _constant(update: int, plan: Plan, final_share: float) -> float:
-    return 1.0
-
-
-def _linear(update: int, plan: Plan, final_share: float) -> float:
-    return final_share + (1.0 - final_share) * _remaining_share(update, plan)
-
-
-def _cosine(update: int, plan: Plan, final_share: float) -> float:
-    done_share = 1.0 - _remaining_share(update, plan)
-    return final_share + (1.0 - final_share) * 0.5 * (1.0 + math.cos(math.pi * done_share))
-
-
-def _inverse_sqrt(update: int, plan: Plan, final_share: float) -> float:
-    return math.sqrt(max(1, plan.warmup_updates) / (update + 1)) if update >= plan.warmup_updates else 1.0
-
-
-SHAPES: dict[str, Callable[[int, Plan, float], float]] = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-    "inverse_sqrt": _inverse_sqrt,
-}
+    final_share, span = schedule.final_share, max(1, plan.total_updates - plan.warmup_updates)
+    remaining_share = min(1.0, max(0.0, (plan.total_updates - update) / span))
+    match schedule.shape:
+        case "constant":
+            factor = 1.0
+        case "inverse_sqrt":
+            factor = math.sqrt(max(1, plan.warmup_updates) / (update + 1))
+        case "linear":
+            factor = final_share + (1.0 - final_share) * remaining_share
+        case "cosine":
+            done_share = 1.0 - remaining_share
+            factor = final_share + (1.0 - final_share) * 0.5 * (1.0 + math.cos(math.pi * done_share))
+    return optim.lr * factor

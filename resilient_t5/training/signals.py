@@ -1,9 +1,8 @@
-"""Signals and the STOP file: handlers set flags, the loop decides.
+"""Signals and the STOP file: handlers set flags, the loop polls them.
 
-A handler writes no file and no log line. It notes the first signal that asks the run to stop and when it came; what is
-running polls `requested`. Only a second SIGINT leaves at once, which is safe because a save survives even SIGKILL. From a
-SIGTERM or SIGHUP on, a thread watches the deadline: whoever sent it will send SIGKILL soon, and the last commit stands.
-While a corpus is prepared, its progress callback is what looks for a stop request.
+A handler does no I/O. It records the first stopping signal; the running code polls `requested`. Only a second SIGINT exits
+at once, which is safe because saves survive even SIGKILL. After SIGTERM or SIGHUP a thread watches the deadline, because
+SIGKILL will follow. During corpus preparation the progress callback polls.
 """
 
 import contextlib
@@ -28,26 +27,25 @@ STOPPING = {
 HURRIED = (signal.SIGTERM, signal.SIGHUP)
 STOP_FILE_POLL_S = 1.0
 DEADLINE_S = 25.0
-"""Below the 30 s that SLURM and Kubernetes wait between SIGTERM and SIGKILL."""
+"""Less than the 30 s that SLURM and Kubernetes wait between SIGTERM and SIGKILL."""
 WATCH_S = 0.25
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Stopped(Exception):
-    """Raised out of work that has no state to save, such as preparing a corpus, when the run was asked to stop."""
+    """A stop request in work without state to save, such as preparing a corpus."""
 
 
 class StopSignal:
-    """Context manager that catches the stopping signals, SIGUSR1 (save and go on) and SIGUSR2 (print stacks).
+    """Context manager that handles the stopping signals, SIGUSR1 (save) and SIGUSR2 (print stacks, write status.json).
 
-    Works in the main thread only; elsewhere, and for a signal that was ignored when the process began (nohup), it
-    changes nothing. The former handlers come back at the end.
+    It has no effect outside the main thread, and leaves ignored signals (nohup) ignored. On exit it restores the handlers.
 
     Args:
         run_directory: a file STOP in it counts as a Ctrl+C.
-        deadline_s: seconds after SIGTERM or SIGHUP at which the process leaves, whatever it is doing.
-        on_usr1: what SIGUSR1 asks for: `save` and go on, or `requeue`: save and leave with 75.
+        deadline_s: seconds after SIGTERM or SIGHUP at which the process exits unconditionally.
+        on_usr1: effect of SIGUSR1: `save` and continue, or `requeue`: save and exit with 75.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class StopSignal:
                 self._former[number] = former
                 signal.signal(number, self._note)
         if signal.SIGUSR2 in self._former and sys.__stderr__ is not None:
-            with contextlib.suppress(OSError, ValueError):  # a standard error without a descriptor has no stacks to show
+            with contextlib.suppress(OSError, ValueError):  # stderr without a file descriptor
                 faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True, chain=True)
         self._watch.start()
         return self
@@ -94,15 +92,13 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:
             self.status_requested = True
-        elif number == signal.SIGUSR1 and self._on_usr1 == "save":
+            return
+        if number == signal.SIGUSR1 and self._on_usr1 == "save":
             self.save_requested = True
-        else:
-            self._note_stop(signal.Signals(number))
-
-    def _note_stop(self, number: signal.Signals) -> None:
+            return
         self.count += 1
         if self.received is None:
-            self.received = number
+            self.received = signal.Signals(number)
         if number in HURRIED and self._leave_at_s is None:
             self._leave_at_s = time.monotonic() + self._deadline_s
         if number == signal.SIGINT:
@@ -116,17 +112,14 @@ class StopSignal:
                 os._exit(self.exit_code)
 
     def adopt(self, number: int, left_s: float) -> None:
-        """Take over a stop request that another process of the run received, with the seconds that are left to it."""
+        """Adopt a stop request that another rank received, with its remaining seconds."""
         self.received = signal.Signals(number)
         if self._leave_at_s is None and left_s < float("inf"):
             self._leave_at_s = time.monotonic() + left_s
 
     @property
     def requested(self) -> bool:
-        """True once the run was asked to stop, by a signal or by a file STOP in the run directory.
-
-        The file is looked for at most once a second: a look costs a system call.
-        """
+        """Whether the run was asked to stop, by a signal or the STOP file, which is polled at most once a second."""
         now_s = time.monotonic()
         if self.received is None and self.stop_file is not None and now_s - self._file_polled_at_s >= STOP_FILE_POLL_S:
             self._file_polled_at_s = now_s
@@ -136,22 +129,19 @@ class StopSignal:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the process has to be gone; infinite when nobody is in a hurry."""
+        """Seconds until the process must exit; infinite without a deadline."""
         return float("inf") if self._leave_at_s is None else self._leave_at_s - time.monotonic()
 
     @property
     def exit_code(self) -> ExitCode:
-        """The exit code of the signal that was received; 75 for a requeue."""
+        """Exit code of the received signal; 75 for a requeue."""
         if self.received is None:
             return ExitCode.OK
         return STOPPING.get(self.received, ExitCode.RESUMABLE)
 
 
 def die_by(number: signal.Signals) -> None:
-    """End this process by the signal itself, so that a parent sees a true signal death.
-
-    Whatever must be on disk is there before this is called.
-    """
+    """End this process by the signal itself, so that the parent sees a signal death. Save everything before."""
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)

@@ -1,15 +1,15 @@
-"""The guard: what a loss or gradient that is not finite, or far too large, does to the run. Plain numbers, JSON state.
+"""The spike guard: reacts to non-finite and to far too large losses and gradients. Plain numbers, JSON state.
 
-An update whose loss or gradient is not finite never moves the weights (`update.py` sees to that); the guard counts what was
-refused, watches what was applied, and says what to do about it:
+update.py refuses an update with a non-finite loss or gradient; the guard counts refused updates, watches applied ones, and
+decides:
 
-    OK        go on
-    SKIP      this update was refused; the next one sees other examples
-    BACKOFF   a spike: half the learning rate for a while
-    ROLLBACK  skipping or backing off did not help: go back to a healthy checkpoint, pass over the examples that led here
-    ABORT     rolling back did not help either
+    OK        continue
+    SKIP      the update was refused; the next one uses other examples
+    BACKOFF   a spike: halve the learning rate for a while
+    ROLLBACK  SKIP or BACKOFF did not help: restore a healthy checkpoint and skip the examples that preceded the divergence
+    ABORT     ROLLBACK did not help
 
-An overflow of float16 (a finite loss, a gradient that is not) is how the loss scaler finds its scale, and is counted apart.
+float16 overflows (finite loss, non-finite gradient) are how the loss scaler finds its scale; they are counted separately.
 """
 
 import math
@@ -21,7 +21,7 @@ from typing import Any
 
 
 class Action(StrEnum):
-    """What the run does after an attempted update."""
+    """Reaction to an attempted update."""
 
     OK = "ok"
     SKIP = "skip"
@@ -32,7 +32,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """An action, the reason for it in words, and the attempted updates that gave the reason."""
+    """An action, its reason, and the attempted updates that caused it."""
 
     action: Action
     why: str = ""
@@ -41,23 +41,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where each action begins."""
+    """Thresholds of the actions."""
 
     skips_in_row: int = 3
     skips_in_window: int = 10
     skip_window_updates: int = 1000
     overflows_in_row: int = 20
-    """float16: a scale of 2^12 is below 1 after twelve halvings, so twenty in a row are no calibration."""
+    """float16: a scale of 2^12 falls below 1 after twelve halvings, so twenty in a row are not calibration."""
     spike_window_updates: int = 256
     spike_window_fewest: int = 64
-    """Applied updates that must be known before one of them can be called a spike."""
+    """Applied updates needed before one can count as a spike."""
     spike_mads: float = 8.0
     least_rise: float = 0.25
-    """Nats per target token: where the loss hardly moves, as on a memorised corpus, a rise below this is still no spike."""
+    """Nats per target token: a smaller rise is never a spike, even if the loss hardly varies (memorised corpus)."""
     norm_factor: float = 20.0
     spike_updates: int = 3
-    """In a row. One gradient far above the rest is clipped and harmless: small models from scratch show a dozen of 20 to 70
-    times the median in 2,000 updates and go on learning."""
+    """In a row. A single large gradient is clipped and harmless: small models from scratch show a dozen of 20 to 70 times the
+    median in 2,000 updates and keep learning."""
     backoff_factor: float = 0.5
     backoff_updates: int = 200
     rollbacks: int = 3
@@ -68,7 +68,7 @@ OK = Verdict(Action.OK)
 
 @dataclass
 class Memory:
-    """All that the guard remembers; plain values."""
+    """State of the guard."""
 
     skipped: int = 0
     overflows: int = 0
@@ -86,17 +86,18 @@ class Memory:
 
 
 class SpikeGuard:
-    """Watches one run. `memory` is its whole state.
+    """Watches one run.
 
     Args:
-        warmup_updates: applied updates before which nothing counts as a spike.
+        warmup_updates: no spike is detected in the first `warmup_updates` applied updates.
+        limits: the thresholds.
     """
 
     def __init__(self, warmup_updates: int = 0, limits: Limits | None = None):
         self.warmup_updates, self.limits, self.memory = warmup_updates, limits or Limits(), Memory()
 
     def refused(self, attempt: int, *, overflow: bool = False) -> Verdict:
-        """Account for attempted update number `attempt` (from 0), which did not move the weights."""
+        """Judge attempted update `attempt` (from 0), which was refused."""
         memory, limits = self.memory, self.limits
         if overflow:
             memory.overflows += 1
@@ -104,7 +105,7 @@ class SpikeGuard:
             if memory.overflows_in_row > limits.overflows_in_row:
                 why = f"the gradient overflowed {memory.overflows_in_row} times in a row, at any loss scale"
                 return self._broken(why, [attempt])
-            return Verdict(Action.SKIP, "the loss scaler looks for its scale", (attempt,))
+            return Verdict(Action.SKIP, "the loss scaler is searching its scale", (attempt,))
         memory.skipped += 1
         memory.skips_in_row += 1
         memory.recent_skips = [a for a in memory.recent_skips if a > attempt - limits.skip_window_updates] + [attempt]
@@ -117,7 +118,7 @@ class SpikeGuard:
         return Verdict(Action.SKIP, "", (attempt,))
 
     def applied(self, attempt: int, update: int, loss: float, gradient_norm: float) -> Verdict:
-        """Account for attempted update number `attempt`, which became applied update number `update` (from 1).
+        """Judge attempted update `attempt`, which became applied update `update` (from 1).
 
         Args:
             loss: mean per target token, in nats.
@@ -126,7 +127,7 @@ class SpikeGuard:
         memory, limits = self.memory, self.limits
         memory.skips_in_row = memory.overflows_in_row = 0
         judged = update > self.warmup_updates and len(memory.losses) >= limits.spike_window_fewest
-        loss_limit = _upper_edge(memory.losses, limits) if judged else math.inf
+        loss_limit = _loss_limit(memory.losses, limits) if judged else math.inf
         norm_limit = limits.norm_factor * median(memory.gradient_norms) if judged else math.inf
         memory.in_band = loss <= loss_limit and gradient_norm <= norm_limit
         memory.spikes_in_row = 0 if memory.in_band else memory.spikes_in_row + 1
@@ -141,48 +142,45 @@ class SpikeGuard:
         return OK
 
     def not_finite(self, attempt: int, why: str) -> Verdict:
-        """Account for a state that could not be saved since it holds NaN or infinity; `attempt` came before it."""
+        """Judge a state that holds NaN or infinity after attempted update `attempt`."""
         return self._broken(why, [attempt])
 
     def factor_at(self, update: int) -> float:
-        """What the learning rate of the update after `update` applied ones is multiplied by."""
+        """Learning rate factor of the update after `update` applied ones."""
         return self.limits.backoff_factor if update < self.memory.backoff_until else 1.0
 
     def should_skip(self, attempt: int) -> bool:
-        """Whether a rollback found that attempted update number `attempt` leads the run astray."""
+        """Return whether a rollback marked attempted update `attempt` to be skipped."""
         return any(first <= attempt <= last for first, last in self.memory.passed_over)
 
     def health(self) -> dict[str, bool]:
-        """What a rollback looks at in a checkpoint: it goes back to none of which one of these is False."""
+        """Return the health flags of a checkpoint; a rollback uses only checkpoints with all of them True."""
         return {"finite": self.memory.skips_in_row == 0, "in_band": self.memory.in_band}
 
     def state(self) -> dict[str, Any]:
-        """Plain values for state.json."""
+        """Return the state for state.json."""
         return asdict(self.memory)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Take back what `state` gave; TypeError when a value is missing or unknown."""
-        missing = asdict(Memory()).keys() ^ values.keys()
-        if missing:
-            raise TypeError(f"state of the guard: {sorted(missing)} missing or unknown")
+        """Restore the values of `state`; raises TypeError if one is missing or unknown."""
+        if different := asdict(Memory()).keys() ^ values.keys():
+            raise TypeError(f"state of the guard: {sorted(different)} missing or unknown")
         self.memory = Memory(**values)
 
     def rolled_back(self, before: Memory, update: int, attempts: Sequence[int]) -> None:
-        """Remember a rollback to applied update number `update`; call it after `restore` of the older state.
+        """Record a rollback to applied update `update`; call it after `restore` of the older state.
 
-        What was learned since then stays known: how often the run was rolled back, which updates to pass over, and that
-        the learning rate was halved, which then lasts for the whole span again.
+        Counters, the updates to skip and a halved learning rate are kept; the back-off period starts again.
 
         Args:
-            before: the memory from before `restore`.
-            attempts: the attempted updates that led to the rollback.
+            before: the memory before `restore`.
+            attempts: the attempted updates that caused the rollback.
         """
         memory = self.memory
         memory.rollbacks = before.rollbacks + 1
         memory.backoffs, memory.skipped, memory.overflows = before.backoffs, before.skipped, before.overflows
         memory.backoff_until = update + self.limits.backoff_updates if before.backoff_until else 0
-        ranges = before.passed_over + [[attempt, attempt] for attempt in attempts]
-        memory.passed_over = _joined(ranges)
+        memory.passed_over = _merged(before.passed_over + [[attempt, attempt] for attempt in attempts])
 
     def _spike(self, why: str, update: int, attempts: list[int]) -> Verdict:
         memory = self.memory
@@ -199,19 +197,19 @@ class SpikeGuard:
         return Verdict(Action.ROLLBACK, why, tuple(attempts))
 
 
-def _upper_edge(losses: Sequence[float], limits: Limits) -> float:
-    """The highest loss that is no spike: some median absolute deviations above the median."""
+def _loss_limit(losses: Sequence[float], limits: Limits) -> float:
+    """Return the highest loss that is not a spike: `spike_mads` median absolute deviations above the median."""
     middle = median(losses)
     deviation = median(abs(loss - middle) for loss in losses)
     return middle + max(limits.spike_mads * deviation, limits.least_rise)
 
 
-def _joined(ranges: Sequence[list[int]]) -> list[list[int]]:
-    """The same attempts as few ascending [first, last] ranges."""
-    joined: list[list[int]] = []
+def _merged(ranges: Sequence[list[int]]) -> list[list[int]]:
+    """Merge overlapping and adjacent [first, last] ranges."""
+    merged: list[list[int]] = []
     for first, last in sorted(ranges):
-        if joined and first <= joined[-1][1] + 1:
-            joined[-1][1] = max(joined[-1][1], last)
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1][1] = max(merged[-1][1], last)
         else:
-            joined.append([first, last])
-    return joined
+            merged.append([first, last])
+    return merged

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,11 +105,6 @@ class RunState:
     def skip(self) -> None:
         """Move the data cursor past one update without attempting it."""
         self.attempted += 1
-
-    @property
-    def useful_token_share(self) -> float:
-        """Share of the encoder and decoder positions so far that were not padding."""
-        return self.useful_tokens / self.padded_tokens if self.padded_tokens else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Return all values for state.json."""

@@ -1,9 +1,8 @@
-"""One update: micro-batches -> gradients of the whole update -> one optimizer move -> UpdateResult.
+"""One update: micro-batches -> gradients of the whole update -> one optimizer step -> UpdateResult.
 
-The loss of an update is the sum of the token losses over all its micro-batches divided once by all its target tokens
-(law 3 of the design), so the gradient does not depend on how the update is cut. Each micro-batch contributes
-sum / tokens of the whole update, and that divisor is known on the CPU before the first forward pass. With several
-processes each accumulates its share of the micro-batches; one sum over all of them follows, then all move alike.
+The loss of an update is the sum of its token losses divided once by all its target tokens, so the gradient does not depend
+on the split into micro-batches. The divisor is known on the CPU before the first forward pass. With several ranks each
+accumulates its share of the micro-batches; then gradients are all-reduced and every rank makes the same step.
 
 Shapes: B examples, S source tokens, T target tokens.
 """
@@ -31,7 +30,7 @@ from resilient_t5.training.state import UpdateResult
 
 @dataclass(frozen=True)
 class Updater:
-    """The parts that an update moves or reads, built once."""
+    """Runs updates of one model."""
 
     accelerator: Accelerator
     sharded: ShardedModel
@@ -41,29 +40,28 @@ class Updater:
 
     @property
     def model(self) -> T5Model:
-        """The model that is trained."""
+        """The trained model."""
         return self.sharded.model
 
     @property
     def group(self) -> ProcessGroup:
-        """The processes that train it."""
+        """The processes that train the model together."""
         return self.sharded.ranks
 
     def __post_init__(self) -> None:
         if self.group.count > 1 and isinstance(self.optimizer, AdafactorInBackward):
-            raise ConfigError("optim.name: adafactor_in_backward moves weights before gradients meet; use one process")
+            raise ConfigError("optim.name: adafactor_in_backward updates weights before gradients are reduced; use one process")
 
     def __call__(
         self, micro_batches: list[MicroBatch], attempted: int, lr: float, interrupted: Callable[[], bool]
     ) -> UpdateResult | None:
-        """Do update number `attempted` at learning rate `lr`; None when `interrupted` between two micro-batches.
+        """Run update number `attempted` at learning rate `lr`; None if `interrupted` between two micro-batches.
 
-        An interrupted update leaves no gradient behind and is done again, whole, after the resume. One that cannot be
-        computed (no target token, an id outside the vocabulary) is refused before the model sees it, and one whose loss
-        or gradient is not finite before the optimizer moves.
+        An interrupted update leaves no gradients and is repeated after the resume. Invalid micro-batches (no target token,
+        an id outside the vocabulary) are refused before the forward pass; a non-finite loss or gradient before the step.
 
         Raises:
-            OutOfMemory: while the optimizer moved; before that the allocator's own error comes through.
+            OutOfMemory: in the optimizer step; before it, the allocator's own error is raised.
         """
         tokens = sum(micro_batch.target_tokens for micro_batch in micro_batches)
         fault = failure_of(micro_batches, self.model.shared.weight.shape[0])
@@ -101,13 +99,13 @@ class Updater:
     def _accumulate_all(
         self, micro_batches: list[MicroBatch], tokens: int, attempted: int, interrupted: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """The gradient of the whole update: this process' share, and those of the others added to it.
+        """Accumulate this rank's share of the micro-batches, then all-reduce the gradients.
 
         Returns:
-            The loss sum of every micro-batch, float64 on the device; None when a process was interrupted.
+            The loss sum of every micro-batch, float64 on the device; None if any rank was interrupted.
 
         Raises:
-            MemoryError: another process found no room for its share, so that this one gives up as it does.
+            MemoryError: any rank ran out of memory.
         """
         done: dict[int, torch.Tensor] = {}
         halted, failure = False, ""
@@ -124,52 +122,48 @@ class Updater:
                 raise
             failure = str(error).partition("\n")[0][:300] or type(error).__name__
         notes = self.group.all_gather_object(f"update {attempted}", {"halted": halted, "failure": failure})
-        if short := [f"process {index}: {told['failure']}" for index, told in enumerate(notes) if told["failure"]]:
-            raise MemoryError(short[0])
-        if any(told["halted"] for told in notes):
+        if failures := [f"process {index}: {note['failure']}" for index, note in enumerate(notes) if note["failure"]]:
+            raise MemoryError(failures[0])
+        if any(note["halted"] for note in notes):
             return None
-        return self._added_up(done, len(micro_batches), gradients)
+        return self._all_reduce(done, len(micro_batches), gradients)
 
     def _accumulate_in_rounds(
         self, micro_batches: list[MicroBatch], tokens: int, attempted: int, interrupted: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """The same with layers that are cut: all processes do each pass together, as many as the one that has most of them.
+        """The same with sharded layers: all ranks run each pass together, as many passes as the largest share has.
 
-        One that has no micro-batch left passes nothing through the layers, which adds nothing. A pass that has begun ends
-        in all of them or in none, so memory that runs out in it ends the run.
+        A rank without a micro-batch runs an empty one, which adds nothing. Running out of memory in a pass ends the run.
         """
         shares = self.group.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
         own, done = shares[self.group.index], dict[int, torch.Tensor]()
         for number in range(max(map(len, shares))):
             notes = self.group.all_gather_object(f"update {attempted}, pass {number}", {"halted": interrupted()})
-            if any(told["halted"] for told in notes):
+            if any(note["halted"] for note in notes):
                 return None
             with self.group.collective():
                 if number < len(own):
                     done[own[number]] = self.accumulate(micro_batches[own[number]], tokens, attempted, own[number])
                 else:
-                    self.accumulate(nothing_of(micro_batches[0]), tokens, attempted, 0)
+                    self.accumulate(empty_like(micro_batches[0]), tokens, attempted, 0)
         self.sharded.take_gradients()
-        return self._added_up(done, len(micro_batches), [gradient_of(p) for p in self.sharded.whole_parameters()])
+        return self._all_reduce(done, len(micro_batches), [gradient_of(p) for p in self.sharded.whole_parameters()])
 
-    def _added_up(self, done: dict[int, torch.Tensor], pieces: int, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The loss sums of all pieces, those of this process and of the others; the gradients become sums where they lie."""
-        nothing = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        nll_sums = torch.stack([done.get(index, nothing) for index in range(pieces)])
+    def _all_reduce(self, done: dict[int, torch.Tensor], count: int, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Sum the gradients in place over all ranks; return the loss sums of all `count` micro-batches."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        nll_sums = torch.stack([done.get(index, zero) for index in range(count)])
         self.group.all_reduce([nll_sums, *gradients])
         return nll_sums
 
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
-        """Add one micro-batch's share of the gradient; its loss sum, in nats, stays on the device."""
+        """Add the gradient of one micro-batch; return its loss sum in nats, on the device."""
         parts = self._forward(micro_batch, tokens, attempted, index)
         self.accelerator.backward(parts.loss)
         return parts.nll_sum
 
     def _forward(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> LossParts:
-        """The loss of one micro-batch, with its graph.
-
-        Dropout is seeded by (seed, update, micro-batch), so nothing drawn elsewhere can change it.
-        """
+        """Run the forward pass of one micro-batch. Dropout depends only on (seed, update, micro-batch)."""
         device = self.accelerator.device
         seed_dropout(self.seed, attempted, index)
         with self.accelerator.autocast():
@@ -186,13 +180,13 @@ class Updater:
     def _move_in_backward(
         self, micro_batches: list[MicroBatch], tokens: int, attempted: int, lr: float
     ) -> tuple[float, float, str]:
-        """One forward and one backward that is the update; the loss sum, the gradient norm, and what was wrong."""
+        """Update the weights in the backward pass of one micro-batch; return loss sum, gradient norm and failure."""
         assert isinstance(self.optimizer, AdafactorInBackward)
         self.optimizer.begin(lr)
         if len(micro_batches) > 1:
             raise ConfigError("batch.micro_tokens: adafactor_in_backward takes an update in one micro-batch; set it to auto")
         parts = self._forward(micro_batches[0], tokens, attempted, 0)
-        nll_sum = float(parts.nll_sum)  # a host sync, before anything moves
+        nll_sum = float(parts.nll_sum)  # a host sync, before any weight changes
         if not math.isfinite(nll_sum):
             return nll_sum, math.nan, "loss or gradient not finite"
         self.accelerator.backward(parts.loss)
@@ -201,7 +195,7 @@ class Updater:
         return nll_sum, self.optimizer.end(), fault
 
     def _norm_and_clip(self, nll_sum: torch.Tensor) -> tuple[float, float]:
-        """Unscale, measure, clip. One host synchronisation reads loss and norm together."""
+        """Unscale, measure and clip the gradients; one host sync reads loss and norm together."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.sharded.parameters() if p.grad is not None]
@@ -212,7 +206,7 @@ class Updater:
         return values[0], values[1]
 
     def _move(self, lr: float, nll_sum: float, norm: float) -> bool:
-        """Move the weights unless loss or gradient is not finite; with fp16 the scaler learns of the overflow."""
+        """Step the optimizer if loss and gradient are finite, and update the fp16 loss scaler; return whether it stepped."""
         finite, scaler = math.isfinite(nll_sum) and math.isfinite(norm), self.accelerator.scaler
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -225,9 +219,9 @@ class Updater:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
-                "the optimizer found no room; some weights may have moved, so the newest checkpoint is what counts",
+                "out of memory in the optimizer step; weights may be half updated, so resume from the newest checkpoint",
                 where=str(error).partition("\n")[0][:300],
-                hint="Ask bin/plan what fits; another optim.name needs a new run, whose weights run.fork takes over",
+                hint="See bin/plan for what fits; another optim.name needs a new run, which run.fork starts from these weights",
             ) from error
         if scaler is not None:
             scaler.update()
@@ -235,17 +229,17 @@ class Updater:
         return finite
 
 
-def nothing_of(micro_batch: MicroBatch) -> MicroBatch:
-    """One source token of a micro-batch and no label: a pass over it has the loss 0 and zero gradients."""
+def empty_like(micro_batch: MicroBatch) -> MicroBatch:
+    """Return a micro-batch with one source token and no label: loss 0, zero gradients."""
     labels_11 = torch.full((1, 1), IGNORED, dtype=micro_batch.labels_BT.dtype)
     source_11, mask_11 = micro_batch.source_BS[:1, :1], micro_batch.source_mask_BS[:1, :1]
     return replace(micro_batch, source_BS=source_11, source_mask_BS=mask_11, labels_BT=labels_11, target_tokens=0)
 
 
 def failure_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:
-    """Why these micro-batches must not reach a model of `rows` vocabulary rows; empty when nothing is wrong with them.
+    """Return why these micro-batches are invalid for `rows` vocabulary rows; empty if they are valid.
 
-    An id out of range reads foreign memory or, on a GPU, takes the whole context down, so it is looked for on the CPU.
+    Checked on the CPU, because an id out of range reads foreign memory or, on a GPU, kills the context.
     """
     if not any(micro_batch.target_tokens for micro_batch in micro_batches):
         return "no target token"

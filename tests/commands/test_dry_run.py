@@ -137,7 +137,7 @@ def test_a_rehearsal_that_is_stopped_ends_by_the_signal_and_leaves_nothing(fork_
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
     assert fork_server.wait(pid) == -signal.SIGTERM, output.read_text()
-    assert "leaves nothing behind" in output.read_text()
+    assert "left no files" in output.read_text()
     assert list(place.iterdir()) == []
 
 

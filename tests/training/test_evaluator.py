@@ -1,4 +1,4 @@
-"""Evaluation reads and leaves no trace. Run: python -m pytest tests/training/test_evaluator.py"""
+"""Evaluation has no side effects. Run: python -m pytest tests/training/test_evaluator.py"""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def random_states():
 
 @pytest.mark.parametrize("measure", [evaluate, restore_terms])
 def test_evaluation_is_a_pure_reader(run, measure):
-    """No global stream moves, no weight changes, the mode comes back, and a second look sees the same."""
+    """No random state and no weight changes, the mode is restored, and a second evaluation gives the same results."""
     before, weights = random_states(), {name: tensor.clone() for name, tensor in model_tensors(run.updater.model).items()}
     first, second = measure(run.evaluator, lambda: False), measure(run.evaluator, lambda: False)
     assert random_states() == before
@@ -54,7 +54,7 @@ def test_evaluation_is_a_pure_reader(run, measure):
 
 @pytest.mark.parametrize("measure", [evaluate, restore_terms])
 def test_a_stop_request_drops_the_evaluation_whole(run, measure):
-    """Nothing half measured is returned, and the model trains on as before."""
+    """No partial result is returned, and the model is in training mode again."""
     assert measure(run.evaluator, lambda: True) is None
     assert run.updater.model.training
 
@@ -114,7 +114,7 @@ def test_the_standard_error_is_that_of_a_ratio():
 
 
 def test_every_part_of_the_evaluation_set_is_fixed(run, tiny_config, tmp_path: Path):
-    """Another process, or a later one, evaluates the same examples under the same masks."""
+    """Another process evaluates the same examples with the same masks."""
     again = [batch.micro_batch for batch in run.evaluator.loss_batches]
     config = parse_config(["--config", str(tiny_config), "--run.dir", str(tmp_path)], "train", "test")
     log = RunLog(Console("quiet", None), tmp_path)

@@ -1,6 +1,6 @@
-"""Memory runs out in an update, for real. Run: python -m pytest tests/training/test_out_of_memory.py
+"""An update that runs out of memory. Run: python -m pytest tests/training/test_out_of_memory.py
 
-A process of its own builds a run, then lowers the limit of its own address space, so that torch's allocator refuses.
+A subprocess builds a run, then lowers the limit of its address space, so that torch's allocator fails.
 """
 
 import json
@@ -78,11 +78,11 @@ def rows(run: Path, kind: str):
 
 
 def test_an_update_that_runs_out_of_memory_is_done_again_with_half_the_micro_batches(tmp_path):
-    """Without dropout the losses are those of the run that had room; one guard row says what happened."""
+    """Without dropout the losses equal those of a run with enough memory; one guard row reports it."""
     roomy = run_with_room(4.0, tmp_path, "roomy")
     assert roomy.returncode == 0, roomy.stderr
     assert "micro_tokens 4096" in roomy.stdout
-    # Of the planned activations 0.7 is sometimes enough at once, and 0.5 not always for the half: the heap holds some, too.
+    # 0.7 of the planned activations is sometimes enough for the first try, and 0.5 not always for the second (heap).
     short = run_with_room(0.6, tmp_path, "short")
     assert short.returncode == 0, short.stderr
     (row,) = rows(tmp_path / "short", "guard")
@@ -98,7 +98,7 @@ def test_an_update_that_runs_out_of_memory_is_done_again_with_half_the_micro_bat
 
 
 def test_the_second_time_it_leaves_with_71_and_the_options_in_order_of_cost(tmp_path):
-    """Smaller micro-batches, then checkpointing, then another optimizer, each with what it saves."""
+    """Smaller micro-batches, then checkpointing, then another optimizer, each with the memory it saves."""
     done = run_with_room(0.1, tmp_path, "run")
     assert done.returncode == 71, done.stdout + done.stderr
     message = done.stderr
@@ -109,7 +109,7 @@ def test_the_second_time_it_leaves_with_71_and_the_options_in_order_of_cost(tmp_
 
 
 def test_memory_that_runs_out_anywhere_else_is_71_too(capsys):
-    """A real refusal of torch's allocator, and one of Python's; any other error keeps its traceback and is 1."""
+    """Real errors of torch's and Python's allocators; any other error keeps its traceback and exits with 1."""
     import torch
 
     from resilient_t5.commands.failure import reported

@@ -1,4 +1,4 @@
-"""Whose run directory it is. Run: python -m pytest tests/training/test_run_directory.py"""
+"""Which run may use a run directory. Run: python -m pytest tests/training/test_run_directory.py"""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from resilient_t5.training.run_directory import claim, inspect, removed_settings
 
 
 def config_for(path, resume="auto", lr=1e-3, log_every=100):
-    """A configuration whose run lies at `path`."""
+    """A configuration with its run at `path`."""
     return Config(
         run=RunConfig(dir=str(path), resume=resume), optim=OptimConfig(lr=lr), telemetry=TelemetryConfig(log_every=log_every)
     )
@@ -31,7 +31,7 @@ def contents(path):
 
 
 def test_a_new_directory_is_written_only_when_claimed(tmp_path):
-    """Looking changes nothing; claiming writes the two files that name the run."""
+    """inspect writes nothing; claim writes the two files that describe the run."""
     directory = inspect(config_for(tmp_path))
     assert directory.is_new
     assert contents(tmp_path) == {}
@@ -64,14 +64,14 @@ def test_logging_may_change(held):
 
 
 def test_resume_none_refuses_a_directory_that_holds_a_run(held):
-    """Exit 2, and the message says how to continue it."""
+    """Exit 2, and the hint is the command that continues the run."""
     with pytest.raises(RunDirectoryError, match=r"holds a run.*config\.yaml") as caught:
         inspect(config_for(held, resume="none"))
     assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_foreign_files_are_never_touched(tmp_path):
-    """A directory with anything else in it is refused by the name of what it holds."""
+    """A directory with other content is refused; the message names a file."""
     (tmp_path / "thesis.docx").write_text("x")
     with pytest.raises(RunDirectoryError, match=r"thesis\.docx"):
         inspect(config_for(tmp_path))
@@ -88,7 +88,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"run_id": 1}', "\xff"])
 def test_a_damaged_environment_is_a_clear_refusal(held, damage):
-    """No traceback, nothing written over."""
+    """No traceback, nothing overwritten."""
     (held / "environment.json").write_text(damage, encoding="latin-1")
     with pytest.raises(RunDirectoryError, match="damaged"):
         inspect(dataclasses.replace(config_for(held)))

@@ -28,7 +28,7 @@ def test_warm_up_rises_linearly_to_the_peak():
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_a_decaying_shape_ends_just_above_its_final_share(shape):
-    """The update behind the last one would have exactly the final share, so none is wasted."""
+    """The update after the last one would have exactly the final share, so none is wasted."""
     schedule = ScheduleConfig(max_updates=100, shape=shape, final_share=0.2)
     plan = make_plan(schedule, EvaluationConfig(), 50.0, 400.0)
     assert lr_at(100, plan, schedule, OPTIM) == pytest.approx(0.2)

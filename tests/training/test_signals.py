@@ -16,7 +16,7 @@ from resilient_t5.training.signals import StopSignal
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
 )
 def test_a_stopping_signal_only_sets_a_flag(number, code):
-    """The flag names the signal and its exit code; nothing is raised."""
+    """The flag holds the signal and its exit code; nothing is raised."""
     with StopSignal() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
@@ -26,7 +26,7 @@ def test_a_stopping_signal_only_sets_a_flag(number, code):
 
 
 def test_the_first_signal_decides_the_exit_code():
-    """A scheduler that sends SIGTERM after the user's Ctrl-C changes nothing."""
+    """SIGTERM from a scheduler after Ctrl-C changes nothing."""
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -35,7 +35,7 @@ def test_the_first_signal_decides_the_exit_code():
 
 
 def test_sigusr1_asks_for_a_save_and_does_not_stop():
-    """Save now, go on."""
+    """Save now, then continue."""
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.01)
@@ -44,7 +44,7 @@ def test_sigusr1_asks_for_a_save_and_does_not_stop():
 
 
 def test_a_stop_file_counts_as_the_first_ctrl_c(tmp_path, monkeypatch):
-    """For services and systems without signals."""
+    """For services, and systems without signals."""
     monkeypatch.setattr(signals, "STOP_FILE_POLL_S", 0.0)
     with StopSignal(tmp_path) as stop:
         assert not stop.requested
@@ -53,8 +53,8 @@ def test_a_stop_file_counts_as_the_first_ctrl_c(tmp_path, monkeypatch):
         assert stop.exit_code == 130
 
 
-def test_former_handlers_come_back():
-    """Nothing stays installed."""
+def test_handlers_are_restored():
+    """No handler stays installed."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with StopSignal():
         pass
@@ -62,7 +62,7 @@ def test_former_handlers_come_back():
 
 
 def test_an_ignored_signal_stays_ignored():
-    """nohup ignores SIGHUP; the run must not take it back."""
+    """nohup ignores SIGHUP; the run must not change that."""
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal() as stop:
@@ -87,21 +87,21 @@ if stop.received is not None:
 
 
 def start(mode):
-    """A child that waits for signals and has said so."""
+    """Start a child that waits for signals."""
     child = subprocess.Popen([sys.executable, "-c", CHILD, mode], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
     return child
 
 
 def test_a_stopped_process_dies_by_the_signal_itself():
-    """Its parent sees a true signal death, which a shell turns into 128 + number."""
+    """Its parent sees a signal death, which a shell reports as 128 + number."""
     child = start("once")
     child.send_signal(signal.SIGTERM)
     assert child.wait(10) == -signal.SIGTERM
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_130():
-    """Even when the loop never looks at the flag."""
+    """Even if the loop never polls the flag."""
     child = start("never")
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)

@@ -29,7 +29,7 @@ def spike(guard, at, loss=9.0, norm=1.0):
 
 
 def test_a_few_single_refusals_are_survived():
-    """One refusal now and then never does more than skip, however long the run is."""
+    """Occasional refusals only skip, however long the run is."""
     guard = SpikeGuard()
     for attempt in range(0, 100_000, LIMITS.skip_window_updates // 5):
         assert guard.refused(attempt).action is Action.SKIP
@@ -37,7 +37,7 @@ def test_a_few_single_refusals_are_survived():
 
 
 def test_the_fourth_refusal_in_a_row_rolls_back_and_names_all_four():
-    """Their examples are what the run will pass over."""
+    """The verdict names them; the run will skip their examples."""
     guard = SpikeGuard()
     verdicts = [guard.refused(attempt) for attempt in range(7, 11)]
     assert [verdict.action for verdict in verdicts] == [Action.SKIP] * 3 + [Action.ROLLBACK]
@@ -45,7 +45,7 @@ def test_the_fourth_refusal_in_a_row_rolls_back_and_names_all_four():
 
 
 def test_more_than_one_percent_of_the_last_thousand_rolls_back():
-    """Every other update refused is no training; ten in a thousand are allowed, the eleventh is not."""
+    """Ten refusals in a thousand updates are allowed, the eleventh is not."""
     guard, verdicts = SpikeGuard(), []
     for attempt in range(0, 22, 2):
         verdicts.append(guard.refused(attempt).action)
@@ -54,7 +54,7 @@ def test_more_than_one_percent_of_the_last_thousand_rolls_back():
 
 
 def test_three_updates_far_above_the_usual_loss_halve_the_learning_rate_for_200_updates():
-    """The third one does; the factor ends by itself, at a known update."""
+    """The third one does; the factor ends at a known update."""
     guard = SpikeGuard()
     at = calm(guard, 100)
     assert guard.factor_at(at) == 1.0
@@ -73,7 +73,7 @@ def test_two_bad_updates_and_a_good_one_are_no_spike():
 
 
 def test_one_gradient_far_above_the_usual_norm_is_clipped_and_forgotten():
-    """However large, and however often, as long as it comes alone; three in a row back off, whatever the loss says."""
+    """However large and frequent, if isolated; three in a row cause a back-off, whatever the loss is."""
     guard = SpikeGuard()
     at = calm(guard, 100)
     for number in range(at, at + 30):
@@ -105,7 +105,7 @@ def test_a_memorised_corpus_is_no_reason_to_call_every_breath_a_spike():
 
 
 def test_a_second_spike_within_the_backed_off_updates_rolls_back():
-    """And names the updates of the second spike."""
+    """The verdict names the updates of the second spike."""
     guard = SpikeGuard()
     at = calm(guard, 100)
     assert spike(guard, at).action is Action.BACKOFF
@@ -116,7 +116,7 @@ def test_a_second_spike_within_the_backed_off_updates_rolls_back():
 
 
 def test_a_second_spike_after_the_backed_off_updates_backs_off_again():
-    """200 calm updates are a new beginning."""
+    """After 200 normal updates a spike counts as the first again."""
     guard = SpikeGuard()
     at = calm(guard, 100)
     spike(guard, at)
@@ -125,7 +125,7 @@ def test_a_second_spike_after_the_backed_off_updates_backs_off_again():
 
 
 def test_a_rollback_passes_over_what_led_to_it_and_keeps_what_was_learned():
-    """The older state knows nothing of the spike; the guard still does, and the halved rate lasts the whole span again."""
+    """The restored state predates the spike; the guard remembers it, and the back-off period starts again."""
     guard = SpikeGuard()
     at = calm(guard, 100)
     healthy = json.loads(json.dumps(guard.state()))
@@ -141,7 +141,7 @@ def test_a_rollback_passes_over_what_led_to_it_and_keeps_what_was_learned():
 
 
 def test_after_three_rollbacks_the_fourth_reason_ends_the_run():
-    """And the message says that rolling back did not help."""
+    """The message states that rolling back did not help."""
     guard = SpikeGuard()
     for round_number in range(LIMITS.rollbacks + 1):
         state = guard.state()
@@ -154,7 +154,7 @@ def test_after_three_rollbacks_the_fourth_reason_ends_the_run():
 
 
 def test_an_overflow_of_float16_is_calibration_until_it_never_ends():
-    """It is not counted among the refusals; twenty-one in a row are no calibration."""
+    """It is not counted as a refusal; twenty-one in a row are not calibration."""
     guard = SpikeGuard()
     verdicts = [guard.refused(attempt, overflow=True).action for attempt in range(21)]
     assert verdicts == [Action.SKIP] * 20 + [Action.ROLLBACK]
@@ -162,7 +162,7 @@ def test_an_overflow_of_float16_is_calibration_until_it_never_ends():
 
 
 def test_health_says_what_a_rollback_must_not_go_back_to():
-    """A state amid refusals, or with a loss out of band, is not healthy; the next good update mends both."""
+    """A state between refusals, or with a loss out of band, is unhealthy; the next good update resets both."""
     guard = SpikeGuard()
     at = calm(guard, 100)
     assert guard.health() == {"finite": True, "in_band": True}
@@ -176,7 +176,7 @@ def test_health_says_what_a_rollback_must_not_go_back_to():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_guard_that_is_saved_and_restored_anywhere_decides_the_same(seed):
-    """Through JSON text, at every update of a stormy run: same verdicts, same factors, bit for bit."""
+    """Saved to JSON and restored at every update of an unstable run: same verdicts, same factors, bit for bit."""
     draw, straight, restarted = random.Random(seed), SpikeGuard(20), SpikeGuard(20)
     update = 0
     for attempt in range(600):
@@ -197,7 +197,7 @@ def test_a_guard_that_is_saved_and_restored_anywhere_decides_the_same(seed):
 
 
 def test_a_state_with_a_part_missing_is_refused():
-    """By name; a default in its place would forget a rollback in silence."""
+    """By name; a default value would silently forget a rollback."""
     state = SpikeGuard().state()
     del state["passed_over"]
     with pytest.raises(TypeError, match="passed_over"):

@@ -8,7 +8,7 @@ that is loaded and compared bit for bit. So failures that would come after hours
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +17,17 @@ import torch
 from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.checkpoint.retention import max_kept
 from resilient_t5.config.schema import Config
-from resilient_t5.data.batches import EvaluationBatch, MicroBatch
+from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.store.fingerprint import identify
 from resilient_t5.data.store.prepare import existing_store, prepare, store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
+from resilient_t5.model.memory import GIB
 from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint, preview_of
 from resilient_t5.training.evaluator import evaluate, restore_terms
 from resilient_t5.training.hardware.machine import MIB, memory_mib
-from resilient_t5.training.reports.preview import GIB, banner_lines, free_bytes, nearest_existing, preview_over
+from resilient_t5.training.reports.preview import banner_lines, free_bytes, nearest_existing, preview_over
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import inspect
 from resilient_t5.training.schedule import learning_rate, time_left
@@ -106,7 +107,7 @@ def _rehearse_in(
         for line in banner_lines(replace(preview_of(run), config=config), given, resumed_from):
             console.line(line)
         _update(run, stop)
-        run.timing.add("evaluation", _evaluate(run, stop) + _generate(run, stop))
+        run.timing.add("evaluation", _evaluate(run, stop))
         peak_mib = memory_mib(run.device)  # before the comparison of the save, which needs more than the run
         save_bytes = _save_and_load(run, stop)
         for line in _projection(run, config, peak_mib, save_bytes):
@@ -143,35 +144,25 @@ def _update(run: Run, stop: StopSignal) -> None:
 
 
 def _evaluate(run: Run, stop: StopSignal) -> float:
-    """Evaluate the longest batch; return the projected seconds of a whole evaluation."""
-    batches = run.evaluator.loss_batches
-    if not batches:
-        return 0.0
-    started_s = time.monotonic()
-    if evaluate(replace(run.evaluator, loss_batches=batches[:1]), lambda: stop.requested) is None:
-        raise Stopped
-    return _projected_s("loss of", batches, time.monotonic() - started_s, run.log)
-
-
-def _generate(run: Run, stop: StopSignal) -> float:
-    """Restore the longest batch; return the projected seconds that restoration adds to an evaluation on average."""
-    batches, settings = run.evaluator.restore_batches, run.config.evaluation
-    if not batches:
-        return 0.0
-    started_s = time.monotonic()
-    if restore_terms(replace(run.evaluator, restore_batches=batches[:1]), lambda: stop.requested) is None:
-        raise Stopped
-    all_s = _projected_s("restoring", batches, time.monotonic() - started_s, run.log)
-    return all_s / settings.restore_every if settings.restore_every else 0.0
-
-
-def _projected_s(what: str, batches: Sequence[EvaluationBatch], first_s: float, log: RunLog) -> float:
-    """Scale the time of the first of `batches` to all of them by padded tokens, and print both."""
-    padded = [batch.micro_batch.padded_tokens for batch in batches]
-    all_s = first_s * sum(padded) / padded[0]
-    size = _size([batches[0].micro_batch])
-    log.line(f"eval   {what} {size}: {readable(first_s)}; all {len(batches)} batches about {readable(all_s)}")
-    return all_s
+    """Evaluate and restore the longest batch; return the projected seconds of an average evaluation, by padded tokens."""
+    evaluator, every, total_s = run.evaluator, run.evaluator.restore_every, 0.0
+    first = replace(evaluator, loss_batches=evaluator.loss_batches[:1], restore_batches=evaluator.restore_batches[:1])
+    for what, batches, measure, share in (
+        ("loss of", evaluator.loss_batches, evaluate, 1.0),
+        ("restoring", evaluator.restore_batches, restore_terms, 1 / every if every else 0.0),
+    ):
+        if not batches:
+            continue
+        started_s = time.monotonic()
+        if measure(first, lambda: stop.requested) is None:
+            raise Stopped
+        first_s = time.monotonic() - started_s
+        padded = [batch.micro_batch.padded_tokens for batch in batches]
+        all_s = first_s * sum(padded) / padded[0]
+        size = _size([batches[0].micro_batch])
+        run.log.line(f"eval   {what} {size}: {readable(first_s)}; all {len(batches)} batches about {readable(all_s)}")
+        total_s += share * all_s
+    return total_s
 
 
 def _save_and_load(run: Run, stop: StopSignal) -> int:

@@ -166,7 +166,7 @@ def write_summary(run: Run, status: str, reason: str, code: int) -> None:
         "target_tokens": state.target_tokens,
         "wall_s": wall_s(run),
         "peak_memory_mib": memory_mib(run.device),
-        "useful_token_share": state.useful_token_share if state.padded_tokens else None,
+        "useful_token_share": state.useful_tokens / state.padded_tokens if state.padded_tokens else None,
     }
     run.log.event("end", state.update, status=status, stop_reason=str(reason), exit_code=int(code))
     write_whole(run.manager.run_directory / SUMMARY, json.dumps(summary, indent=2) + "\n")

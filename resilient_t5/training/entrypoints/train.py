@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from resilient_t5.checkpoint.lock import RunLock
-from resilient_t5.checkpoint.manager import CheckpointManager, Loaded
+from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.schema import Config
 from resilient_t5.data.store.build import Progress
 from resilient_t5.data.store.prepare import prepare, store_directory
@@ -109,7 +109,7 @@ def _train_locked(
         if config.model.name_or_path is not None:
             check_checkpoint(config.model.name_or_path)  # fail before the corpus is read, which can take an hour
     store = _prepared(config, group, progress_callback(stop, log.line))
-    loaded = load_together(manager, group, lambda: _resumed(config, manager))
+    loaded = load_together(manager, group, named_checkpoint(config, manager) if group.is_writer else None)
 
     def claim_directory() -> None:
         if group.is_writer:
@@ -180,16 +180,6 @@ def close(run: Run) -> None:
             run.saver.writer.close()
     finally:
         run.log.close()
-
-
-def _resumed(config: Config, manager: CheckpointManager) -> Loaded | None:
-    """Load the newest valid checkpoint, or the one that `run.resume` names; None for a new run.
-
-    Raises:
-        NoValidCheckpoint: there are checkpoints, but none is valid.
-    """
-    name = named_checkpoint(config, manager)
-    return manager.load_newest() if name is None else manager.load(name)
 
 
 def named_checkpoint(config: Config, manager: CheckpointManager) -> str | None:

@@ -33,10 +33,10 @@ def write_start(log: RunLog, update: int, config_yaml: str) -> None:
     """Write the settings and the environment of this process to TensorBoard."""
     if log.directory is None:
         return
-    log.text("run/config", f"```yaml\n{config_yaml}\n```", update)
     environment = json.loads((log.directory / ENVIRONMENT).read_text(encoding="utf-8"))
-    shown = {key: value for key, value in environment.items() if key != "mathematics"}
-    log.text("run/environment", f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```", update)
+    shown = json.dumps({key: value for key, value in environment.items() if key != "mathematics"}, indent=2, ensure_ascii=False)
+    log.draw(lambda board: board.text("run/config", f"```yaml\n{config_yaml}\n```", update))
+    log.draw(lambda board: board.text("run/environment", f"```json\n{shown}\n```", update))
 
 
 def write_samples(samples: tuple[Sample, ...], update: int, log: RunLog) -> None:
@@ -44,7 +44,7 @@ def write_samples(samples: tuple[Sample, ...], update: int, log: RunLog) -> None
     if not samples or log.directory is None:
         return
     table = samples_table(samples)
-    log.text("samples/probe", table, update)
+    log.draw(lambda board: board.text("samples/probe", table, update))
     directory = log.directory / "samples"
     with log.counting_errors():
         directory.mkdir(exist_ok=True)
@@ -56,15 +56,17 @@ def write_events(update: int, log: RunLog) -> None:
     """Write all convergence events so far to TensorBoard, as one table."""
     rows = [row for row in log.rows("evaluation") if row.get("events")]
     lines = [f"| {row['update']} | {row['phase']} | {', '.join(row['events'])} | {_cell(row['why'])} |" for row in rows]
-    log.text("events/log", "\n".join(["| update | phase | events | why |", "| --- | --- | --- | --- |", *lines]), update)
+    table = "\n".join(["| update | phase | events | why |", "| --- | --- | --- | --- |", *lines])
+    log.draw(lambda board: board.text("events/log", table, update))
 
 
 def write_outcome(config: Config, state: RunState, wall_s: float, peak_memory_mib: float, log: RunLog) -> None:
     """Write the loss windows picture, and hyper-parameters with final metrics to TensorBoard."""
     assert log.directory is not None  # called on the writer rank only
+    picture = log.directory / WINDOWS_PICTURE
     try:
         draw_windows(log.directory)
-        log.picture("convergence/windows", log.directory / WINDOWS_PICTURE, state.update)
+        log.draw(lambda board: board.picture("convergence/windows", picture, state.update))
     except Exception as error:  # noqa: BLE001  a run never fails for a picture, nor for a broken matplotlib
         log.line(f"no picture of the loss windows: {error}")
     best: dict[str, Any] = state.best or {"loss": None, "term_restoration": None}
@@ -75,7 +77,8 @@ def write_outcome(config: Config, state: RunState, wall_s: float, peak_memory_mi
         "final/hours": wall_s / 3600,
         "final/peak_memory_mib": peak_memory_mib,
     }
-    log.outcome({key: value for key, value in flat(config).items() if key in SETTINGS_SHOWN}, finals, state.update)
+    settings = {key: value for key, value in flat(config).items() if key in SETTINGS_SHOWN}
+    log.draw(lambda board: board.outcome(settings, finals, state.update))
 
 
 def draw_windows(directory: Path) -> None:

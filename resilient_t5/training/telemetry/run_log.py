@@ -5,7 +5,7 @@ A write error (full disk, closed terminal) is counted in `write_errors` and neve
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from io import TextIOWrapper
@@ -69,8 +69,7 @@ class RunLog:
             if self._file is not None:
                 self._file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
                 self._file.flush()
-            if self._board is not None:
-                self._board.draw(row)
+        self.draw(lambda board: board.row(row))
         if text := line if isinstance(line, str) else line(row):
             self.line(text, keep=keep)
 
@@ -89,24 +88,11 @@ class RunLog:
             self.line(slow_save_line(self._deadline_s))
             self._deadline_s = math.inf
 
-    def text(self, tag: str, markdown: str, update: int) -> None:
-        """Write a Markdown text to TensorBoard."""
+    def draw(self, write: Callable[[TensorBoardWriter], None]) -> None:
+        """Call `write` with the TensorBoard writer, if there is one."""
         with self.counting_errors():
             if self._board is not None:
-                self._board.text(tag, markdown, update)
-
-    def picture(self, tag: str, path: Path, update: int) -> None:
-        """Write a PNG file to TensorBoard."""
-        with self.counting_errors():
-            if self._board is not None:
-                self._board.picture(tag, path, update)
-
-    def outcome(self, settings: Mapping[str, Any], finals: Mapping[str, float | None], update: int) -> None:
-        """Write hyper-parameters and final metrics to TensorBoard; None values are left out."""
-        hyper = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
-        with self.counting_errors():
-            if self._board is not None:
-                self._board.outcome(hyper, {key: value for key, value in finals.items() if value is not None}, update)
+                write(self._board)
 
     def rows(self, kind: str) -> Iterator[Row]:
         """Yield the rows of one kind from metrics.jsonl, as written so far."""

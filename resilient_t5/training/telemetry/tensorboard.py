@@ -1,9 +1,8 @@
-"""TensorBoard, drawn from the rows of metrics.jsonl; the x axis is the update everywhere.
+"""TensorBoard event files, written from the rows of metrics.jsonl; the x axis is the update.
 
-Three things about TensorBoard shape this file. Its Python loader ignores the first purge mark of a run, so even the first
-writer sets one, else curves overlap after a crash (tensorboard #3732). `add_hparams` and `add_scalars` make runs of their
-own that are never purged (pytorch #32651, #42379), so hyper-parameters are written as three summaries of this run, and
-curves are put together by the layout of the custom scalars tab. Losses also stand in the default tab, where most people stay.
+The Python loader of TensorBoard ignores the first purge mark of a run, so the first writer sets one too; otherwise curves
+overlap after a crash (tensorboard #3732). `add_hparams` and `add_scalars` create extra runs that are never purged
+(pytorch #32651, #42379), so hyper-parameters are written as summaries of this run, and curves are combined by a layout.
 """
 
 import re
@@ -27,10 +26,10 @@ GROUPS = {
     "save": ("checkpoint", "checkpoint"),
     "guard": ("guard", "guard"),
 }
-"""TensorBoard group of a row's values: those that depend on the run, those that depend on the machine."""
+"""{kind of row: (tag prefix of its values, tag prefix of its machine-dependent values)}."""
 
 NOT_DRAWN = ("kind", "update", "time", "q", "metric")
-"""What is no curve of its own: how a row is found, the number of a checkpoint, and the loss that stands elsewhere."""
+"""Row fields that are not drawn as scalars."""
 MACHINE_ENDINGS = ("_s", "_per_s", "_mib", "_wait_share", "_gib")
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 CONVERGENCE_PREFIX = "convergence_"
@@ -47,7 +46,7 @@ LAYOUT = {
     },
     "Restoration": {
         "term restoration": ["Margin", ["restoration/term_rate", "restoration/term_rate_low", "restoration/term_rate_high"]],
-        "beside the baselines": [
+        "against the baselines": [
             "Multiline",
             ["restoration/term_rate$", "restoration/majority_rate", "restoration/copy_rate"],
         ],
@@ -58,7 +57,7 @@ LAYOUT = {
 
 
 class TensorBoardWriter:
-    """The event files of one run, opened with the update that the run goes on from (0 for a new one)."""
+    """The event files of one run that starts or resumes at `from_update`."""
 
     def __init__(self, directory: Path, *, from_update: int):
         _wait_for_a_later_second(directory)
@@ -66,8 +65,8 @@ class TensorBoardWriter:
         if from_update == 0:
             self._writer.add_custom_scalars(LAYOUT)
 
-    def draw(self, row: Mapping[str, Any]) -> None:
-        """The numbers of one row as scalars; words and lists are left out."""
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of one row as scalars."""
         groups = GROUPS.get(row["kind"])
         if groups is None:
             return
@@ -81,24 +80,22 @@ class TensorBoardWriter:
             self._writer.add_scalar(tag, value, row["update"])
 
     def text(self, tag: str, markdown: str, update: int) -> None:
-        """A text, in Markdown."""
+        """Write a Markdown text."""
         self._writer.add_text(tag, markdown, update)
 
     def picture(self, tag: str, path: Path, update: int) -> None:
-        """A PNG file as an image."""
+        """Write a PNG file as an image."""
         with Image.open(path) as image:
             self._writer.add_image(tag, np.asarray(image.convert("RGB")), update, dataformats="HWC")
 
-    def outcome(self, settings: Mapping[str, bool | int | float | str], finals: Mapping[str, float], update: int) -> None:
-        """The hyper-parameters and the final figures of the run, in this run and no other."""
-        for summary in hparams(dict(settings), dict.fromkeys(finals, 0.0)):
+    def outcome(self, settings: Mapping[str, Any], finals: Mapping[str, float | None], update: int) -> None:
+        """Write hyper-parameters and final metrics; None is left out."""
+        hyper = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
+        metrics = {name: value for name, value in finals.items() if value is not None}
+        for summary in hparams(hyper, dict.fromkeys(metrics, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
-        for name, value in finals.items():
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, update)
-
-    def flush(self) -> None:
-        """Push everything to the operating system."""
-        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -106,12 +103,12 @@ class TensorBoardWriter:
 
 
 def draw_resilience_board(directory: Path, curves: Sequence[Curve], picture: Path) -> None:
-    """The resilience curves as curves over the damage in percent, their areas, and their picture.
+    """Write resilience curves of one model as scalars over the damage in percent, with their areas and their picture.
 
     Args:
-        directory: a run of its own in TensorBoard, since the x axis is no update here.
-        curves: of one model.
-        picture: the PNG that was drawn of them.
+        directory: a separate TensorBoard run, because the x axis is not the update.
+        curves: the curves.
+        picture: PNG of the curves.
     """
     _wait_for_a_later_second(directory)
     with SummaryWriter(str(directory), purge_step=0) as writer:
@@ -125,7 +122,7 @@ def draw_resilience_board(directory: Path, curves: Sequence[Curve], picture: Pat
 
 
 def _wait_for_a_later_second(directory: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which hold whole seconds: at most one second is waited."""
-    former = [int(found[1]) for path in directory.glob("events.*") if (found := EVENT_FILE.match(path.name))]
+    """Wait up to 1 s, because TensorBoard sorts event files by name, and names hold whole seconds."""
+    former = [int(match[1]) for path in directory.glob("events.*") if (match := EVENT_FILE.match(path.name))]
     while former and 0 <= max(former) - time.time() + 1 <= 1:
         time.sleep(0.02)

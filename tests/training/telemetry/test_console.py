@@ -11,7 +11,7 @@ from resilient_t5.training.telemetry.timing import TimeLeft, Timing
 
 
 def painted(view, width):
-    """The view as lines of a terminal of `width` cells."""
+    """Render the view as lines of a terminal of `width` cells."""
     console = RichConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(view)
     return console.file.getvalue().splitlines()
@@ -19,7 +19,7 @@ def painted(view, width):
 
 @pytest.mark.parametrize("width", [24, 40, 80, 200])
 def test_no_row_is_wider_than_the_terminal_whatever_the_script(width):
-    """Chinese characters take two cells; rows are folded or cut by cells, brackets of the data are no markup."""
+    """Chinese characters take two cells; rows are folded or cut by cells; brackets in the data are not markup."""
     view = LiveProgress(RichConsole(file=io.StringIO()), 1200, 2000)
     view.rows["numbers"] = "update 1200/2000 60.0% | loss 1.8423 | lr 9.95e-06 | 3.9k tok/s | eta 1d 02h (train 23h, eval 2h)"
     view.rows["sample"] = "sample 1200 患者[/b]反复[咳嗽]咳痰十余年，加重伴[气促]三天，查体双肺可闻及[湿性啰音]，血压正常" * 3
@@ -29,8 +29,8 @@ def test_no_row_is_wider_than_the_terminal_whatever_the_script(width):
     assert lines[-1].startswith("sample")
 
 
-def test_rows_keep_their_order_and_show_their_last_word():
-    """Whatever was said last in a row stands there, below the bar, in a fixed order."""
+def test_rows_keep_their_order_and_show_their_latest_text():
+    """Each row shows its latest text below the bar, in a fixed order."""
     view = LiveProgress(RichConsole(file=io.StringIO()), 5, 10)
     for row, text in (("sample", "old"), ("phase", "phase OBSERVE"), ("numbers", "loss 2"), ("sample", "new")):
         view.rows[row] = text
@@ -41,19 +41,19 @@ def test_rows_keep_their_order_and_show_their_last_word():
 
 
 def test_on_a_pipe_every_line_is_printed_and_logged(tmp_path, capsys):
-    """Without a terminal there is no view: the same plain lines go to the console and to train.log."""
-    with Console("plain", tmp_path / "train.log") as display:
-        display.start_view(0, 10)
-        display.line("update 5/10 | loss 2.0", keep="numbers")
-        display.line("phase  OBSERVE", keep="phase")
-        display.advance(5)
+    """Without a terminal there is no live view: the same plain lines go to stdout and to train.log."""
+    with Console("plain", tmp_path / "train.log") as console:
+        console.start_view(0, 10)
+        console.line("update 5/10 | loss 2.0", keep="numbers")
+        console.line("phase  OBSERVE", keep="phase")
+        console.advance(5)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 1)[1] for line in printed] == ["update 5/10 | loss 2.0", "phase  OBSERVE"]
     assert (tmp_path / "train.log").read_text(encoding="utf-8").splitlines() == printed
 
 
 def test_the_time_left_counts_evaluations_and_saves():
-    """Training, evaluations and saves are projected each by its own mean and told apart."""
+    """Training, evaluations and saves are projected separately, each by its own mean."""
     timing = Timing()
     for _ in range(10):
         timing.add("update", 2.0)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard. Run: python -m pytest tests/training/telemetry/test_metrics_log.py"""
+"""RunLog: metrics.jsonl, TensorBoard and console. Run: python -m pytest tests/training/telemetry/test_metrics_log.py"""
 
 import json
 import math
@@ -19,7 +19,7 @@ def opened(directory, from_update, console=None, **options):
 
 
 def write(directory, updates, from_update=0):
-    """Log one training row per update, as a run that goes on from `from_update` does."""
+    """Log one training row per update, as a run that resumes at `from_update`."""
     log = opened(directory, from_update, tensorboard=True)
     for update in updates:
         log.event("train", update, loss=1.0 / update, tokens_per_s=5.0)
@@ -33,22 +33,22 @@ def updates_of(directory, kind="train"):
 
 
 def test_every_row_has_kind_update_and_time(tmp_path):
-    """Scripts rely on these three."""
+    """Scripts rely on these three keys."""
     write(tmp_path, [1, 2])
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert {"kind", "update", "time"} <= json.loads(line).keys()
 
 
 def test_rows_beyond_the_restored_update_go_and_the_audit_trail_stays(tmp_path):
-    """After going back to update 3, rows 4 and 5 are written again once, and both saves are still told."""
+    """After a return to update 3, rows 4 and 5 appear once, and both save rows are kept."""
     write(tmp_path, [1, 2, 3, 4, 5])
     write(tmp_path, [4, 5, 6], from_update=3)
     assert updates_of(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert updates_of(tmp_path, "save") == [5, 6]
 
 
-def test_a_torn_last_line_is_passed_over(tmp_path):
-    """A kill may leave half a line; it is neither read nor kept."""
+def test_a_partial_last_line_is_skipped(tmp_path):
+    """A kill may leave a partial line; it is neither read nor kept."""
     write(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "upd')
@@ -56,7 +56,7 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     assert updates_of(tmp_path) == [1, 2, 3]
 
 
-def test_curves_go_on_cleanly_in_tensorboard_after_a_crash(tmp_path):
+def test_curves_continue_without_overlap_in_tensorboard_after_a_crash(tmp_path):
     """TensorBoard's own loader shows every update once and in order, although two writers overlapped."""
     write(tmp_path, [1, 2, 3, 4, 5])
     write(tmp_path, [4, 5, 6], from_update=3)
@@ -67,7 +67,7 @@ def test_curves_go_on_cleanly_in_tensorboard_after_a_crash(tmp_path):
 
 
 def test_a_value_that_is_no_number_is_written_as_text(tmp_path):
-    """JSON has no NaN; the raw value is never hidden and the file stays valid."""
+    """JSON has no NaN; the value is kept as text and the file stays valid."""
     log = opened(tmp_path, 0)
     log.event("guard", 1, loss=math.nan, gradient_norm=math.inf)
     log.close()

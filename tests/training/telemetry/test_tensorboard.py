@@ -1,4 +1,4 @@
-"""What a real run shows in TensorBoard, read from its event files.
+"""TensorBoard output of a real run, read from its event files.
 
 Run: python -m pytest tests/training/telemetry/test_tensorboard.py
 """
@@ -36,7 +36,7 @@ TAGS = {
 
 @pytest.fixture(scope="module")
 def board(fork_server, tiny_config, tmp_path_factory):
-    """The events of a run that was stopped after update 6 and went on: TensorBoard's own loader, and the run directory."""
+    """The events of a run that was stopped after update 6 and resumed: TensorBoard's loader, and the run directory."""
     run = tmp_path_factory.mktemp("board") / "run"
     output = run.with_name("console.txt")
     argv = ["--config", tiny_config, "--run.dir", run, "--telemetry.samples", "2", "--schedule.shape", "constant"]
@@ -45,13 +45,13 @@ def board(fork_server, tiny_config, tmp_path_factory):
     return EventMultiplexer().AddRunsFromDirectory(str(run / "tensorboard")).Reload(), run
 
 
-def test_everything_stands_in_one_run(board):
-    """Hyper-parameters and curves make no runs of their own, which a resume could not purge."""
+def test_everything_is_in_one_run(board):
+    """Hyper-parameters and curves create no extra runs, which a resume could not purge."""
     assert len(board[0].Runs()) == 1
 
 
 def test_the_tags_are_there_and_no_tag_is_a_folder_of_another(board):
-    """Scripts and layouts rely on the names; TensorBoard draws nothing for a tag below another tag."""
+    """Scripts and layouts rely on the tags; TensorBoard does not draw a tag below another tag."""
     (run,) = board[0].Runs()
     tags = set(board[0].PluginRunToTagToContent("scalars")[run])
     assert tags >= TAGS
@@ -60,7 +60,7 @@ def test_the_tags_are_there_and_no_tag_is_a_folder_of_another(board):
 
 
 def test_the_charts_of_the_layout_show_what_they_name(board):
-    """Tags are patterns there, matched from the beginning: each one is drawn, and only one that is meant so draws several."""
+    """Layout tags are patterns, matched from the start: each matches one tag, or several if it ends in `.*`."""
     (run,) = board[0].Runs()
     tags = set(board[0].PluginRunToTagToContent("scalars")[run])
     for charts in LAYOUT.values():
@@ -71,7 +71,7 @@ def test_the_charts_of_the_layout_show_what_they_name(board):
 
 
 def test_a_resumed_curve_has_every_update_once(board):
-    """Twelve rows at one a update, over two processes."""
+    """Twelve updates, one row each, over two processes."""
     (run,) = board[0].Runs()
     assert [point.step for point in board[0].Tensors(run, "train/loss")] == list(range(1, 13))
 

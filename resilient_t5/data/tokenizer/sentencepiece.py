@@ -10,24 +10,27 @@ search, bytes for unknown characters where the model has byte pieces. Ids are th
 Text with gaps: the dummy space stands before the text only, never after a sentinel, so that the tokens after a gap are
 those of the undamaged text. Spaces at the end of a text, or directly before a sentinel, are dropped.
 
-A model is trained on a sample of the corpus, in a process of its own: the training is one call into C++ that no signal can
-interrupt, for seconds to a minute; a process can be ended at any time, and gives its memory back.
+A model is trained on a sample of the corpus in a process of its own. Training is one call into C++ of seconds to a minute that
+no signal can interrupt; a process can be killed at any time, and its memory is freed.
 """
 
 import errno
 import hashlib
 import heapq
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from resilient_t5.errors import DataError, DiskFull
@@ -132,8 +135,11 @@ def plain_sentinel_names(vocabulary: list[tuple[str, float]]) -> tuple[list[tupl
     return renamed, [piece for piece, _ in renamed if SENTINEL_PIECE.fullmatch(piece)]
 
 
-PROGRAM = Path(__file__).with_name("sentencepiece_program.py")
+# A process of its own and not `multiprocessing`, whose spawn imports the caller's script again: that fails for a script
+# without a guard of `__main__` and for one read from standard input.
+COMMAND = ("-P", "-m", "resilient_t5.data.tokenizer.sentencepiece")
 POLL_S = 0.1
+PARENT_CHECK_S = 1.0
 POLL_LINES = 1000
 # Three million characters give the same tokens per character as a corpus of nine (within 0.5 %) in a quarter of the time.
 TRAINING_CHARACTERS = 3_000_000
@@ -183,60 +189,61 @@ def train_sentencepiece(
         "num_threads": TRAINING_THREADS,
         "minloglevel": 2,
     }
-    code, model, said = _run(options, lines, poll)
+    code, model, errors = _run(options, lines, poll)
     if code != 0:
-        raise _refusal(vocab_size, code, said)
+        raise _refusal(vocab_size, code, errors)
     return model
 
 
 def _run(options: dict[str, Any], lines: list[str], poll: Callable[[], None]) -> tuple[int, bytes, str]:
-    """Exit code, output and last words of the program; it is killed when `poll` raises."""
-    command = [sys.executable, "-P", str(PROGRAM), str(os.getpid())]
+    """Exit code, model and error text of the training process; it is killed when `poll` raises."""
+    command = [sys.executable, *COMMAND, str(os.getpid())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        with tempfile.TemporaryFile() as handed:  # a pipe that fills while nobody reads would have to be fed and polled at once
-            handed.write("\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass"))
-            handed.seek(0)
-            program = subprocess.Popen(command, stdin=handed, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with tempfile.TemporaryFile() as text:  # a pipe would fill up before the process reads it, and block this one
+            text.write("\n".join((json.dumps(options), *lines)).encode("utf-8", "surrogatepass"))
+            text.seek(0)
+            process = subprocess.Popen(command, stdin=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(
-            "there is no room for the text that the tokenizer is trained on",
+            "no space for the text that the tokenizer is trained on",
             where=tempfile.gettempdir(),
-            hint="Make room, or name a folder on another disk with TMPDIR",
+            hint="Free disk space, or set TMPDIR to a directory on another disk",
         ) from error
     try:
         while True:
             try:
-                model, said = program.communicate(timeout=POLL_S)
+                model, errors = process.communicate(timeout=POLL_S)
             except subprocess.TimeoutExpired:
                 poll()
                 continue
-            poll()  # a signal to the whole group ends the program too, and is what counts
-            return program.returncode, model, said.decode("utf-8", "replace")
+            poll()  # a signal to the process group also ends the training; then the signal is what to report
+            return process.returncode, model, errors.decode("utf-8", "replace")
     finally:
-        program.kill()
-        program.wait()
+        process.kill()
+        process.wait()
 
 
-def _refusal(vocab_size: int, code: int, said: str) -> DataError:
-    """What SentencePiece said, in the words of our settings where it is the mistake that many make."""
+def _refusal(vocab_size: int, code: int, errors: str) -> DataError:
+    """The error of a failed training; the most common one is reported in terms of our settings."""
     where = "tokenizer.train_vocab_size"
     if code < 0:
         return DataError(
-            f"the training of the tokenizer was ended by signal {-code}",
+            f"tokenizer training was ended by signal {-code}",
             where=where,
-            hint="Start it again; signal 9 is mostly sent where memory runs out",
+            hint="Start it again; signal 9 usually means that memory ran out",
         )
-    if (needed := TOO_FEW_PIECES.search(said)) is not None:
+    if (needed := TOO_FEW_PIECES.search(errors)) is not None:
         return DataError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this text: its characters alone need {needed[1]}",
+            f"cannot train a tokenizer of {vocab_size} pieces on this text: its characters alone need {needed[1]}",
             where=where,
-            hint=f"Set it above {needed[1]}, or lower tokenizer.character_coverage, which spells the rarest in bytes",
+            hint=f"Set it above {needed[1]}, or lower tokenizer.character_coverage to spell the rarest characters in bytes",
         )
-    last_words = said.strip().splitlines()[-1:] or [f"the training ended with code {code}"]
+    last_line = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
     return DataError(
-        f"no tokenizer of {vocab_size} pieces can be trained on this text: {last_words[0].strip()}",
+        f"cannot train a tokenizer of {vocab_size} pieces on this text: {last_line[0].strip()}",
         where=where,
         hint="Give more text, or another number of pieces.",
     )
@@ -264,3 +271,33 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         for line in text.split("\n"):
             for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
                 yield line[start : start + TRAINING_LINE_CHARACTERS]
+
+
+def _train_from_stdin() -> int:
+    """Main function of the training process.
+
+    Reads the options of the trainer as a line of JSON from stdin, then the text; writes the model to stdout. An error of the
+    trainer goes to stderr, with exit code 1. The argument is the id of the parent process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole process group; the parent ends this process
+    threading.Thread(target=_exit_without, args=(int(sys.argv[1]),), daemon=True).start()
+    options, *lines = sys.stdin.buffer.read().decode("utf-8", "surrogatepass").split("\n")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **json.loads(options))
+    except RuntimeError as error:
+        sys.stderr.write(str(error))
+        return 1
+    sys.stdout.buffer.write(model.getvalue())
+    return 0
+
+
+def _exit_without(parent: int) -> None:
+    """Exit this process once `parent` has ended, even when it was killed."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(_train_from_stdin())

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.data.corpus.sample import generate_notes
-from resilient_t5.data.tokenizer.sentencepiece import PROGRAM
+from resilient_t5.data.tokenizer.sentencepiece import COMMAND
 from resilient_t5.data.tokenizer.tokenizer import SENTINELS, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError, DiskFull
 
@@ -296,7 +296,7 @@ def test_a_training_whose_process_dies_is_a_clear_error(monkeypatch, tmp_path):
     """As when the system kills it for want of memory: the error names the signal, and nothing waits for the dead."""
     program = tmp_path / "dies.py"
     program.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", encoding="utf-8")
-    monkeypatch.setattr("resilient_t5.data.tokenizer.sentencepiece.PROGRAM", program)
+    monkeypatch.setattr("resilient_t5.data.tokenizer.sentencepiece.COMMAND", [str(program)])
     with pytest.raises(DataError, match="ended by signal 9"):
         train_tokenizer(NOTES, 700, 0.999)
 
@@ -314,9 +314,9 @@ def test_a_training_that_starts_late_still_gets_its_text(monkeypatch, tmp_path):
     texts = [f"{number} {note}" for number in range(5) for note in NOTES]
     assert sum(map(len, texts)) > 200_000
     at_once = train_tokenizer(texts, 700, 0.999)
-    late = f"import runpy, time; time.sleep(0.5); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    late = f"import runpy, time; time.sleep(0.5); runpy.run_module({COMMAND[-1]!r}, run_name='__main__')"
     (tmp_path / "late.py").write_text(late, encoding="utf-8")
-    monkeypatch.setattr("resilient_t5.data.tokenizer.sentencepiece.PROGRAM", tmp_path / "late.py")
+    monkeypatch.setattr("resilient_t5.data.tokenizer.sentencepiece.COMMAND", [str(tmp_path / "late.py")])
     give_up_s = time.monotonic() + 60
 
     def poll() -> None:

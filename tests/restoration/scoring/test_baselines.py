@@ -20,8 +20,8 @@ from resilient_t5.restoration.scoring.baselines import (
     score_majority,
     terms_of_example,
 )
-from resilient_t5.restoration.scoring.metrics import Answers, Glossary
-from resilient_t5.restoration.sentinels import parse_fills
+from resilient_t5.restoration.scoring.metrics import Glossary, Predictions
+from resilient_t5.restoration.sentinels import parse_output
 
 
 @dataclass
@@ -81,7 +81,7 @@ def test_majority_guess_equals_a_plain_count_with_back_off(seed):
     assert len(set(guesses.tolist())) > 1
 
 
-def test_context_decides_where_it_tells_and_the_commonest_term_where_it_does_not():
+def test_a_known_context_decides_and_an_unknown_one_falls_back_to_the_commonest_term():
     """A neighbour that always goes with one term wins over the global majority; an unknown one falls back to it."""
     rows = [[10, 1, 11], [10, 1, 11], [20, 2, 21], [30, 1, 31]]
     baseline = MajorityBaseline.fit(make_split(rows, [(0, 1, 2, 5), (1, 1, 2, 5), (2, 1, 2, 7), (3, 1, 2, 5)]))
@@ -90,7 +90,7 @@ def test_context_decides_where_it_tells_and_the_commonest_term_where_it_does_not
 
 
 def test_a_training_split_without_terms_gives_no_guess():
-    """Nothing was seen, so nothing is guessed, and no rate comes of it."""
+    """Without a training term there is no guess."""
     baseline = MajorityBaseline.fit(make_split([[1, 2]], []))
     assert baseline.guess(np.zeros((2, 2 * REACH), np.int64)).tolist() == [-1, -1]
     assert baseline.guess(np.zeros((0, 2 * REACH), np.int64)).tolist() == []
@@ -107,11 +107,11 @@ def test_a_bounded_fit_reads_a_part_that_is_spread_over_the_corpus():
     assert all(np.array_equal(a.terms, b.terms) for a, b in zip(ours.levels, theirs.levels, strict=True))
 
 
-def answers_for(split: Examples, example_ids: list[int], spans, masked_terms) -> Answers:
+def answers_for(split: Examples, example_ids: list[int], spans, masked_terms) -> Predictions:
     clean = [np.array(split.tokens[split.offsets[i] : split.offsets[i + 1]]) for i in example_ids]
-    nothing = [parse_fills(np.zeros(0, int), np.array([99]), 1, 0, 0) for _ in example_ids]
+    nothing = [parse_output(np.zeros(0, int), np.array([99]), 1, 0, 0) for _ in example_ids]
     ids = np.array(example_ids)
-    return Answers(ids, ids, clean, np.array(spans).reshape(-1, 4), np.array(masked_terms).reshape(-1, 5), nothing)
+    return Predictions(ids, ids, clean, np.array(spans).reshape(-1, 4), np.array(masked_terms).reshape(-1, 5), nothing)
 
 
 NAMES = ["liver", "lung", "heart", "heart failure"]
@@ -132,7 +132,7 @@ def test_majority_is_scored_on_the_damaged_source_by_the_rule_of_the_model():
 
 
 def test_copying_takes_a_term_that_is_still_shown():
-    """`recent`: the nearest before the gap, else the first behind; `frequent`: the commonest; a masked one never."""
+    """`recent`: the nearest before the gap, else the first after it; `frequent`: the commonest; a masked one never."""
     rows = [[40, 9, 40, 9, 41, 9, 42, 9, 41, 9, 40], [42, 9, 41], [42, 9]]
     terms = [(0, 0, 1, 0), (0, 2, 3, 0), (0, 4, 5, 1), (0, 6, 7, 2), (0, 8, 9, 1), (0, 10, 11, 0),
              (1, 0, 1, 2), (1, 2, 3, 1), (2, 0, 1, 2)]  # fmt: skip

@@ -55,7 +55,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         curves = examination.curves(arguments.curve_examples) if arguments.curve_examples else []
         results.append(as_json(examination, report, curves))
         curves_by_run.append((path, curves))
-        _print(f"\n{path}, export/{arguments.which}: {report.health.rows} examples")
+        _print(f"\n{path}, export/{arguments.which}: {len(report.outputs)} examples")
         if examination.foreign_share:
             _print(f"{examination.foreign_share:.2%} of the tokens were not trained by this run and keep their embeddings")
         _print(*_bands(results[-1]["by"]), *(table_lines(curves) if curves else ()))

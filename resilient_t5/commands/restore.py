@@ -184,14 +184,13 @@ def _write(path: Path | None, content: bytes) -> None:
 
 def _log_statistics(statistics: "FillStatistics", count: int, filler: "Filler") -> None:
     what = "edits" if filler.config.task == "correct" else "gaps"
-    coverage = statistics.coverage
-    _log(f"{count} {what}, {statistics.windows} windows in {statistics.passes} passes, {coverage.tokens} tokens read")
+    _log(f"{count} {what}, {statistics.windows} windows in {statistics.passes} passes, {statistics.tokens} tokens read")
     notes = [
         f"{number} {name}"
         for number, name in (
-            (coverage.unknown, "characters without a piece"),
-            (coverage.byte_pieces, "byte pieces (characters spelled in bytes)"),
-            (coverage.untrained, "pieces that this model was not trained on"),
+            (statistics.unknown, "characters without a piece"),
+            (statistics.byte_pieces, "byte pieces (characters spelled in bytes)"),
+            (statistics.untrained, "pieces that this model was not trained on"),
         )
         if number
     ]

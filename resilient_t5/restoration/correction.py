@@ -51,7 +51,7 @@ def correct(
     max_tokens = min(config.max_source_tokens, config.max_target_tokens) - 1
     chunks: list[tuple[int, Encoded]] = []
     for (start, end), tokens in zip(ranges, encoded, strict=True):
-        statistics.coverage.count(tokens.ids, tokenizer, config.trained_ids)
+        statistics.count_tokens(tokens.ids, tokenizer, config.trained_ids)
         for first, last in cut_chunks(tokens, text[start:end], max_tokens, 0):
             chunks.append((start, Encoded(tokens.ids[first:last], tokens.starts[first:last], tokens.ends[first:last])))
     no_prefix = np.zeros(0, np.int64)

@@ -8,7 +8,7 @@ that the rules permit.
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -43,9 +43,11 @@ class GapPrediction:
 
 
 @dataclass
-class VocabularyCoverage:
-    """Number of tokens read, and of those outside the trained vocabulary."""
+class FillStatistics:
+    """Counts of one call: windows, passes over the text, and tokens read, some of them outside the trained vocabulary."""
 
+    passes: int = 0
+    windows: int = 0
     tokens: int = 0
     unknown: int = 0
     """Characters without a piece."""
@@ -54,21 +56,12 @@ class VocabularyCoverage:
     byte_pieces: int = 0
     """Byte pieces: parts of characters without a piece of their own."""
 
-    def count(self, ids: np.ndarray, tokenizer: TextTokenizer, trained_ids: np.ndarray | None) -> None:
+    def count_tokens(self, ids: np.ndarray, tokenizer: TextTokenizer, trained_ids: np.ndarray | None) -> None:
         """Add the tokens `ids`."""
         self.tokens += len(ids)
         self.unknown += int((ids == tokenizer.unk_id).sum())
         self.byte_pieces += int(np.isin(ids, tokenizer.byte_ids).sum())
         self.untrained += 0 if trained_ids is None else int((~np.isin(ids, trained_ids)).sum())
-
-
-@dataclass
-class FillStatistics:
-    """Counts of one call: tokens, passes over the text, and windows."""
-
-    coverage: VocabularyCoverage = field(default_factory=VocabularyCoverage)
-    passes: int = 0
-    windows: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +109,7 @@ class Filler:
             windows: list[tuple[OpenDocument, Window]] = []
             for document, encoded in zip(documents, encode_documents(documents, self.tokenizer), strict=True):
                 if statistics.passes == 0:
-                    statistics.coverage.count(encoded.tokens[encoded.tokens >= 0], self.tokenizer, config.trained_ids)
+                    statistics.count_tokens(encoded.tokens[encoded.tokens >= 0], self.tokenizer, config.trained_ids)
                 own = make_windows(encoded, self.tokenizer, config.max_source_tokens, self.max_gaps)
                 windows += [(document, window) for window in own]
             statistics.passes += 1

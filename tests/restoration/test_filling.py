@@ -251,7 +251,7 @@ def test_text_outside_the_vocabulary_is_counted(filler):
     statistics = FillStatistics()
     text = "鼽\U0001f9ec, the[?]"
     filler.fill([(text, find_gaps(text, ["[?]"]))], DecodeSettings(), statistics)
-    assert statistics.coverage.byte_pieces == 3 + 4 and statistics.coverage.tokens > 7
+    assert statistics.byte_pieces == 3 + 4 and statistics.tokens > 7
 
 
 def test_corrections_change_the_edited_places_only(tiny_export):

@@ -14,7 +14,7 @@ import numpy as np
 
 from resilient_t5.data.cooccurrence import TokenSplit
 from resilient_t5.data.counter_rng import GOLDEN, mix
-from resilient_t5.restoration.scoring.metrics import Glossary, Predictions, TermOutcome, gold_text, term_outcome
+from resilient_t5.restoration.scoring.metrics import NO_TERM, Predictions
 
 # Context sizes (tokens left, right of the gap), from the most specific to none. Best of the orders that were tried: 0.32
 # correct on 3 MB of Chinese medical dialogue, against 0.29 for equal sides only and 0.08 without context.
@@ -23,7 +23,6 @@ REACH = max(max(context) for context in CONTEXTS)
 MAX_OCCURRENCES = 500_000
 """Maximum term occurrences for a fit: about 1.7 s on one core."""
 OUTSIDE = -1
-NO_TERM = -1
 
 
 class TermSplit(TokenSplit, Protocol):
@@ -87,24 +86,14 @@ class MajorityBaseline:
         return guesses
 
 
-def score_majority(
-    baseline: MajorityBaseline, predictions: Predictions, sources: Sequence[np.ndarray], gaps: np.ndarray, glossary: Glossary
-) -> list[TermOutcome]:
-    """Score the majority guess for the masked terms of `predictions`; it sees the damaged sources, as the model does.
+def gap_contexts(rows: np.ndarray, sources: Sequence[np.ndarray], gaps: np.ndarray) -> np.ndarray:
+    """Return the context of each gap for `MajorityBaseline.guess`, int64 (terms, 2 * REACH).
 
     Args:
-        baseline: fitted on the training split.
-        predictions: masked terms; the outputs of the model are not used.
-        sources: ids of the source of each row, without end token and padding.
-        gaps: int (terms, 2): [start, end) of the gap of each masked term in the source of its row.
-        glossary: terms and decoding.
+        rows: int (terms,): the row of each gap.
+        sources: ids of the damaged source of each row, without end token and padding.
+        gaps: int (terms, 2): [start, end) of each gap in its source.
     """
-    rows = np.asarray(predictions.masked_terms)[:, 0]
-    return score_guesses(baseline.guess(gap_contexts(rows, sources, gaps)), predictions, glossary)
-
-
-def gap_contexts(rows: np.ndarray, sources: Sequence[np.ndarray], gaps: np.ndarray) -> np.ndarray:
-    """Return the context of each gap (terms, 2) for `MajorityBaseline.guess`, int64 (terms, 2 * REACH)."""
     contexts = np.full((len(gaps), 2 * REACH), OUTSIDE, np.int64)
     for number, (row, (first, end)) in enumerate(zip(rows.tolist(), gaps.tolist(), strict=True)):
         left = sources[row][max(0, first - REACH) : first][::-1]
@@ -114,15 +103,12 @@ def gap_contexts(rows: np.ndarray, sources: Sequence[np.ndarray], gaps: np.ndarr
     return contexts
 
 
-def score_copy(
-    predictions: Predictions, split: TermSplit, glossary: Glossary, rule: Literal["recent", "frequent"] = "frequent"
-) -> list[TermOutcome]:
-    """Score copying a term that is visible in the source; without a visible term there is no guess.
+def copy_guesses(predictions: Predictions, split: TermSplit, rule: Literal["recent", "frequent"]) -> np.ndarray:
+    """Guess a term that is visible in the source for each masked term, int64 (terms,); -1 if none is visible.
 
     Args:
         predictions: masked terms; the outputs of the model are not used.
         split: the split that the examples come from.
-        glossary: terms and decoding.
         rule: `recent` takes the nearest visible term before the gap, else the first after it; `frequent` takes the most
             frequent one, the recent one among equals.
     """
@@ -137,19 +123,7 @@ def score_copy(
             is_before = visible[:, 0] < masked[number, 3]
             nearest_first = [*visible[is_before][::-1, 1].tolist(), *visible[~is_before, 1].tolist()]
             guesses[number] = nearest_first[0] if rule == "recent" else max(nearest_first, key=counts.__getitem__)
-    return score_guesses(guesses, predictions, glossary)
-
-
-def score_guesses(guesses: np.ndarray, predictions: Predictions, glossary: Glossary) -> list[TermOutcome]:
-    """Score the guess of term `guesses[i]` (-1: no guess) for row i of `predictions.masked_terms`."""
-    outcomes = []
-    masked = np.asarray(predictions.masked_terms).tolist()
-    for (row, term_id, k, start, end), guess in zip(masked, guesses.tolist(), strict=True):
-        # The right term counts even if the tokenizer spells the gold text differently.
-        gold = gold_text(glossary.terms[term_id], glossary.decode(predictions.clean[row][start:end]))
-        predicted = None if guess == NO_TERM else gold if guess == term_id else glossary.terms[guess]
-        outcomes.append(term_outcome(predictions, (row, term_id, k), gold, predicted, int(glossary.train_counts[term_id])))
-    return outcomes
+    return guesses
 
 
 def terms_of_example(split: TermSplit, example_id: int) -> np.ndarray:

@@ -20,13 +20,12 @@ from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted
 from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.restoration.decoder import generate
-from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, score_copy, score_majority, terms_of_example
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, copy_guesses, gap_contexts, terms_of_example
 from resilient_t5.restoration.scoring.metrics import (
     Glossary,
     Predictions,
     cer_reduction,
     character_error_rate,
-    format_health,
     over_edit_share,
     score_spans,
     score_terms,
@@ -44,6 +43,7 @@ from resilient_t5.restoration.sentinels import (
     until_end,
 )
 
+COPY_RULES: tuple[Literal["recent", "frequent"], ...] = ("recent", "frequent")
 SLACK_TOKENS = 16
 """Tokens that an output may exceed the longest gold target of its batch by; limits the cost of an untrained model."""
 
@@ -159,19 +159,21 @@ def score_generated(generated: Sequence[tuple[np.ndarray, Corrupted, np.ndarray]
         outputs=[row.output for row in rows],
     )
     gaps = np.concatenate([row.gaps for row in rows])
-    copied = [term_restoration(score_copy(predictions, split, glossary, rule)) for rule in ("recent", "frequent")]
+    contexts = gap_contexts(predictions.masked_terms[:, 0], [row.source for row in rows], gaps)
+    majority = score_terms(predictions, glossary, restorer.majority.guess(contexts))
+    copied = [score_terms(predictions, glossary, copy_guesses(predictions, split, rule)) for rule in COPY_RULES]
     decode = glossary.decode
     texts = [(decode(row.clean), decode(row.source), decode(row.restored)) for row in rows]
     by_id = np.argsort(ids, kind="stable")[: restorer.samples].tolist()
     return RestorationReport(
         outcomes=score_terms(predictions, glossary),
         spans=score_spans(predictions, decode),
-        health=format_health(predictions.outputs),
+        outputs=predictions.outputs,
         cer=character_error_rate((clean, restored) for clean, _, restored in texts),
         cer_reduction=cer_reduction(texts),
         over_edit_share=over_edit_share(texts) if restorer.task == "correct" else math.nan,
-        majority=term_restoration(score_majority(restorer.majority, predictions, [row.source for row in rows], gaps, glossary)),
-        copy=max(copied, key=lambda rate: rate.rate),
+        majority=term_restoration(majority),
+        copy=max(map(term_restoration, copied), key=lambda rate: rate.rate),
         samples=tuple(_sample(int(ids[row]), rows[row], restorer) for row in by_id),
     )
 

@@ -28,6 +28,7 @@ RESAMPLES = 1000
 BOOTSTRAP_KEY = 0x7E570
 BLOCK_NUMBERS = 2**20
 """Maximum numbers in one block of resamples: 8 MiB of int64."""
+NO_TERM = -1
 
 Decode = Callable[[np.ndarray], str]
 Strictness = Literal["exact", "normalised", "near"]
@@ -196,25 +197,6 @@ class SpanOutcome:
     predicted: str | None
 
 
-@dataclass(frozen=True)
-class FormatHealth:
-    """Format errors of the generated rows."""
-
-    rows: int
-    faulty_rows: int
-    early_end_rows: int
-
-    @property
-    def error_share(self) -> float:
-        """Share of the rows with any fault."""
-        return ratio(self.faulty_rows, self.rows)
-
-    @property
-    def early_end_share(self) -> float:
-        """Share of the rows that ended before their last sentinel."""
-        return ratio(self.early_end_rows, self.rows)
-
-
 def count_terms(occurrences: np.ndarray, terms: int) -> np.ndarray:
     """Count the occurrences of each of `terms` term ids in a split's `terms` array (n, 4); int64 (terms,)."""
     return np.bincount(np.asarray(occurrences[:, 3]), minlength=terms)
@@ -254,36 +236,40 @@ def judge_answer(gold: str, predicted: str | None) -> tuple[bool, bool, bool]:
     return exact, normalised, normalised or (bool(plain_gold) and is_near(plain_gold, plain))
 
 
-def score_terms(predictions: Predictions, glossary: Glossary) -> list[TermOutcome]:
-    """Return one outcome for each row of `predictions.masked_terms`, in order."""
-    decode = glossary.decode
+def score_terms(predictions: Predictions, glossary: Glossary, guesses: np.ndarray | None = None) -> list[TermOutcome]:
+    """Return one outcome for each row of `predictions.masked_terms`, in order.
+
+    Args:
+        predictions: masked terms and the outputs of the model.
+        glossary: terms and decoding.
+        guesses: int (terms,): score these term ids instead of the outputs; `NO_TERM` for no guess.
+    """
     outcomes = []
-    for row, term_id, k, start, end in np.asarray(predictions.masked_terms).tolist():
-        gold = gold_text(glossary.terms[term_id], decode(predictions.clean[row][start:end]))
-        ids = predictions.answer(row, k)
-        predicted = None if ids is None else decode(ids)
-        outcomes.append(term_outcome(predictions, (row, term_id, k), gold, predicted, int(glossary.train_counts[term_id])))
+    for number, (row, term_id, k, start, end) in enumerate(np.asarray(predictions.masked_terms).tolist()):
+        gold = gold_text(glossary.terms[term_id], glossary.decode(predictions.clean[row][start:end]))
+        if guesses is None:
+            ids = predictions.answer(row, k)
+            predicted = None if ids is None else glossary.decode(ids)
+        else:
+            guess = int(guesses[number])
+            # The right term counts even if the tokenizer spells the gold text differently.
+            predicted = None if guess == NO_TERM else gold if guess == term_id else glossary.terms[guess]
+        exact, normalised, near = judge_answer(gold, predicted)
+        outcomes.append(
+            TermOutcome(
+                example_id=int(predictions.example_ids[row]),
+                document=int(predictions.documents[row]),
+                term_id=term_id,
+                sentinel=k,
+                gold=gold,
+                predicted=predicted,
+                exact=exact,
+                normalised=normalised,
+                near=near,
+                train_count=int(glossary.train_counts[term_id]),
+            )
+        )
     return outcomes
-
-
-def term_outcome(
-    predictions: Predictions, place: tuple[int, int, int], gold: str, predicted: str | None, train_count: int
-) -> TermOutcome:
-    """Judge one answer to the masked term at `place` (row, term id, sentinel)."""
-    row, term_id, k = place
-    exact, normalised, near = judge_answer(gold, predicted)
-    return TermOutcome(
-        example_id=int(predictions.example_ids[row]),
-        document=int(predictions.documents[row]),
-        term_id=term_id,
-        sentinel=k,
-        gold=gold,
-        predicted=predicted,
-        exact=exact,
-        normalised=normalised,
-        near=near,
-        train_count=train_count,
-    )
 
 
 def score_spans(predictions: Predictions, decode: Decode) -> list[SpanOutcome]:
@@ -392,11 +378,6 @@ def over_edit_share(triples: Iterable[tuple[str, str, str]]) -> float:
         for edit in Levenshtein.editops(clean, restored):
             edits += bool(gap_outside[edit.src_pos] if edit.tag == "insert" else kept[edit.src_pos])
     return ratio(edits, characters)
-
-
-def format_health(outputs: Sequence[ParsedOutput]) -> FormatHealth:
-    """Count the rows with format errors."""
-    return FormatHealth(len(outputs), sum(row.faulty for row in outputs), sum(row.early_end for row in outputs))
 
 
 def ratio(part: float, whole: float) -> float:

@@ -1,19 +1,21 @@
 """Results of one restoration measurement, as numbers and as sample texts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resilient_t5.restoration.scoring.metrics import (
-    FormatHealth,
     Rate,
     SpanOutcome,
     TermOutcome,
     finite_or_none,
     masked_character_error_rate,
+    ratio,
     span_match,
     term_restoration,
     term_restoration_by,
     term_restoration_macro,
 )
+from resilient_t5.restoration.sentinels import ParsedOutput
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class RestorationReport:
 
     outcomes: list[TermOutcome]
     spans: list[SpanOutcome]
-    health: FormatHealth
+    outputs: Sequence[ParsedOutput]
+    """Parsed output of each example."""
     cer: float
     """Character error rate of the restored texts, edits per clean character."""
     cer_reduction: float
@@ -73,15 +76,15 @@ class RestorationReport:
             "cer": self.cer,
             "cer_reduction": self.cer_reduction,
             "over_edit_share": self.over_edit_share,
-            "format_error_share": self.health.error_share,
-            "early_end_share": self.health.early_end_share,
+            "format_error_share": ratio(sum(output.faulty for output in self.outputs), len(self.outputs)),
+            "early_end_share": ratio(sum(output.early_end for output in self.outputs), len(self.outputs)),
         }
         counts = {
             "n": exact.n,
             "n_terms": len({outcome.term_id for outcome in self.outcomes}),
             "n_unseen": sum(not outcome.seen for outcome in self.outcomes),
             "n_spans": len(self.spans),
-            "n_examples": self.health.rows,
+            "n_examples": len(self.outputs),
             "n_documents": len({outcome.document for outcome in self.outcomes}),
         }
         return {**{name: finite_or_none(value) for name, value in numbers.items()}, **counts}

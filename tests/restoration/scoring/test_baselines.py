@@ -14,13 +14,11 @@ from resilient_t5.restoration.scoring.baselines import (
     OUTSIDE,
     REACH,
     MajorityBaseline,
+    copy_guesses,
     gap_contexts,
-    score_copy,
-    score_guesses,
-    score_majority,
     terms_of_example,
 )
-from resilient_t5.restoration.scoring.metrics import Glossary, Predictions
+from resilient_t5.restoration.scoring.metrics import Glossary, Predictions, score_terms
 from resilient_t5.restoration.sentinels import parse_output
 
 
@@ -127,7 +125,8 @@ def test_majority_is_scored_on_the_damaged_source_by_the_rule_of_the_model():
     assert gap_contexts(np.zeros(2, int), [source], np.array([[1, 2], [4, 5]])).tolist() == [
         [5, -1, -1, 6, 7, 98], [7, 6, 99, 8, -1, -1]
     ]  # fmt: skip
-    outcomes = score_majority(MajorityBaseline.fit(train), answers, [source], np.array([[1, 2], [4, 5]]), GLOSSARY)
+    contexts = gap_contexts(np.zeros(2, int), [source], np.array([[1, 2], [4, 5]]))
+    outcomes = score_terms(answers, GLOSSARY, MajorityBaseline.fit(train).guess(contexts))
     assert [(outcome.predicted, outcome.exact) for outcome in outcomes] == [("liver", True), ("heart failure", True)]
 
 
@@ -140,11 +139,11 @@ def test_copying_takes_a_term_that_is_still_shown():
     spans = [[0, 0, 6, 7], [0, 1, 8, 9], [1, 0, 0, 1], [2, 0, 0, 1]]
     masked = [[0, 2, 0, 6, 7], [0, 1, 1, 8, 9], [1, 2, 0, 0, 1], [2, 2, 0, 0, 1]]
     answers = answers_for(split, [0, 1, 2], spans, masked)
-    recent = [outcome.predicted for outcome in score_copy(answers, split, GLOSSARY, "recent")]
-    frequent = score_copy(answers, split, GLOSSARY, "frequent")
-    assert recent == ["lung", "lung", "lung", None]
+    recent = score_terms(answers, GLOSSARY, copy_guesses(answers, split, "recent"))
+    frequent = score_terms(answers, GLOSSARY, copy_guesses(answers, split, "frequent"))
+    assert [outcome.predicted for outcome in recent] == ["lung", "lung", "lung", None]
     assert [outcome.predicted for outcome in frequent] == ["liver", "liver", "lung", None]
-    assert [outcome.exact for outcome in score_copy(answers, split, GLOSSARY, "recent")] == [False, True, False, False]
+    assert [outcome.exact for outcome in recent] == [False, True, False, False]
 
 
 def test_a_guess_of_the_very_term_counts_however_the_tokenizer_spells_it():
@@ -152,7 +151,7 @@ def test_a_guess_of_the_very_term_counts_however_the_tokenizer_spells_it():
     split = make_split([[40]], [(0, 0, 1, 0)])
     glossary = Glossary(["LIVER (full-width)"], np.array([1]), lambda ids: "liver")
     answers = answers_for(split, [0], [[0, 0, 0, 1]], [[0, 0, 0, 0, 1]])
-    assert score_guesses(np.array([0]), answers, glossary)[0].exact
+    assert score_terms(answers, glossary, np.array([0]))[0].exact
 
 
 def test_terms_of_an_example_are_found_by_its_number():

@@ -119,6 +119,10 @@ def test_empty_answers_restore_nothing(split):
     row = report.as_row()
     assert (row["term_rate"], row["term_rate_high"], row["cer_masked"], row["span_match"]) == (0.0, 0.0, 1.0, 0.0)
     assert (row["early_end_share"], row["format_error_share"]) == (1.0, 1.0)
+    half = rows_of(corrupted.target, corrupted.target_offsets)
+    half[:6, 0] = EOS
+    row = score_generated([(ids, corrupted, half)], make_restorer(split)).as_row()
+    assert (row["early_end_share"], row["format_error_share"]) == (0.5, 0.5)
     assert report.samples[0].restored == report.samples[0].source
 
 

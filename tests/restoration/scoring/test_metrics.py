@@ -16,7 +16,6 @@ from resilient_t5.restoration.scoring.metrics import (
     cer_reduction,
     character_error_rate,
     count_terms,
-    format_health,
     gold_text,
     judge_answer,
     masked_character_error_rate,
@@ -219,15 +218,6 @@ def test_reduction_is_one_when_all_is_restored_and_negative_when_errors_are_adde
 def test_only_edits_outside_the_damage_are_over_edits(clean, damaged, restored, share):
     """Any change of a damaged place is none; a change of an undamaged character is one edit."""
     assert over_edit_share([(clean, damaged, restored)]) == pytest.approx(share)
-
-
-def test_format_health_counts_rows_with_faults():
-    """A row with several faults counts as faulty once; the faults of a row are tested with its parser."""
-    rows = [([S[0], 5, EOS], 1), ([S[1], 5, S[0], EOS], 2), ([EOS], 2), ([9, S[0], 5, S[0], S[4]], 1)]
-    health = format_health([parse_output(np.array(row), SENTINELS, EOS, PAD, expected) for row, expected in rows])
-    assert (health.rows, health.faulty_rows, health.early_end_rows) == (4, 3, 1)
-    assert (health.error_share, health.early_end_share) == (0.75, 0.25)
-    assert math.isnan(format_health([]).error_share)
 
 
 def test_terms_are_counted_over_the_whole_list():

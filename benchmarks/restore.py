@@ -1,14 +1,14 @@
-"""How many gaps a second are filled, against the generation of transformers on the same model and gaps.
+"""Gaps filled per second, compared with `generate` of transformers on the same model and gaps.
 
     python benchmarks/restore.py [MODEL] [--notes 200] [--rounds 5] [--beams 1] [--json FILE]
 
-MODEL is an export or a run; without one a T5 of random weights (width 256, 4 layers) over a tokenizer trained on the
-notes, whose answers run to the limit of 24 tokens. The texts are clinical notes with one term taken out of each,
-unsorted. Three sides, interleaved, in one process on one thread, the median of the rounds by the processor's clock:
-  ours            the filler as bin/restore runs it: windows, batches by length, constrained search, probabilities
-  plain           generate of transformers, greedy, batches of 16 in the order of the texts, as its examples do
-  sorted          the same, sorted by length and in the very batches that ours uses: a tuned script
-The two others are unconstrained, so they may leave gaps without an answer; that share stands beside them.
+MODEL is an export or a run. The default is a T5 with random weights (width 256, 4 layers) and a tokenizer trained on the
+notes; its answers run to the limit of 24 tokens. The texts are clinical notes, unsorted, with one term removed from each.
+Three variants run interleaved in one process on one thread; results are medians over the rounds of processor time:
+  ours            the filler as in bin/restore: windows, batches by length, constrained search, probabilities
+  plain           generate of transformers, batches of 16 in the order of the texts, as in its examples
+  sorted          the same, sorted by length and in the same batches as ours: a tuned script
+The last two are unconstrained and may leave gaps without an answer; that share is reported.
 The last line is JSON: {"ours_gaps_per_s", "plain_gaps_per_s", "sorted_gaps_per_s", "ratio_over_plain", ...}.
 """
 
@@ -33,31 +33,30 @@ from resilient_t5.config.data import ModelConfig  # noqa: E402
 from resilient_t5.data.corpus.sample import generate_notes  # noqa: E402
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer  # noqa: E402
 from resilient_t5.model.load import SpecialIds, build_model, save_model  # noqa: E402
-from resilient_t5.restoration.decode import DecodeSettings  # noqa: E402
+from resilient_t5.restoration.beam_search import DecodeSettings  # noqa: E402
 from resilient_t5.restoration.filler import local_directory, open_filler  # noqa: E402
-from resilient_t5.restoration.gaps import find_gaps  # noqa: E402
-from resilient_t5.restoration.restoration_config import Usage  # noqa: E402
-from resilient_t5.restoration.sentinels import parse_fills  # noqa: E402
-from resilient_t5.restoration.sheet import make_draft, read_sheets, windows_of  # noqa: E402
+from resilient_t5.restoration.gaps import OpenDocument, encode_documents, find_gaps, make_windows  # noqa: E402
+from resilient_t5.restoration.restoration_config import RestorationConfig  # noqa: E402
+from resilient_t5.restoration.sentinels import parse_output  # noqa: E402
 
 PLAIN_BATCH = 16
 SIZES = {"d_model": 256, "d_ff": 512, "num_layers": 4, "num_heads": 4}
 
 
 def random_export(folder):
-    """A model of random weights as an export leaves it."""
+    """Write an export of a model with random weights."""
     tokenizer = train_tokenizer([note.text for note in generate_notes(2000, 5)], 4000, 0.9995)
     special = SpecialIds(tokenizer.pad_id, tokenizer.eos_id, tokenizer.pad_id)
     settings = ModelConfig(preset="tiny", **SIZES)
     model = build_model(settings, vocabulary_rows=tokenizer.size, special=special, seed=1)
     save_model(model, folder)
     tokenizer.save(folder)
-    Usage(max_source_tokens=128, max_target_tokens=24, max_sentinels=5, document="line").write(folder)
+    RestorationConfig(max_source_tokens=128, max_target_tokens=24, max_sentinels=5, document="line").write(folder)
     return folder
 
 
 def texts_with_gaps(count):
-    """Notes with a term taken out, which one by turns; their gaps."""
+    """Notes with one term removed, in rotation, and their gaps."""
     found = []
     for number, note in enumerate(generate_notes(count, 77)):
         term = note.facts[number % len(note.facts)]
@@ -67,34 +66,34 @@ def texts_with_gaps(count):
 
 
 def library_side(model, filler, texts, batches, beams):
-    """Fill by `generate` in the given batches; returns how many gaps have no answer."""
+    """Fill by `generate` in the given batches; return the number of gaps without an answer."""
     tokenizer = filler.tokenizer
-    drafts = [make_draft(text, [(gap.start, gap.end) for gap in gaps], i) for i, (text, gaps) in enumerate(texts)]
-    sheets = read_sheets(drafts, tokenizer, None, None)
-    limits = (filler.usage.max_source_tokens, filler.sentinels)
-    sources = [windows_of(sheet, tokenizer, *limits)[0].source for sheet in sheets]
+    documents = [OpenDocument.of(text, [(gap.start, gap.end) for gap in gaps], i) for i, (text, gaps) in enumerate(texts)]
+    limits = (filler.config.max_source_tokens, filler.max_gaps)
+    encoded = encode_documents(documents, tokenizer)
+    sources = [make_windows(document, tokenizer, *limits)[0].source for document in encoded]
     missing = 0
     for batch in batches(sources):
         longest = max(len(sources[i]) for i in batch)
         ids = torch.tensor([[*sources[i].tolist(), *[tokenizer.pad_id] * (longest - len(sources[i]))] for i in batch])
         written = model.generate(
-            ids, attention_mask=(ids != tokenizer.pad_id).long(), max_new_tokens=filler.usage.max_target_tokens,
+            ids, attention_mask=(ids != tokenizer.pad_id).long(), max_new_tokens=filler.config.max_target_tokens,
             num_beams=beams, do_sample=False,
         )  # fmt: skip
         for row in written[:, 1:].numpy():
-            fills = parse_fills(row, tokenizer.sentinel_ids, tokenizer.eos_id, tokenizer.pad_id, 1)
-            missing += fills.spans[0] is None or len(fills.spans[0]) == 0
-            tokenizer.decode([] if fills.spans[0] is None else fills.spans[0].tolist())
+            output = parse_output(row, tokenizer.sentinel_ids, tokenizer.eos_id, tokenizer.pad_id, 1)
+            missing += output.spans[0] is None or len(output.spans[0]) == 0
+            tokenizer.decode([] if output.spans[0] is None else output.spans[0].tolist())
     return missing
 
 
 def in_order(sources):
-    """Batches as a plain script makes them."""
+    """Batches in the order of the texts."""
     return [list(range(i, min(i + PLAIN_BATCH, len(sources)))) for i in range(0, len(sources), PLAIN_BATCH)]
 
 
 def by_length(sources):
-    """Batches of like length, as large as ours."""
+    """Batches of similar length, as large as ours."""
     order, size = sorted(range(len(sources)), key=lambda i: len(sources[i])), 64
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -113,9 +112,9 @@ def main():
         filler, _ = open_filler(str(directory))
         model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
     texts = texts_with_gaps(arguments.notes)
-    asking = DecodeSettings(beams=arguments.beams)
+    settings = DecodeSettings(beams=arguments.beams)
     sides = {
-        "ours": lambda: filler.fill(texts, asking) and 0,
+        "ours": lambda: filler.fill(texts, settings) and 0,
         "plain": lambda: library_side(model, filler, texts, in_order, arguments.beams),
         "sorted": lambda: library_side(model, filler, texts, by_length, arguments.beams),
     }
@@ -138,7 +137,7 @@ def main():
     report |= {"gaps": gaps, "beams": arguments.beams, "rounds": arguments.rounds}
     report |= {"model": Path(arguments.model).name if arguments.model else "random"}
     for name in sides:
-        print(f"{name:>7}: {report[f'{name}_gaps_per_s']:>8} gaps a second of processor time")
+        print(f"{name:>7}: {report[f'{name}_gaps_per_s']:>8} gaps per second of processor time")
     report = circumstances("restore", ("resilient_t5", "torch", "transformers", "numpy")) | report
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ import torch
 
 from resilient_t5.commands import evaluate, export, plan, prepare, replay, restore
 from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
-from resilient_t5.restoration.decode import DecodeSettings
+from resilient_t5.restoration.beam_search import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
 from resilient_t5.training.entrypoints.model_card import snippet

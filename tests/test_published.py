@@ -21,7 +21,7 @@ from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.tokenizer.tokenizer import SPACE, load_tokenizer
-from resilient_t5.restoration.decode import DecodeSettings
+from resilient_t5.restoration.beam_search import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
 from tests.published import LAYOUTS, SPARE_ROWS, Weights, piece_count, random_weights, write_layout

@@ -1,1 +1,1 @@
-"""Filling gaps in text and measuring how well it was done."""
+"""Fill gaps in text and measure restoration."""

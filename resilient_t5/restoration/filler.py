@@ -1,13 +1,14 @@
 """Fill the gaps of texts with a trained model: windows in passes, batches by length, answers with probabilities.
 
-Nothing of a text is decoded but the answers; they are given with the place they belong to, and whoever writes the text
-puts them there. The probability of a fill is that of its pieces and of its end, given the source and the answers
-before it in its window, among all answers that the rules allow.
+Only answers are decoded; they are returned with their places, and the caller inserts them into the text. The probability
+of an answer is that of its pieces and its end, given the source and the earlier answers in its window, among all answers
+that the rules permit.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -21,41 +22,55 @@ from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
 from resilient_t5.restoration.answer_rules import answer_rules
-from resilient_t5.restoration.decode import Answer, DecodeSettings, Searcher, ask
-from resilient_t5.restoration.gaps import Gap, document_ranges
-from resilient_t5.restoration.restoration_config import DocumentMode, Usage, read_usage
-from resilient_t5.restoration.sheet import Draft, GapDocument, Vocabulary, Window, make_draft, read_sheets, windows_of
+from resilient_t5.restoration.beam_search import BeamSearch, DecodeSettings, SearchRequest
+from resilient_t5.restoration.gaps import Gap, OpenDocument, Window, document_ranges, encode_documents, make_windows
+from resilient_t5.restoration.restoration_config import DocumentMode, RestorationConfig, read_restoration_config
 
-MIN_SOURCE = 8
+MIN_SOURCE_TOKENS = 8
+Candidate = tuple[np.ndarray, float]
+"""Full ids of an answer and their probability."""
 
 
 @dataclass(frozen=True)
-class Fill:
-    """The answer to one gap, as the text that takes the place of its mark."""
+class GapPrediction:
+    """The answer to one gap, as the text that replaces its mark."""
 
     gap: Gap
     text: str
     probability: float
     alternatives: tuple[tuple[str, float], ...]
-    """Other texts and their probabilities, likeliest first."""
+    """Alternative texts and their probabilities, likeliest first."""
 
 
 @dataclass
-class Tally:
-    """What filling took."""
+class FillStatistics:
+    """Counts of one call: windows, passes over the text, and tokens read, some of them outside the trained vocabulary."""
 
-    vocabulary: Vocabulary = field(default_factory=Vocabulary)
     passes: int = 0
     windows: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    """Characters without a piece."""
+    untrained: int = 0
+    """Pieces whose embedding rows were not trained."""
+    byte_pieces: int = 0
+    """Byte pieces: parts of characters without a piece of their own."""
+
+    def count_tokens(self, ids: np.ndarray, tokenizer: TextTokenizer, trained_ids: np.ndarray | None) -> None:
+        """Add the tokens `ids`."""
+        self.tokens += len(ids)
+        self.unknown += int((ids == tokenizer.unk_id).sum())
+        self.byte_pieces += int(np.isin(ids, tokenizer.byte_ids).sum())
+        self.untrained += 0 if trained_ids is None else int((~np.isin(ids, trained_ids)).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Filler:
-    """A model that is ready to be asked; `open_filler` makes one."""
+    """A model with its tokenizer and restoration config; create it with `open_filler`."""
 
     model: T5Model
     tokenizer: TextTokenizer
-    usage: Usage
+    config: RestorationConfig
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -63,56 +78,60 @@ class Filler:
         return self.tokenizer.pieces()
 
     @property
-    def sentinels(self) -> int:
-        """Most gaps in one source: what was trained, and what an answer can hold."""
-        return min(self.usage.max_sentinels, len(self.tokenizer.sentinel_ids), (self.usage.max_target_tokens - 1) // 2)
+    def max_gaps(self) -> int:
+        """Maximum gaps in one source, limited by training, tokenizer and output length."""
+        return min(self.config.max_sentinels, len(self.tokenizer.sentinel_ids), (self.config.max_target_tokens - 1) // 2)
 
     def fill(
         self,
         texts: Sequence[tuple[str, Sequence[Gap]]],
-        asking: DecodeSettings,
-        tally: Tally | None = None,
+        settings: DecodeSettings,
+        statistics: FillStatistics | None = None,
         should_stop: Callable[[], bool] | None = None,
-    ) -> list[list[Fill]] | None:
-        """The fills of every text, in the order of its gaps; None when `should_stop` said so.
+    ) -> list[list[GapPrediction]] | None:
+        """Return the predictions for every text, in the order of its gaps; None if `should_stop` returned True.
 
         Args:
-            texts: each with its gaps, in order and apart.
-            asking: how.
-            tally: counts are added to it.
-            should_stop: asked before every token.
+            texts: each with its gaps, in order and disjoint.
+            settings: settings of the search.
+            statistics: counts are added to it.
+            should_stop: called before every token.
 
         Raises:
-            DataError: nothing of the vocabulary fits the encoding.
+            DataError: no piece of the vocabulary fits the encoding.
         """
-        tally = tally or Tally()
-        rules = answer_rules(self.tokenizer, self.usage.trained_ids, self.sentinels, asking.encoding)
-        searcher = Searcher(self.model, rules)
-        drafts, homes = self._drafts(texts)
-        answers: dict[int, Answer] = {}
-        while drafts:
-            counted = tally.vocabulary if tally.passes == 0 else None
-            sheets = read_sheets(drafts, self.tokenizer, self.usage.trained_ids, counted)
-            asked = [(draft, window) for draft, sheet in zip(drafts, sheets, strict=True) for window in self._windows(sheet)]
-            tally.passes += 1
-            tally.windows += len(asked)
-            found = ask(searcher, [window for _, window in asked], asking, self.usage.max_target_tokens, should_stop)
-            if found is None:
+        statistics, config = statistics or FillStatistics(), self.config
+        rules = answer_rules(self.tokenizer, config.trained_ids, self.max_gaps, settings.encoding)
+        search = BeamSearch(self.model, rules)
+        documents, origins = self._open_documents(texts)
+        candidates: dict[int, list[Candidate]] = {}
+        while documents:
+            windows: list[tuple[OpenDocument, Window]] = []
+            for document, encoded in zip(documents, encode_documents(documents, self.tokenizer), strict=True):
+                if statistics.passes == 0:
+                    statistics.count_tokens(encoded.tokens[encoded.tokens >= 0], self.tokenizer, config.trained_ids)
+                own = make_windows(encoded, self.tokenizer, config.max_source_tokens, self.max_gaps)
+                windows += [(document, window) for window in own]
+            statistics.passes += 1
+            statistics.windows += len(windows)
+            limit = config.max_target_tokens
+            predictions = predict_gaps(search, [window for _, window in windows], settings, limit, should_stop)
+            if predictions is None:
                 return None
-            for (draft, _), by_place in zip(asked, found, strict=True):
-                answers |= {draft.numbers[place]: answer for place, answer in by_place.items()}
-            for draft in drafts:
-                settled = {number: answers[number].best[0] for number in draft.numbers if number in answers}
-                draft.settle({number: partial(self.answer_text, ids) for number, ids in settled.items()})
-            drafts = [draft for draft in drafts if draft.numbers]
-        return self._fills(texts, homes, answers, asking.alternatives)
+            for (document, _), by_gap in zip(windows, predictions, strict=True):
+                candidates |= {document.numbers[gap]: found for gap, found in by_gap.items()}
+            for document in documents:
+                best = {number: candidates[number][0][0] for number in document.numbers if number in candidates}
+                document.fill({number: partial(self.answer_text, ids) for number, ids in best.items()})
+            documents = [document for document in documents if document.numbers]
+        return self._predictions(texts, origins, candidates, settings.alternatives)
 
-    def _drafts(self, texts: Sequence[tuple[str, Sequence[Gap]]]) -> tuple[list[Draft], list[tuple[int, Gap]]]:
-        """The documents that hold gaps, and for every gap number the text and gap it means."""
-        drafts: list[Draft] = []
-        homes: list[tuple[int, Gap]] = []
+    def _open_documents(self, texts: Sequence[tuple[str, Sequence[Gap]]]) -> tuple[list[OpenDocument], list[tuple[int, Gap]]]:
+        """Documents that contain gaps, and the text and gap of every gap number."""
+        documents: list[OpenDocument] = []
+        origins: list[tuple[int, Gap]] = []
         for number, (text, gaps) in enumerate(texts):
-            ranges = _joined(document_ranges(text, self.usage.document), gaps) if gaps else []
+            ranges = _joined(document_ranges(text, self.config.document), gaps) if gaps else []
             done = 0
             for start, end in ranges:
                 first = done
@@ -120,35 +139,32 @@ class Filler:
                     done += 1
                 if done > first:
                     within = [(gap.start - start, gap.end - start) for gap in gaps[first:done]]
-                    drafts.append(make_draft(text[start:end], within, len(homes)))
-                    homes += [(number, gap) for gap in gaps[first:done]]
-        return drafts, homes
+                    documents.append(OpenDocument.of(text[start:end], within, len(origins)))
+                    origins += [(number, gap) for gap in gaps[first:done]]
+        return documents, origins
 
-    def _windows(self, sheet: GapDocument) -> list[Window]:
-        return windows_of(sheet, self.tokenizer, self.usage.max_source_tokens, self.sentinels)
-
-    def _fills(
+    def _predictions(
         self,
         texts: Sequence[tuple[str, Sequence[Gap]]],
-        homes: Sequence[tuple[int, Gap]],
-        answers: dict[int, Answer],
+        origins: Sequence[tuple[int, Gap]],
+        candidates: dict[int, list[Candidate]],
         alternatives: int,
-    ) -> list[list[Fill]]:
-        fills: list[list[Fill]] = [[] for _ in texts]
-        for number, (home, gap) in enumerate(homes):
-            text, done = texts[home][0], fills[home]
+    ) -> list[list[GapPrediction]]:
+        predictions: list[list[GapPrediction]] = [[] for _ in texts]
+        for number, (origin, gap) in enumerate(origins):
+            text, done = texts[origin][0], predictions[origin]
             touches = done and done[-1].gap.end == gap.start
             before = done[-1].text if touches else text[max(0, gap.start - 1) : gap.start]
             after = text[gap.end : gap.end + 1]
-            spelled: dict[str, float] = {}
-            for ids, probability in (answers[number].best, *answers[number].others):
-                spelled.setdefault(self.answer_text(ids, before, after), probability)
-            (best, probability), *others = spelled.items()
-            done.append(Fill(gap, best, probability, tuple(others[:alternatives])))
-        return fills
+            decoded: dict[str, float] = {}
+            for ids, probability in candidates[number]:
+                decoded.setdefault(self.answer_text(ids, before, after), probability)
+            (best, probability), *others = decoded.items()
+            done.append(GapPrediction(gap, best, probability, tuple(others[:alternatives])))
+        return predictions
 
     def answer_text(self, ids: np.ndarray, before: str, after: str) -> str:
-        """The text of an answer; a space at its border is left out where white space or nothing stands beside it."""
+        """Decode an answer; omit a space at its border next to white space or the end of the text."""
         text = self.tokenizer.decode(ids.tolist())
         if self.pieces[int(ids[0])].startswith(SPACE):
             text = f" {text.lstrip(' ')}"
@@ -157,7 +173,7 @@ class Filler:
 
 
 def _joined(ranges: list[tuple[int, int]], gaps: Sequence[Gap]) -> list[tuple[int, int]]:
-    """The ranges, those that a gap reaches across made one."""
+    """Merge ranges that a gap spans."""
     joined: list[tuple[int, int]] = []
     starts = [gap.start for gap in gaps]
     for start, end in ranges:
@@ -169,6 +185,46 @@ def _joined(ranges: list[tuple[int, int]], gaps: Sequence[Gap]) -> list[tuple[in
     return joined
 
 
+def predict_gaps(
+    search: BeamSearch,
+    windows: Sequence[Window],
+    settings: DecodeSettings,
+    limit_tokens: int,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[dict[int, list[Candidate]]] | None:
+    """Return for each window the answers to its own gaps, by gap; None if `should_stop` returned True.
+
+    The first candidate is the answer in the best output of the window. With `settings.alternatives`, answers to the same
+    gap after the same earlier answers follow, likeliest first.
+    """
+    run = partial(search.search_all, batch_tokens=settings.batch_tokens, should_stop=should_stop)
+    first_sentinel = search.mark_ids[:1]
+    requests = [SearchRequest(window.source, len(window.gaps), first_sentinel, len(window.gaps)) for window in windows]
+    outputs = run(requests, limit_tokens, beams=settings.beams)
+    if outputs is None:
+        return None
+    predictions: list[dict[int, list[Candidate]]] = []
+    searched: list[tuple[list[Candidate], SearchRequest]] = []
+    for window, (best, *_) in zip(windows, outputs, strict=True):
+        marks = np.flatnonzero(np.isin(best.ids, search.mark_ids)).tolist()
+        predictions.append({})
+        for k, gap in enumerate(window.gaps):
+            if gap not in window.own:
+                continue
+            start, end = marks[k] + 1, marks[k + 1]
+            candidates = [(best.ids[start:end], math.exp(best.log_probabilities[start : end + 1].sum()))]
+            predictions[-1][gap] = candidates
+            searched.append((candidates, SearchRequest(window.source, len(window.gaps), best.ids[:start], k + 1)))
+    if settings.alternatives:
+        beams = max(settings.beams, settings.alternatives + 1)
+        alternatives = run([request for _, request in searched], limit_tokens, beams=beams)
+        if alternatives is None:
+            return None
+        for (candidates, request), hypotheses in zip(searched, alternatives, strict=True):
+            candidates += [(h.ids[len(request.prefix) : -1], math.exp(h.score)) for h in hypotheses]
+    return predictions
+
+
 def open_filler(
     name: str,
     *,
@@ -177,52 +233,52 @@ def open_filler(
     max_sentinels: int | None = None,
     document: DocumentMode | None = None,
 ) -> tuple[Filler, bool]:
-    """Load a model to fill gaps with, and whether its directory says how it was trained.
+    """Load a model for filling gaps; also return whether its directory has a restoration config.
 
     Args:
-        name: a directory with a model, or `hub:NAME` for one of the hub.
-        device: where it computes; the CPU when None.
-        max_source_tokens, max_sentinels, document: replace what the directory says.
+        name: a model directory, or `hub:NAME` for a model of the Hugging Face hub.
+        device: device to compute on; the CPU if None.
+        max_source_tokens, max_sentinels, document: override the restoration config.
 
     Raises:
-        ConfigError: a limit out of range.
+        ConfigError: a limit is out of range.
         DataError: no T5 or mT5 with its tokenizer.
     """
     on_hub = name.startswith("hub:")
-    wanted = name.removeprefix("hub:")
-    directory = hub.resolve(wanted, "model", setting=name) if on_hub else local_directory(name)
+    repository = name.removeprefix("hub:")
+    directory = hub.resolve(repository, "model", setting=name) if on_hub else local_directory(name)
     model = load_model(str(directory), ModelConfig())
-    tokenizer = load_tokenizer(wanted if on_hub else str(directory), setting=name)
+    tokenizer = load_tokenizer(repository if on_hub else str(directory), setting=name)
     check_tokenizer_fits(tokenizer, model, name)
-    found = read_usage(directory)
-    usage = found or Usage()
-    changes = {"max_source_tokens": max_source_tokens, "max_sentinels": max_sentinels, "document": document}
-    usage = replace(usage, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    if usage.max_source_tokens < MIN_SOURCE or not 1 <= usage.max_sentinels <= 100:
+    stored = read_restoration_config(directory)
+    overrides = {"max_source_tokens": max_source_tokens, "max_sentinels": max_sentinels, "document": document}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    config = replace(stored or RestorationConfig(), **overrides)  # type: ignore[arg-type]
+    if config.max_source_tokens < MIN_SOURCE_TOKENS or not 1 <= config.max_sentinels <= 100:
         raise ConfigError(
-            f"--max_source_tokens: at least {MIN_SOURCE}, --max_sentinels: 1 to 100; "
-            f"got {usage.max_source_tokens} and {usage.max_sentinels}"
+            f"--max_source_tokens: at least {MIN_SOURCE_TOKENS}, --max_sentinels: 1 to 100; "
+            f"got {config.max_source_tokens} and {config.max_sentinels}"
         )
-    return Filler(model.to(device or torch.device("cpu")).eval(), tokenizer, usage), found is not None  # type: ignore[arg-type]
+    return Filler(model.to(device or torch.device("cpu")).eval(), tokenizer, config), stored is not None  # type: ignore[arg-type]
 
 
 def check_tokenizer_fits(tokenizer: TextTokenizer, model: T5Model, where: str) -> None:
-    """Raise DataError unless the model has a row for every id of the tokenizer, and the same padding and end mark."""
+    """Raise DataError unless the model has a row for every id of the tokenizer, and the same padding and end token."""
     check_rows(tokenizer, model.shared.weight.shape[0], where)
-    ids, wanted = (tokenizer.eos_id, tokenizer.pad_id), (model.config.eos_token_id, model.config.pad_token_id)
-    if ids != wanted:
+    ids, expected = (tokenizer.eos_id, tokenizer.pad_id), (model.config.eos_token_id, model.config.pad_token_id)
+    if ids != expected:
         raise DataError(
-            f"the tokenizer has end mark {ids[0]} and padding {ids[1]}, the model has {wanted[0]} and {wanted[1]}",
+            f"the tokenizer has end token {ids[0]} and padding {ids[1]}, the model has {expected[0]} and {expected[1]}",
             where=where,
-            hint="Put the model's own tokenizer beside it",
+            hint="Use the tokenizer that belongs to the model",
         )
 
 
 def local_directory(name: str) -> Path:
-    """The model directory that `name` means; of a run directory its best export.
+    """Return the model directory `name`, or the best export of the run directory `name`.
 
     Raises:
-        DataError: it is none.
+        DataError: neither exists.
     """
     path = Path(name).expanduser()
     if not path.is_dir():

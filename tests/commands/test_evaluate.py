@@ -1,4 +1,4 @@
-"""bin/evaluate as a user meets it. Run: python -m pytest tests/commands/test_evaluate.py"""
+"""bin/evaluate from the command line. Run: python -m pytest tests/commands/test_evaluate.py"""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def figures(capsys):
 
 
 def test_a_run_is_examined_on_the_examples_that_it_held_out(finished, tmp_path, capsys):
-    """With the run's own number of examples the figure is the one that the run reported; the files say what the screen says."""
+    """With the run's own number of examples the rate is the one that the run reported; the files agree with the output."""
     where = ["--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]
     assert main([str(finished), "--examples", "4", "--curve_examples", "3", *where]) == 0
     (model,), lines = figures(capsys)
@@ -31,7 +31,7 @@ def test_a_run_is_examined_on_the_examples_that_it_held_out(finished, tmp_path, 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_models_stand_in_one_table(finished, capsys):
+def test_several_models_are_listed_in_one_table(finished, capsys):
     """One line each, in the order given."""
     assert main([str(finished), f"{finished}/", "--examples", "4", "--curve_examples", "0", "--which", "last"]) == 0
     models, lines = figures(capsys)
@@ -40,8 +40,8 @@ def test_several_models_stand_in_one_table(finished, capsys):
     assert sum(line.startswith(str(finished)) for line in lines) >= 2
 
 
-def test_the_resilience_curve_stands_in_the_tensorboard_of_the_run(finished, tmp_path, capsys):
-    """As a run beside the training, drawn twice and shown once; the curves are those of the printed figures."""
+def test_the_resilience_curve_is_written_to_the_tensorboard_of_the_run(finished, tmp_path, capsys):
+    """As a separate run, written twice and shown once; the curves equal the printed results."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
     command = [str(run), "--examples", "4", "--curve_examples", "3", "--png", "", "--tensorboard"]
@@ -60,7 +60,7 @@ def test_the_resilience_curve_stands_in_the_tensorboard_of_the_run(finished, tmp
 
 
 def test_other_text_is_examined_whole_and_what_was_never_trained_is_counted(finished, tmp_path, capsys):
-    """A single line is enough; its rare characters are outside of what this run trained, and said to be."""
+    """A single line is enough; the share of characters that this run did not train is reported."""
     text = tmp_path / "other.txt"
     text.write_text("A man, 40: cough since Monday. 饕餮魑魅魍魉齉龘 Diagnosis: pneumonia.\n", encoding="utf-8")
     assert main([str(finished), "--text", str(text), "--curve_examples", "0"]) == 0
@@ -72,12 +72,12 @@ def test_other_text_is_examined_whole_and_what_was_never_trained_is_counted(fini
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["nowhere"], 65, "no run directory"),
+        (["nowhere"], 65, "not a run directory"),
         (["RUN", "--text", "EMPTY"], 65, "no text"),
         (["RUN", "--examples", "0"], 2, "below 1"),
     ],
 )
-def test_what_cannot_be_examined_is_said(finished, tmp_path, capsys, arguments, code, words):
+def test_invalid_input_is_reported(finished, tmp_path, capsys, arguments, code, words):
     """A message and an exit code, never a traceback."""
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
     names = {"RUN": str(finished), "EMPTY": str(tmp_path / "empty.txt")}
@@ -87,7 +87,7 @@ def test_what_cannot_be_examined_is_said(finished, tmp_path, capsys, arguments, 
     assert "Traceback" not in error
 
 
-def test_a_run_without_an_export_is_said(finished, tmp_path, capsys):
+def test_a_run_without_an_export_is_reported(finished, tmp_path, capsys):
     """An interrupted run has no export yet."""
     run = tmp_path / "run"
     run.mkdir()

@@ -1,4 +1,4 @@
-"""bin/restore and bin/export as a user meets them. Run: python -m pytest tests/commands/test_restore.py"""
+"""bin/restore and bin/export from the command line. Run: python -m pytest tests/commands/test_restore.py"""
 
 import io
 import json
@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from resilient_t5.commands.export import main as export
 from resilient_t5.commands.restore import main as restore
-from resilient_t5.restoration.restoration_config import read_usage
+from resilient_t5.restoration.restoration_config import read_restoration_config
 from tests.conftest import read_summary
 
 TEXT = "诊断：抑郁症。处方：[?]；剂量：每次50毫克。\r\nDiagnosis: [?]. Course: [?][?]\n"
@@ -54,7 +54,7 @@ def test_a_text_comes_back_with_its_gaps_filled_and_every_other_byte(call, finis
     assert results[0] == results[2]
 
 
-def test_json_tells_every_gap(call, finished, tmp_path):
+def test_json_lists_every_gap(call, finished, tmp_path):
     """Offset, line, mark, fill, probability, alternatives; the fills are those of the text output."""
     code, out, _ = call(restore, finished, "--json", "--alternatives", "2", "--beams", "2", stdin=TEXT.encode())
     rows = [json.loads(line) for line in out.decode().splitlines()]
@@ -85,11 +85,11 @@ def test_json_tells_every_gap(call, finished, tmp_path):
         ((), b"\x81\xff\xfe[?]", 65, ["0x81", "standard input is not"]),
         ((), b"\x00\x01\x02" * 50, 65, ["binary"]),
         (("--nonsense",), "[?]", 2, ["--nonsense"]),
-        (("--output", "/nowhere/out.txt"), "[?]", 74, ["--output /nowhere/out.txt", "no folder /nowhere"]),
-        (("--output", "/"), "[?]", 74, ["--output /", "folder"]),
+        (("--output", "/nowhere/out.txt"), "[?]", 74, ["--output /nowhere/out.txt", "no directory /nowhere"]),
+        (("--output", "/"), "[?]", 74, ["--output /", "directory"]),
     ],
 )
-def test_a_mistake_is_told_with_its_cure_and_nothing_is_written(call, finished, argv, stdin, code, words):
+def test_a_mistake_is_reported_with_a_hint_and_nothing_is_written(call, finished, argv, stdin, code, words):
     """The exit code of the design, no traceback, nothing on standard output."""
     found, out, error = call(restore, finished, "-", *argv, stdin=stdin if isinstance(stdin, bytes) else stdin.encode())
     assert found == code, error
@@ -133,8 +133,8 @@ def test_a_directory_that_is_no_t5_is_refused(call, finished, tmp_path):
         assert word in error and "Traceback" not in error
 
 
-def test_a_checkpoint_from_elsewhere_is_used_with_the_habits_of_t5(call, finished, tmp_path):
-    """Without restoration.json the command says which limits it takes, and works."""
+def test_a_checkpoint_from_elsewhere_is_used_with_the_defaults_of_t5(call, finished, tmp_path):
+    """Without restoration.json the command reports which limits it uses, and works."""
     shutil.copytree(finished / "export" / "best", tmp_path / "plain")
     (tmp_path / "plain" / "restoration.json").unlink()
     code, out, error = call(restore, tmp_path / "plain", stdin=TEXT.encode())
@@ -155,8 +155,13 @@ def test_the_exports_of_a_run_carry_a_card_and_how_they_are_used(finished):
             "| tokens |",
         ):
             assert words in card
-        usage = read_usage(directory)
-        assert (usage.max_source_tokens, usage.max_target_tokens, usage.max_sentinels, usage.document) == (96, 48, 10, "line")
+        config = read_restoration_config(directory)
+        assert (config.max_source_tokens, config.max_target_tokens, config.max_sentinels, config.document) == (
+            96,
+            48,
+            10,
+            "line",
+        )
         assert not list(directory.parent.glob(".*"))
 
 
@@ -204,7 +209,7 @@ def test_export_refuses_what_it_must_not_touch(call, finished, tmp_path):
     assert code == 66 and "Traceback" not in error
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_stays(call, finished, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_stays(call, finished, tmp_path):
     """The next older one is exported; the damaged one is not moved, since an export only reads."""
     run = tmp_path / "copy"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("tensorboard"))
@@ -217,11 +222,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_stays(call, finished, tmp_path)
     assert newest.is_dir()
 
 
-def test_plain_transformers_uses_the_export_as_it_stands(call, finished):
+def test_plain_transformers_uses_the_export_unchanged(call, finished):
     """AutoTokenizer and generate need nothing but the directory: trained ids only, no longer than the trained answers."""
     directory = finished / "export" / "best"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     source = tokenizer("诊断：抑郁症。处方：<extra_id_0>；剂量：每次50毫克。", return_tensors="pt")
-    assert model.generate(**source).shape[1] <= read_usage(directory).max_target_tokens + 1
+    assert model.generate(**source).shape[1] <= read_restoration_config(directory).max_target_tokens + 1
     code, out, _ = call(restore, directory, "--mark", "<extra_id_0>", "--json", stdin="处方：<extra_id_0>；".encode())
     assert code == 0 and json.loads(out)["mark"] == "<extra_id_0>"

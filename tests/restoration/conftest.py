@@ -7,7 +7,7 @@ from resilient_t5.config.data import ModelConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.model.load import SpecialIds, build_model, save_model
-from resilient_t5.restoration.restoration_config import Usage
+from resilient_t5.restoration.restoration_config import RestorationConfig
 
 SIZES = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
@@ -35,7 +35,7 @@ def tiny_export(tmp_path_factory, tiny_tokenizer):
             save_model(model, made[key])
             tokenizer.save(made[key])
             limits = {"max_source_tokens": 40, "max_target_tokens": 18, "max_sentinels": 5, **usage}
-            Usage(task=task, **limits).write(made[key])
+            RestorationConfig(task=task, **limits).write(made[key])
         return made[key]
 
     return make

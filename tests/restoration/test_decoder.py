@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from resilient_t5.restoration.decode import generate
-from resilient_t5.restoration.decoder import TokenDecoder
+from resilient_t5.restoration.decoder import TokenDecoder, generate
 
 VOCABULARY, PAD, EOS = 64, 0, 1
 SIZES = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}
@@ -132,8 +131,8 @@ def test_generation_leaves_no_trace():
     assert np.array_equal(first, second), "dropout was on"
 
 
-def test_a_stop_is_heard_before_every_token_and_modes_are_restored():
-    """`should_stop` is asked once a token; a yes ends generation with None."""
+def test_the_stop_callback_is_called_before_every_token_and_modes_are_restored():
+    """True ends the generation with None."""
     model, asked = build("t5_tied").train(), []
 
     def stop_at_the_fourth() -> bool:

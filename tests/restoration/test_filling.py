@@ -1,4 +1,4 @@
-"""Gaps of a text from bytes to bytes: nothing outside them moves, whatever the text, the encoding, the number of gaps.
+"""Filling gaps, from bytes to bytes: every byte outside the gaps stays, for any text, encoding and number of gaps.
 
 Run: python -m pytest tests/restoration/test_filling.py
 """
@@ -10,12 +10,19 @@ import torch
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import ConfigError, DataError
+from resilient_t5.restoration.beam_search import DecodeSettings
 from resilient_t5.restoration.correction import correct
-from resilient_t5.restoration.decode import DecodeSettings
-from resilient_t5.restoration.filler import Tally, open_filler
-from resilient_t5.restoration.gaps import document_ranges, find_gaps, other_marks
-from resilient_t5.restoration.restoration_config import Usage, read_usage
-from resilient_t5.restoration.sheet import Vocabulary, clean, make_draft, read_sheets, windows_of
+from resilient_t5.restoration.filler import FillStatistics, open_filler
+from resilient_t5.restoration.gaps import (
+    OpenDocument,
+    clean,
+    document_ranges,
+    encode_documents,
+    find_gaps,
+    make_windows,
+    other_marks,
+)
+from resilient_t5.restoration.restoration_config import RestorationConfig, read_restoration_config
 from resilient_t5.restoration.text_encoding import TextBytes
 
 ENCODINGS = [
@@ -105,7 +112,7 @@ def test_every_byte_outside_the_gaps_stays_over_a_thousand_random_documents(fill
 
 
 def assert_same_outside(text, gaps, fills, result):
-    """By an own walk over the bytes, and by decoding."""
+    """Compare byte by byte and after decoding."""
     bounds = [0, *(border for gap in gaps for border in (gap.start, gap.end)), len(text.text)]
     outside = [text.text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
     expected = "".join(part + fill for part, fill in zip(outside, [*fills, ""], strict=True))
@@ -127,24 +134,24 @@ def assert_same_outside(text, gaps, fills, result):
 )
 def test_any_number_of_gaps_in_any_place_is_filled(filler, text):
     """Each gap has an answer, in order; more gaps than sentinels take several passes."""
-    tally = Tally()
+    statistics = FillStatistics()
     gaps = find_gaps(text, ["[?]"])
-    fills = filler.fill([(text, gaps)], DecodeSettings(), tally)[0]
+    fills = filler.fill([(text, gaps)], DecodeSettings(), statistics)[0]
     assert [fill.gap for fill in fills] == gaps
     assert all(fill.text.strip() for fill in fills)
-    # At most five gaps in a window; windows of one document that touch one another wait for the next pass.
-    assert tally.windows >= len(gaps) / 5
-    assert tally.passes <= tally.windows
+    # At most five gaps in a window; overlapping windows of one document wait for the next pass.
+    assert statistics.windows >= len(gaps) / 5
+    assert statistics.passes <= statistics.windows
 
 
-def test_what_a_text_is_filled_with_does_not_depend_on_the_texts_beside_it(filler):
+def test_the_answers_for_a_text_do_not_depend_on_the_other_texts_of_the_batch(filler):
     """A batch of notes is filled as each note alone, alternatives included, probabilities up to rounding."""
     notes = [note.text for note in generate_notes(8, 21)]
     texts = [note[: len(note) // 3] + "[?]" + note[len(note) // 2 :] for note in notes]
-    asking = DecodeSettings(beams=2, alternatives=3)
-    together = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], asking)
+    settings = DecodeSettings(beams=2, alternatives=3)
+    together = filler.fill([(text, find_gaps(text, ["[?]"])) for text in texts], settings)
     for text, found in zip(texts, together, strict=True):
-        alone = filler.fill([(text, find_gaps(text, ["[?]"]))], asking)[0]
+        alone = filler.fill([(text, find_gaps(text, ["[?]"]))], settings)[0]
         assert [fill.text for fill in found] == [fill.text for fill in alone]
         for one, other in zip(found, alone, strict=True):
             assert one.probability == pytest.approx(other.probability, rel=1e-3)
@@ -165,12 +172,12 @@ def test_a_source_is_what_training_would_show():
             inside = np.flatnonzero((encoded.starts < at + len(fact)) & (encoded.ends > at))
             if encoded.starts[inside[0]] != at or encoded.ends[inside[-1]] != at + len(fact):
                 continue  # a piece that reaches across the border: no mask of whole tokens is this gap
-            sheet = read_sheets([make_draft(note.text, [(at, at + len(fact))], 0)], tokenizer, None, Vocabulary())[0]
+            document = encode_documents([OpenDocument.of(note.text, [(at, at + len(fact))], 0)], tokenizer)[0]
             before = encoded.ids[: inside[0]].tolist()
             while before and before[-1] in tokenizer.ignored_before_gap:
                 before.pop()
-            wanted = [*before, *encoded.ids[inside[-1] + 1 :].tolist()]
-            assert np.concatenate(sheet.segments).tolist() == wanted
+            expected = [*before, -1, *encoded.ids[inside[-1] + 1 :].tolist()]
+            assert document.tokens.tolist() == expected
             total += 1
     assert total > 100
 
@@ -186,24 +193,24 @@ def test_windows_hold_what_they_may_and_each_gap_in_its_middle(tiny_tokenizer):
         for place in places:
             text = text[:place] + "[?]" + text[place:]
         gaps = find_gaps(text, ["[?]"])
-        draft = make_draft(text, [(gap.start, gap.end) for gap in gaps], 0)
-        sentinels, room = int(draws.integers(1, 7)), int(draws.integers(24, 80))
+        document = OpenDocument.of(text, [(gap.start, gap.end) for gap in gaps], 0)
+        sentinels, max_tokens = int(draws.integers(1, 7)), int(draws.integers(24, 80))
         passes = 0
-        while draft.numbers:
+        while document.numbers:
             passes += 1
-            sheet = read_sheets([draft], tiny_tokenizer, None, None)[0]
-            windows = windows_of(sheet, tiny_tokenizer, room, sentinels)
+            encoded = encode_documents([document], tiny_tokenizer)[0]
+            windows = make_windows(encoded, tiny_tokenizer, max_tokens, sentinels)
             own = [place for window in windows for place in window.own]
             for number, window in enumerate(windows):
                 earlier = {place for other in windows[:number] for place in other.own}
-                assert not set(window.left_out) & earlier, "a source lacks a gap that is being decided beside it"
+                assert not set(window.left_out) & earlier, "a source lacks a gap that another window of this pass predicts"
             assert own and len(own) == len(set(own))
             for window in windows:
-                assert len(window.source) <= room and window.source[-1] == tiny_tokenizer.eos_id
-                assert window.own <= set(window.asked) and len(window.asked) <= sentinels
+                assert len(window.source) <= max_tokens and window.source[-1] == tiny_tokenizer.eos_id
+                assert window.own <= set(window.gaps) and len(window.gaps) <= sentinels
                 marks = [token for token in window.source.tolist() if token in tiny_tokenizer.sentinel_ids]
-                assert marks == tiny_tokenizer.sentinel_ids[: len(window.asked)].tolist()
-            draft.settle({draft.numbers[place]: lambda before, after: "x" for place in own})
+                assert marks == tiny_tokenizer.sentinel_ids[: len(window.gaps)].tolist()
+            document.fill({document.numbers[place]: lambda before, after: "x" for place in own})
         assert passes <= len(gaps)
 
 
@@ -228,7 +235,7 @@ def test_marks_are_what_the_user_means():
 
 
 def test_documents_are_those_of_the_corpus():
-    """Blank lines part documents; a long part goes by lines; ranges hold everything that can be seen."""
+    """Blank lines separate documents; a long part is cut by lines; the ranges contain every visible character."""
     text = "a\nb\n\n \n c\r\nd\n"
     read = lambda mode: [text[a:b] for a, b in document_ranges(text, mode)]  # noqa: E731
     assert read("auto") == read("blank_line") == ["a\nb\n", " c\r\nd\n"]
@@ -240,11 +247,11 @@ def test_documents_are_those_of_the_corpus():
 
 
 def test_text_outside_the_vocabulary_is_counted(filler):
-    """Characters spelled in bytes are told, and the fills stand all the same."""
-    tally = Tally()
+    """Characters spelled in bytes are counted, and the gap is filled nevertheless."""
+    statistics = FillStatistics()
     text = "鼽\U0001f9ec, the[?]"
-    filler.fill([(text, find_gaps(text, ["[?]"]))], DecodeSettings(), tally)
-    assert tally.vocabulary.spelled == 3 + 4 and tally.vocabulary.tokens > 7
+    filler.fill([(text, find_gaps(text, ["[?]"]))], DecodeSettings(), statistics)
+    assert statistics.byte_pieces == 3 + 4 and statistics.tokens > 7
 
 
 def test_corrections_change_the_edited_places_only(tiny_export):
@@ -253,20 +260,28 @@ def test_corrections_change_the_edited_places_only(tiny_export):
     for number, note in enumerate(generate_notes(6, 8)):
         raw = f"\ufeff{note.text}\r\n鼽  {note.text[:20]}".encode("utf-16-le" if number % 2 else "utf-8")
         text = TextBytes.read(raw, "text", "utf-16-le" if number % 2 else "utf-8")
-        edits = correct(corrector, text.text, DecodeSettings(encoding=text.encoding), Tally())
+        edits = correct(corrector, text.text, DecodeSettings(encoding=text.encoding), FillStatistics())
         assert edits and all(text.text[edit.start : edit.end] == edit.before != edit.after for edit in edits)
         assert all(a.end <= b.start for a, b in zip(edits[:-1], edits[1:], strict=True))
         result = text.replaced([(edit.start, edit.end, edit.after) for edit in edits]).decode(text.encoding)
         assert "鼽" in result
 
 
-def test_an_encoding_that_cannot_hold_a_replacement_or_cannot_be_changed_in_one_place_is_refused():
-    """A clear error, never a question mark in the text."""
+def test_a_replacement_that_the_encoding_cannot_hold_and_an_encoding_with_shifts_are_refused():
+    """A clear error, never a question mark in the text; for UTF-7 and ISO-2022 the hint is a command that converts it."""
     with pytest.raises(DataError, match="big5"):
         TextBytes.read("患者[?]".encode("big5"), "text", "big5").replaced([(2, 5, "\u8840\u538b")])
-    for encoding in ("utf-7", "iso2022_jp"):
-        with pytest.raises(DataError, match=encoding):
-            TextBytes.read("患者口入院".encode(encoding), "text", encoding).replaced([(2, 3, "x")])
+    for encoding in ("utf-7", "iso2022_jp", "hz"):
+        with pytest.raises(DataError) as error:
+            TextBytes.read("患者[?]入院".encode(encoding), "text", encoding)
+        assert f"iconv -f {encoding.upper()} -t UTF-8" in str(error.value)
+
+
+def test_a_character_with_two_spellings_keeps_its_own_outside_the_gaps():
+    """Code page 932 encodes some characters in two ways; Python writes only one of them."""
+    raw = b"\x87\x90[?]\xfa\x5c[?]"
+    assert raw[:2] != raw[:2].decode("cp932").encode("cp932")
+    assert TextBytes.read(raw, "text", "cp932").replaced([(1, 4, "x"), (5, 8, "y")]) == b"\x87\x90x\xfa\x5cy"
 
 
 @pytest.mark.parametrize(
@@ -279,10 +294,10 @@ def test_a_damaged_restoration_json_is_a_clear_error(tmp_path, key, value):
     """Hostile values are refused; what was written reads back."""
     import json
 
-    usage = Usage(max_sentinels=3, trained_ids=np.array([0, 1, 2, 7, 8, 30]))
-    usage.write(tmp_path)
-    assert read_usage(tmp_path).to_json() == usage.to_json()
-    content = {**usage.to_json(), key: value}
+    config = RestorationConfig(max_sentinels=3, trained_ids=np.array([0, 1, 2, 7, 8, 30]))
+    config.write(tmp_path)
+    assert read_restoration_config(tmp_path).to_json() == config.to_json()
+    content = {**config.to_json(), key: value}
     (tmp_path / "restoration.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"restoration\.json"):
-        read_usage(tmp_path)
+        read_restoration_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Reading, aligning and stitching answers.
+"""Parsing, aligning and inserting answers.
 
 Run: python -m pytest tests/restoration/test_sentinels.py
 """
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_t5.restoration.sentinels import align_fills, bracketed, parse_fills, sentinel_numbers, stitch
+from resilient_t5.restoration.sentinels import bracketed, insert_answers, parse_output, parse_whole_text, sentinel_numbers
 
 PAD, EOS = 0, 1
 SENTINELS = np.arange(99, 89, -1, dtype=np.int32)  # sentinel k is 99 - k, as in T5
@@ -16,16 +16,16 @@ S = SENTINELS.tolist()
 
 
 def read(row: list[int], expected: int):
-    return parse_fills(np.array(row), SENTINELS, EOS, PAD, expected)
+    return parse_output(np.array(row), SENTINELS, EOS, PAD, expected)
 
 
-def answers(fills) -> list[list[int] | None]:
-    return [None if span is None else span.tolist() for span in fills.spans]
+def answers(output) -> list[list[int] | None]:
+    return [None if span is None else span.tolist() for span in output.spans]
 
 
-def faults(fills) -> dict[str, int | bool]:
+def faults(output) -> dict[str, int | bool]:
     names = ("missing", "duplicate", "out_of_order", "unknown", "stray", "early_end", "cut_off")
-    return {name: getattr(fills, name) for name in names if getattr(fills, name)}
+    return {name: getattr(output, name) for name in names if getattr(output, name)}
 
 
 @pytest.mark.parametrize(
@@ -50,27 +50,27 @@ def faults(fills) -> dict[str, int | bool]:
     ],
 )  # fmt: skip
 def test_malformed_rows_are_read_by_sentinel_and_every_fault_is_counted(row, expected, spans, found):
-    """The first answer of every expected sentinel is kept, wherever it stands, and nothing else is."""
-    fills = read(row, expected)
-    assert answers(fills) == spans
-    assert faults(fills) == found
-    assert fills.faulty == bool(found)
+    """The first answer of every expected sentinel is kept, in any order, and nothing else is."""
+    output = read(row, expected)
+    assert answers(output) == spans
+    assert faults(output) == found
+    assert output.faulty == bool(found)
 
 
 @given(st.lists(st.lists(st.integers(2, 80), max_size=4), max_size=10), st.booleans())
 def test_a_well_formed_target_reads_back_as_it_was_written(spans, padded):
     """Writing answers in T5's form and reading them is the identity, without a fault."""
     row = [token for k, span in enumerate(spans) for token in (S[k], *span)] + [EOS] + [PAD] * (3 * padded)
-    fills = read(row, len(spans))
-    assert answers(fills) == spans and not fills.faulty
+    output = read(row, len(spans))
+    assert answers(output) == spans and not output.faulty
 
 
 @given(st.lists(st.integers(0, 99), max_size=30), st.integers(0, 10))
 def test_any_row_of_ids_is_read_without_an_error(row, expected):
     """Answers hold no sentinel, pad or end mark, and missing plus found sentinels are the expected ones."""
-    fills = read(row, expected)
-    found = [span for span in fills.spans if span is not None]
-    assert len(fills.spans) == expected == fills.missing + len(found)
+    output = read(row, expected)
+    found = [span for span in output.spans if span is not None]
+    assert len(output.spans) == expected == output.missing + len(found)
     assert all(2 <= token < 90 for span in found for token in span)
 
 
@@ -81,17 +81,17 @@ def test_sentinel_numbers_hold_for_any_order_of_ids():
         assert sentinel_numbers(np.arange(102), table).tolist() == wanted
 
 
-def test_stitched_text_is_the_source_with_answers_in_place():
-    """Answers stand where their sentinels stood; a sentinel without an answer stays."""
+def test_answers_are_inserted_at_their_sentinels():
+    """Each sentinel is replaced by its answer; a sentinel without an answer stays."""
     source = np.array([5, S[0], 6, 7, S[1], S[2], 8, EOS, PAD])
-    fills = read([S[0], 20, 21, S[2], EOS], 3)
-    restored = stitch(source, fills, sentinel_ids=SENTINELS, eos_id=EOS, pad_id=PAD)
+    output = read([S[0], 20, 21, S[2], EOS], 3)
+    restored = insert_answers(source, output, sentinel_ids=SENTINELS, eos_id=EOS, pad_id=PAD)
     assert restored.tolist() == [5, 20, 21, 6, 7, S[1], 8]
 
 
 @given(st.lists(st.integers(2, 80), min_size=1, max_size=30), st.data())
-def test_stitching_the_gold_answers_gives_the_clean_text(clean, data):
-    """Masking spans and stitching their own tokens back changes nothing."""
+def test_inserting_the_gold_answers_gives_the_clean_text(clean, data):
+    """Masking spans and inserting their own tokens changes nothing."""
     cuts = sorted(data.draw(st.sets(st.integers(0, len(clean)), max_size=8)))
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     source, target, done = [], [], 0
@@ -100,8 +100,8 @@ def test_stitching_the_gold_answers_gives_the_clean_text(clean, data):
         target += [S[k], *clean[start:end]]
         done = end
     source += [*clean[done:], EOS]
-    fills = read([*target, EOS], len(spans))
-    assert stitch(np.array(source), fills, sentinel_ids=SENTINELS, eos_id=EOS, pad_id=PAD).tolist() == clean
+    output = read([*target, EOS], len(spans))
+    assert insert_answers(np.array(source), output, sentinel_ids=SENTINELS, eos_id=EOS, pad_id=PAD).tolist() == clean
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_stitching_the_gold_answers_gives_the_clean_text(clean, data):
     ],
 )
 def test_a_model_that_writes_the_whole_text_is_read_in_the_place_of_the_span(written, answer):
-    """The answer is what stands between the neighbours of the span, whatever was written before it."""
-    fills = align_fills(np.array([2, 3, 4, 5, 6]), np.array([*written, EOS, 9, 9]), [(2, 4)], EOS, PAD)
-    assert answers(fills) == [answer] and not fills.faulty
-    assert align_fills(np.array([2, 3]), np.array([2, 3]), [(0, 2)], EOS, PAD).cut_off
+    """The answer is the part between the neighbours of the span, whatever was written before it."""
+    output = parse_whole_text(np.array([2, 3, 4, 5, 6]), np.array([*written, EOS, 9, 9]), [(2, 4)], EOS, PAD)
+    assert answers(output) == [answer] and not output.faulty
+    assert parse_whole_text(np.array([2, 3]), np.array([2, 3]), [(0, 2)], EOS, PAD).cut_off
 
 
 def test_brackets_keep_the_space_that_an_answer_begins_with():
-    """A piece is decoded behind what precedes it, so the space stays, outside the bracket."""
+    """A piece is decoded together with the text before it, so its space stays, outside the bracket."""
     words = {5: " with", 6: " heart", 7: " failure", 8: "."}
 
     def decode(ids: np.ndarray) -> str:

@@ -1,1 +1,1 @@
-"""How well a model restores: terms, spans, characters, baselines, and the curve over damage."""
+"""Scoring of restoration: terms, spans, characters, baselines, and the resilience curve."""

@@ -1,11 +1,11 @@
-"""Restore fixed evaluation examples by greedy generation, and score what came back.
+"""Restore a fixed set of evaluation examples by greedy decoding and score the outputs.
 
-Reads only: the examples, their damage and their order are the caller's, and no random state is touched. Three kinds of
-example are brought to one form, clean ids with spans in them:
+The caller chooses the examples, their damage and their order; no random state is used. Three kinds of example are converted
+to one form, clean ids with spans in them:
 
-* a chunk with masked spans: as the corruption says;
-* a chunk with noise only, for a model that writes the whole text: its spans are the damaged places;
-* a pair that was masked elsewhere: the clean text is its source with its target's answers filled in; no terms are known.
+* a chunk with masked spans: the spans of the corruption;
+* a chunk with noise only, for a model that writes the whole text: its damaged places are the spans;
+* a pair that was masked elsewhere: the clean text is its source with the answers of its target; it has no known terms.
 """
 
 import math
@@ -19,34 +19,33 @@ import numpy as np
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted
 from resilient_t5.data.corruption.token_table import TokenTable
-from resilient_t5.restoration.decode import generate
-from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, score_copy, score_majority, terms_of_example
+from resilient_t5.restoration.decoder import generate
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, copy_guesses, gap_contexts, terms_of_example
 from resilient_t5.restoration.scoring.metrics import (
-    Answers,
     Glossary,
-    TermOutcome,
+    Predictions,
     cer_reduction,
     character_error_rate,
-    format_health,
     over_edit_share,
     score_spans,
     score_terms,
     term_restoration,
 )
-from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample, TextFigures
+from resilient_t5.restoration.scoring.score_report import RestorationReport, Sample
 from resilient_t5.restoration.sentinels import (
     Alignment,
-    Fills,
-    align_fills,
+    ParsedOutput,
     bracketed,
-    parse_fills,
+    insert_answers,
+    parse_output,
+    parse_whole_text,
     sentinel_numbers,
-    stitch,
     until_end,
 )
 
-# Tokens that an answer may be longer than the longest gold target of its batch; bounds what an untrained model costs.
+COPY_RULES: tuple[Literal["recent", "frequent"], ...] = ("recent", "frequent")
 SLACK_TOKENS = 16
+"""Tokens that an output may exceed the longest gold target of its batch by; limits the cost of an untrained model."""
 
 
 class EvaluationSplit(TermSplit, Protocol):
@@ -58,12 +57,12 @@ class EvaluationSplit(TermSplit, Protocol):
 
     @property
     def pairs(self) -> np.ndarray:
-        """Int (examples,): where the target begins of a pair that was masked elsewhere, -1 for text."""
+        """Int (examples,): start of the target of a pair that was masked elsewhere, -1 for text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Restorer:
-    """What a measurement needs beside the model and the examples; built once."""
+    """Everything a measurement needs except the model and the examples."""
 
     split: EvaluationSplit
     table: TokenTable
@@ -71,29 +70,25 @@ class Restorer:
     majority: MajorityBaseline
     task: Literal["restore", "correct"]
     max_target_tokens: int
-    """Longest answer, end mark included."""
+    """Maximum length of an output, end token included."""
     samples: int
-    """Examples that are shown: those with the smallest ids."""
+    """Number of samples in a report: the examples with the smallest ids."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One example, restored. `spans` are rows (k, start, end), `terms` rows (term id, k, start, end), `gaps` (t, 2)."""
+    """One restored example."""
 
     clean: np.ndarray
     source: np.ndarray
-    fills: Fills
+    output: ParsedOutput
     restored: np.ndarray
     spans: np.ndarray
+    """Int (spans, 3): sentinel k, start, end in `clean`."""
     terms: np.ndarray
+    """Int (terms, 4): term id, sentinel k, start, end in `clean`."""
     gaps: np.ndarray
-    """Where each masked term's gap lies in the source: first token, token behind."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    answers: Answers
-    rows: list[_Row]
+    """Int (terms, 2): [start, end) of the gap of each masked term in `source`."""
 
 
 def measure_restoration(
@@ -102,13 +97,13 @@ def measure_restoration(
     restorer: Restorer,
     should_stop: Callable[[], bool] | None = None,
 ) -> RestorationReport | None:
-    """Restore every example of `batches` and score it; None when `should_stop` cut it short.
+    """Restore and score every example of `batches`; None if `should_stop` returned True.
 
     Args:
         model: the bare T5 or mT5; the caller provides the autocast context.
         batches: micro-batches with their damage, the same rows in the same order.
         restorer: vocabulary, terms, baselines.
-        should_stop: asked before every token.
+        should_stop: called before every token.
     """
     generated = []
     for micro_batch, corrupted in batches:
@@ -119,21 +114,10 @@ def measure_restoration(
     return score_generated(generated, restorer)
 
 
-def score_generated(generated: Sequence[tuple[np.ndarray, Corrupted, np.ndarray]], restorer: Restorer) -> RestorationReport:
-    """Score what any decoding wrote.
-
-    Args:
-        generated: for each batch the example ids (B,), their damage, and the ids written, int (B, T); the same rows in
-            the same order.
-        restorer: vocabulary, terms, baselines.
-    """
-    return _report([_read_batch(*batch, restorer) for batch in generated], restorer)
-
-
 def write_answers(
     model: Any, micro_batch: MicroBatch, restorer: Restorer, should_stop: Callable[[], bool] | None
 ) -> np.ndarray | None:
-    """What the model writes for a micro-batch, int (B, T) with T at most `longest_answer`; None when it was cut short."""
+    """Decode a micro-batch to int (B, T) with T at most `longest_answer`; None if `should_stop` returned True."""
     device = model.lm_head.weight.device
     return generate(
         model,
@@ -147,23 +131,56 @@ def write_answers(
 
 
 def longest_answer(micro_batch: MicroBatch, restorer: Restorer) -> int:
-    """Tokens that an answer to this micro-batch may have."""
+    """Maximum number of tokens in an output for this micro-batch."""
     return min(restorer.max_target_tokens, micro_batch.labels_BT.shape[1] + SLACK_TOKENS)
 
 
-def _read_batch(example_ids: np.ndarray, corrupted: Corrupted, generated_BT: np.ndarray, restorer: Restorer) -> _Batch:
+def score_generated(generated: Sequence[tuple[np.ndarray, Corrupted, np.ndarray]], restorer: Restorer) -> RestorationReport:
+    """Score generated outputs.
+
+    Args:
+        generated: for each batch the example ids (B,), their damage, and the generated ids, int (B, T); the same rows in
+            the same order.
+        restorer: vocabulary, terms, baselines.
+    """
+    glossary, split = restorer.glossary, restorer.split
+    ids = np.concatenate([example_ids for example_ids, _, _ in generated])
     rows = [
-        _read_row(int(number), row, corrupted, generated_BT[row], restorer) for row, number in enumerate(example_ids.tolist())
+        _read_row(int(number), row, corrupted, generated_BT[row], restorer)
+        for example_ids, corrupted, generated_BT in generated
+        for row, number in enumerate(example_ids.tolist())
     ]
-    answers = Answers(
-        example_ids=example_ids,
-        documents=np.asarray(restorer.split.documents[example_ids]),
+    predictions = Predictions(
+        example_ids=ids,
+        documents=np.asarray(split.documents[ids]),
         clean=[row.clean for row in rows],
         spans=_numbered([row.spans for row in rows]),
         masked_terms=_numbered([row.terms for row in rows]),
-        fills=[row.fills for row in rows],
+        outputs=[row.output for row in rows],
     )
-    return _Batch(answers, rows)
+    gaps = np.concatenate([row.gaps for row in rows])
+    contexts = gap_contexts(predictions.masked_terms[:, 0], [row.source for row in rows], gaps)
+    majority = score_terms(predictions, glossary, restorer.majority.guess(contexts))
+    copied = [score_terms(predictions, glossary, copy_guesses(predictions, split, rule)) for rule in COPY_RULES]
+    decode = glossary.decode
+    texts = [(decode(row.clean), decode(row.source), decode(row.restored)) for row in rows]
+    by_id = np.argsort(ids, kind="stable")[: restorer.samples].tolist()
+    return RestorationReport(
+        outcomes=score_terms(predictions, glossary),
+        spans=score_spans(predictions, decode),
+        outputs=predictions.outputs,
+        cer=character_error_rate((clean, restored) for clean, _, restored in texts),
+        cer_reduction=cer_reduction(texts),
+        over_edit_share=over_edit_share(texts) if restorer.task == "correct" else math.nan,
+        majority=term_restoration(majority),
+        copy=max(map(term_restoration, copied), key=lambda rate: rate.rate),
+        samples=tuple(_sample(int(ids[row]), rows[row], restorer) for row in by_id),
+    )
+
+
+def _numbered(tables: list[np.ndarray]) -> np.ndarray:
+    """Concatenate the tables of all rows, each line preceded by the number of its row."""
+    return np.concatenate([np.insert(table.astype(np.int64), 0, row, axis=1) for row, table in enumerate(tables)])
 
 
 def _read_row(example_id: int, row: int, corrupted: Corrupted, generated: np.ndarray, restorer: Restorer) -> _Row:
@@ -171,58 +188,60 @@ def _read_row(example_id: int, row: int, corrupted: Corrupted, generated: np.nda
     source = corrupted.source[corrupted.source_offsets[row] : corrupted.source_offsets[row + 1]]
     target = corrupted.target[corrupted.target_offsets[row] : corrupted.target_offsets[row + 1]]
     source, _ = until_end(source, table.eos_id, table.pad_id)
-    text = np.asarray(split.tokens[split.offsets[example_id] : split.offsets[example_id + 1]]).astype(np.int32)
     is_pair = split.pairs[example_id] >= 0
     if restorer.task == "correct":
         clean, _ = until_end(target, table.eos_id, table.pad_id)
-        damaged = np.zeros((0, 3), np.int64) if is_pair else terms_of_example(split, example_id)
-        return _read_whole_text(source, clean, damaged, generated, restorer)
+        occurrences = np.zeros((0, 3), np.int64) if is_pair else terms_of_example(split, example_id)
+        return _read_whole_text(source, clean, occurrences, generated, table)
     if is_pair:
-        return _read_pair(source, target, generated, restorer)
+        return _read_pair(source, target, generated, table)
+    clean = np.asarray(split.tokens[split.offsets[example_id] : split.offsets[example_id + 1]]).astype(np.int32)
     spans = corrupted.spans[corrupted.spans[:, 0] == row][:, 1:]
     terms = corrupted.masked_terms[corrupted.masked_terms[:, 0] == row][:, 1:]
-    fills = parse_fills(generated, table.sentinel_ids, table.eos_id, table.pad_id, expected=len(spans))
-    # Sentinels stand in the source in the order of their numbers, so number k is the k-th mark.
+    output = _parse(generated, table, expected=len(spans))
+    # The sentinels of a source are in the order of their numbers, so number k is the k-th mark.
     at = np.flatnonzero(sentinel_numbers(source, table.sentinel_ids) >= 0)[terms[:, 1]]
-    return _Row(text, source, fills, _stitch(source, fills, table), spans, terms, np.stack((at, at + 1), axis=1))
+    return _Row(clean, source, output, _restored(source, output, table), spans, terms, np.stack((at, at + 1), axis=1))
 
 
-def _read_pair(source: np.ndarray, target: np.ndarray, generated: np.ndarray, restorer: Restorer) -> _Row:
-    table = restorer.table
+def _read_pair(source: np.ndarray, target: np.ndarray, generated: np.ndarray, table: TokenTable) -> _Row:
     numbers = sentinel_numbers(source, table.sentinel_ids)
     expected = int(numbers.max(initial=-1)) + 1
-    gold = parse_fills(target, table.sentinel_ids, table.eos_id, table.pad_id, expected=expected)
-    fills = parse_fills(generated, table.sentinel_ids, table.eos_id, table.pad_id, expected=expected)
-    spans, grown = [], 0
+    gold, output = _parse(target, table, expected), _parse(generated, table, expected)
+    spans, shift = [], 0
     for mark in np.flatnonzero(numbers >= 0).tolist():
         answer = gold.spans[int(numbers[mark])]
         if answer is not None:
-            spans.append((int(numbers[mark]), mark + grown, mark + grown + len(answer)))
-            grown += len(answer) - 1
-    nothing = np.zeros((0, 4), np.int64)
-    spans_array = np.array(spans, np.int64).reshape(-1, 3)
-    clean = _stitch(source, gold, table)
-    return _Row(clean, source, fills, _stitch(source, fills, table), spans_array, nothing, nothing[:, :2])
+            spans.append((int(numbers[mark]), mark + shift, mark + shift + len(answer)))
+            shift += len(answer) - 1
+    no_terms = np.zeros((0, 4), np.int64)
+    return _Row(
+        clean=_restored(source, gold, table),
+        source=source,
+        output=output,
+        restored=_restored(source, output, table),
+        spans=np.array(spans, np.int64).reshape(-1, 3),
+        terms=no_terms,
+        gaps=no_terms[:, :2],
+    )
 
 
 def _read_whole_text(
-    source: np.ndarray, clean: np.ndarray, occurrences: np.ndarray, generated: np.ndarray, restorer: Restorer
+    source: np.ndarray, clean: np.ndarray, occurrences: np.ndarray, generated: np.ndarray, table: TokenTable
 ) -> _Row:
-    """The spans are the damaged places of `clean`; of the `occurrences` (start, end, term id) count those in one."""
-    table = restorer.table
-    places = Alignment(clean, source)
-    damaged = places.changed()
+    """The spans are the damaged places of `clean`; those of the `occurrences` (start, end, term id) that overlap one count."""
+    alignment = Alignment(clean, source)
+    damaged = [(start, end) for start, end, _, _ in alignment.replacements()]
     hit = [(start, end, term) for start, end, term in occurrences.tolist() if any(a < end and start < b for a, b in damaged)]
     spans = _merged([*damaged, *((start, end) for start, end, _ in hit)])
-    begins = [start for start, _ in spans]
-    terms = [(term, bisect_right(begins, start) - 1, start, end) for start, end, term in hit]
-    gaps = [places.place(*spans[k]) for _, k, _, _ in terms]
-    written, _ = until_end(generated, table.eos_id, table.pad_id)
+    starts = [start for start, _ in spans]
+    terms = [(term, bisect_right(starts, start) - 1, start, end) for start, end, term in hit]
+    gaps = [alignment.place(*spans[k]) for _, k, _, _ in terms]
     return _Row(
         clean=clean,
         source=source,
-        fills=align_fills(clean, generated, spans, table.eos_id, table.pad_id),
-        restored=written,
+        output=parse_whole_text(clean, generated, spans, table.eos_id, table.pad_id),
+        restored=until_end(generated, table.eos_id, table.pad_id)[0],
         spans=np.array([(k, *span) for k, span in enumerate(spans)], np.int64).reshape(-1, 3),
         terms=np.array(terms, np.int64).reshape(-1, 4),
         gaps=np.array(gaps, np.int64).reshape(-1, 2),
@@ -230,7 +249,7 @@ def _read_whole_text(
 
 
 def _merged(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Intervals in order, those that overlap or touch made one."""
+    """Sort intervals and merge those that overlap or touch."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -240,72 +259,35 @@ def _merged(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _stitch(source: np.ndarray, fills: Fills, table: TokenTable) -> np.ndarray:
-    return stitch(source, fills, sentinel_ids=table.sentinel_ids, eos_id=table.eos_id, pad_id=table.pad_id)
+def _parse(generated: np.ndarray, table: TokenTable, expected: int) -> ParsedOutput:
+    return parse_output(generated, table.sentinel_ids, table.eos_id, table.pad_id, expected)
 
 
-def _numbered(tables: list[np.ndarray]) -> np.ndarray:
-    """The tables of all rows under one another, each line with its row's number before it."""
-    return np.concatenate([np.insert(table.astype(np.int64), 0, row, axis=1) for row, table in enumerate(tables)])
-
-
-def _report(batches: list[_Batch], restorer: Restorer) -> RestorationReport:
-    glossary = restorer.glossary
-    majority: list[TermOutcome] = []
-    copies: dict[Literal["recent", "frequent"], list[TermOutcome]] = {"recent": [], "frequent": []}
-    for batch in batches:
-        sources = [row.source for row in batch.rows]
-        gaps = np.concatenate([row.gaps for row in batch.rows])
-        majority += score_majority(restorer.majority, batch.answers, sources, gaps, glossary)
-        for rule, copied in copies.items():
-            copied += score_copy(batch.answers, restorer.split, glossary, rule)
-    return RestorationReport(
-        outcomes=[outcome for batch in batches for outcome in score_terms(batch.answers, glossary)],
-        spans=[outcome for batch in batches for outcome in score_spans(batch.answers, glossary.decode)],
-        health=format_health([fills for batch in batches for fills in batch.answers.fills]),
-        texts=_text_figures(batches, restorer),
-        majority=term_restoration(majority),
-        copy=max((term_restoration(copied) for copied in copies.values()), key=lambda rate: rate.rate),
-        samples=_samples(batches, restorer),
-    )
-
-
-def _text_figures(batches: list[_Batch], restorer: Restorer) -> TextFigures:
-    decode = restorer.glossary.decode
-    triples = [(decode(row.clean), decode(row.source), decode(row.restored)) for batch in batches for row in batch.rows]
-    return TextFigures(
-        cer=character_error_rate((clean, restored) for clean, _, restored in triples),
-        cer_reduction=cer_reduction(triples),
-        over_edit_share=over_edit_share(triples) if restorer.task == "correct" else math.nan,
-    )
-
-
-def _samples(batches: list[_Batch], restorer: Restorer) -> tuple[Sample, ...]:
-    """The examples with the smallest ids, whatever the order of the batches."""
-    numbered = [pair for batch in batches for pair in zip(batch.answers.example_ids.tolist(), batch.rows, strict=True)]
-    numbered.sort(key=lambda pair: pair[0])
-    return tuple(_sample(number, row, restorer) for number, row in numbered[: restorer.samples])
+def _restored(source: np.ndarray, output: ParsedOutput, table: TokenTable) -> np.ndarray:
+    return insert_answers(source, output, sentinel_ids=table.sentinel_ids, eos_id=table.eos_id, pad_id=table.pad_id)
 
 
 def _sample(example_id: int, row: _Row, restorer: Restorer) -> Sample:
     decode = restorer.glossary.decode
-    gold_pieces: list[tuple[np.ndarray | None, bool]] = []
-    done = 0
-    for _, start, end in row.spans.tolist():
-        gold_pieces += [(row.clean[done:start], False), (row.clean[start:end], True)]
-        done = end
-    gold = bracketed([*gold_pieces, (row.clean[done:], False)], decode)
+    spans = [(start, end, row.clean[start:end]) for _, start, end in row.spans.tolist()]
+    gold = bracketed(_with_answers(row.clean, spans), decode)
     if restorer.task == "correct":
         return Sample(example_id, decode(row.source), gold, decode(row.restored))
     numbers = sentinel_numbers(row.source, restorer.table.sentinel_ids)
-    shown: list[tuple[np.ndarray | None, bool]] = []
-    filled: list[tuple[np.ndarray | None, bool]] = []
+    marks = [(mark, int(numbers[mark])) for mark in np.flatnonzero(numbers >= 0).tolist()]
+    answers = row.output.spans
+    shown = _with_answers(row.source, [(mark, mark + 1, None) for mark, _ in marks])
+    filled = _with_answers(row.source, [(mark, mark + 1, answers[k] if k < len(answers) else None) for mark, k in marks])
+    return Sample(example_id, bracketed(shown, decode), gold, bracketed(filled, decode))
+
+
+def _with_answers(
+    ids: np.ndarray, answers: Sequence[tuple[int, int, np.ndarray | None]]
+) -> list[tuple[np.ndarray | None, bool]]:
+    """Pieces of `ids`, and whether they are answers, with each [start, end) replaced by its answer."""
+    pieces: list[tuple[np.ndarray | None, bool]] = []
     done = 0
-    for mark in np.flatnonzero(numbers >= 0).tolist():
-        k = int(numbers[mark])
-        answer = row.fills.spans[k] if k < len(row.fills.spans) else None
-        shown += [(row.source[done:mark], False), (None, True)]
-        filled += [(row.source[done:mark], False), (answer, True)]
-        done = mark + 1
-    rest = (row.source[done:], False)
-    return Sample(example_id, bracketed([*shown, rest], decode), gold, bracketed([*filled, rest], decode))
+    for start, end, answer in answers:
+        pieces += [(ids[done:start], False), (answer, True)]
+        done = end
+    return [*pieces, (ids[done:], False)]

@@ -1,11 +1,11 @@
-"""The resilience curve: how restoration holds out as the damage grows.
+"""The resilience curve: restoration at increasing damage.
 
-Three kinds of damage: masks alone, noise at the run's own mask ratio, and both together. All levels damage the same
-examples of the same documents from the same key, so the curve is paired and smooth with few examples: a term that is masked
-at one level is masked at every higher one, and with fixed masks so is a token that is noised. (Random spans beside terms
-are laid anew where a further term is masked.)
+There are three kinds of damage: masks alone, noise at the mask ratio of the run, and both together. All levels damage the
+same examples from the same random key, so the curve is paired and smooth with few examples: a term that is masked at one
+level is masked at every higher one, and with fixed masks a token that is noised is noised at every higher level. (Random
+spans next to terms are drawn again where another term is masked.)
 
-`area` is the mean height of the curve over its span of damage (trapezoids over the levels that were measured).
+`area` is the mean height of the curve over its range of damage (trapezoids over the measured levels).
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from resilient_t5.data.batches import EvaluationBatch
 from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration
-from resilient_t5.restoration.scoring.metrics import Rate, term_restoration
+from resilient_t5.restoration.scoring.metrics import NO_TRIALS, Rate, finite_or_none, term_restoration
 
 Damage = Literal["masks", "noise", "both"]
 DAMAGES: tuple[Damage, ...] = ("masks", "noise", "both")
@@ -24,7 +24,7 @@ LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class Point:
-    """One level of damage; `rate` counts nothing where no term is masked."""
+    """Results at one level of damage; `rate` has no trials if no term is masked."""
 
     level: float
     rate: Rate
@@ -32,19 +32,31 @@ class Point:
     cer: float
     """Character error rate of the restored text; nan when it was not measured."""
     cer_reduction: float
-    """1 - CER of the restored over CER of the damaged text; nan where nothing was damaged."""
+    """1 - CER of the restored over CER of the damaged text; nan if nothing was damaged."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers; None without trials."""
+        numbers = {
+            "term_rate": self.rate.rate,
+            "term_rate_low": self.rate.low,
+            "term_rate_high": self.rate.high,
+            "majority_rate": self.majority.rate,
+            "cer": self.cer,
+            "cer_reduction": self.cer_reduction,
+        }
+        return {"level": self.level, "n": self.rate.n, **{name: finite_or_none(value) for name, value in numbers.items()}}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One kind of damage at rising levels."""
+    """Results for one kind of damage at increasing levels."""
 
     damage: Damage
     points: tuple[Point, ...]
 
     @property
     def area(self) -> float:
-        """Mean term restoration rate over the levels at which terms were masked; nan with fewer than two."""
+        """Mean term restoration rate over the levels with masked terms; nan with fewer than two."""
         known = [(point.level, point.rate.rate) for point in self.points if point.rate.n]
         if len(known) < 2:
             return math.nan
@@ -53,12 +65,13 @@ class Curve:
         return total / (known[-1][0] - known[0][0])
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers; None where there was nothing to count."""
-        return {"damage": self.damage, "area": _number(self.area), "points": [_point_json(point) for point in self.points]}
+        """All numbers; None without trials."""
+        area = finite_or_none(self.area)
+        return {"damage": self.damage, "area": area, "points": [point.to_json() for point in self.points]}
 
 
 def ratios(damage: Damage, level: float, mask_ratio: float) -> tuple[float, float]:
-    """Mask ratio and noise ratio of one level; no mask at all is a ratio of 0."""
+    """Return mask ratio and noise ratio of one level."""
     return {"masks": (level, 0.0), "noise": (mask_ratio, level), "both": (level, level)}[damage]
 
 
@@ -68,65 +81,37 @@ def measure_curve(
     batches_at: Callable[[float, float], Sequence[EvaluationBatch]],
     restorer: Restorer,
     mask_ratio: float,
-    levels: Sequence[float] = LEVELS,
 ) -> Curve:
-    """Restore the same examples at every level of one kind of damage.
+    """Restore the same examples at every level of one kind of damage. A level without masks is not measured.
 
     Args:
-        damage: what grows.
-        model: as in `measure_restoration`; the caller provides evaluation mode, no_grad and autocast.
-        batches_at: the fixed examples under (mask ratio, noise ratio).
+        damage: the kind of damage.
+        model: as in `measure_restoration`; the caller sets evaluation mode, no_grad and autocast.
+        batches_at: returns the fixed examples for (mask ratio, noise ratio).
         restorer: vocabulary, terms, baselines.
-        mask_ratio: the ratio that stays while noise grows.
-        levels: shares of the tokens, ascending. A level that masks nothing asks nothing of the model: nothing to restore.
+        mask_ratio: the constant mask ratio of the noise curve.
     """
     points = []
-    for level in levels:
+    for level in LEVELS:
         masks, noise = ratios(damage, level, mask_ratio)
         if masks == 0.0:
-            nothing = term_restoration([])
-            points.append(Point(level, nothing, nothing, cer=0.0, cer_reduction=math.nan))
+            points.append(Point(level, NO_TRIALS, NO_TRIALS, cer=0.0, cer_reduction=math.nan))
             continue
         batches = [(batch.micro_batch, batch.corrupted) for batch in batches_at(masks, noise)]
         report = measure_restoration(model, batches, restorer)
-        assert report is not None  # nothing can cut it short
-        texts = report.texts
-        points.append(Point(level, term_restoration(report.outcomes), report.majority, texts.cer, texts.cer_reduction))
+        assert report is not None, "no stop callback was given"
+        points.append(Point(level, term_restoration(report.outcomes), report.majority, report.cer, report.cer_reduction))
     return Curve(damage, tuple(points))
 
 
 def table_lines(curves: Sequence[Curve]) -> list[str]:
-    """The curves as a table: one line a level, one column a kind of damage."""
-    heads = "".join(f"{curve.damage:>28}" for curve in curves)
-    lines = [f"damage {heads}"]
-    for index, point in enumerate(curves[0].points):
-        cells = "".join(f"{_cell(curve.points[index]):>28}" for curve in curves)
-        lines.append(f"{point.level:6.0%} {cells}")
-    return [*lines, "area   " + "".join(f"{_text(curve.area):>28}" for curve in curves)]
+    """Format the curves as a table with one line per level and one column per kind of damage."""
+    lines = ["damage " + "".join(f"{curve.damage:>28}" for curve in curves)]
+    for points in zip(*(curve.points for curve in curves), strict=True):
+        lines.append(f"{points[0].level:6.0%} " + "".join(f"{_cell(point.rate):>28}" for point in points))
+    areas = [f"{curve.area:.3f}" if math.isfinite(curve.area) else "-" for curve in curves]
+    return [*lines, "area   " + "".join(f"{area:>28}" for area in areas)]
 
 
-def _cell(point: Point) -> str:
-    if point.rate.n == 0:
-        return "-"
-    return f"{point.rate.rate:.3f} [{point.rate.low:.3f}, {point.rate.high:.3f}]"
-
-
-def _text(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    rate = point.rate
-    numbers = {
-        "term_rate": rate.rate,
-        "term_rate_low": rate.low,
-        "term_rate_high": rate.high,
-        "majority_rate": point.majority.rate,
-        "cer": point.cer,
-        "cer_reduction": point.cer_reduction,
-    }
-    return {"level": point.level, "n": rate.n, **{name: _number(value) for name, value in numbers.items()}}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _cell(rate: Rate) -> str:
+    return f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]" if rate.n else "-"

@@ -1,24 +1,26 @@
-"""The figures of one measurement of restoration, as a row of numbers, and samples as text."""
+"""Results of one restoration measurement, as numbers and as sample texts."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resilient_t5.restoration.scoring.metrics import (
-    FormatHealth,
     Rate,
     SpanOutcome,
     TermOutcome,
+    finite_or_none,
     masked_character_error_rate,
+    ratio,
     span_match,
     term_restoration,
     term_restoration_by,
     term_restoration_macro,
 )
+from resilient_t5.restoration.sentinels import ParsedOutput
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One restored example as text; gaps and answers in square brackets, `[?]` where there is none."""
+    """One restored example as text; gaps and answers in square brackets, `[?]` without an answer."""
 
     example_id: int
     source: str
@@ -26,39 +28,33 @@ class Sample:
     restored: str
 
 
-@dataclass(frozen=True)
-class TextFigures:
-    """Figures of the whole texts; nan where there is nothing to measure."""
-
-    cer: float
-    """Character error rate of the restored texts, edits per clean character."""
-    cer_reduction: float
-    """1 - CER of the restored over CER of the damaged texts; below 0 restoring does harm."""
-    over_edit_share: float
-    """Edits outside the damage over the characters there; nan for a model that fills gaps and cannot over-edit."""
-
-
 @dataclass(frozen=True, eq=False)
 class RestorationReport:
-    """How well a fixed set of examples was restored."""
+    """Restoration results for a fixed set of examples; shares and rates are nan without trials."""
 
     outcomes: list[TermOutcome]
     spans: list[SpanOutcome]
-    health: FormatHealth
-    texts: TextFigures
+    outputs: Sequence[ParsedOutput]
+    """Parsed output of each example."""
+    cer: float
+    """Character error rate of the restored texts, edits per clean character."""
+    cer_reduction: float
+    """1 - CER of the restored over CER of the damaged texts; negative if restoring adds errors."""
+    over_edit_share: float
+    """Edits outside the damage over the characters there; nan for a model that fills gaps and cannot over-edit."""
     majority: Rate
     """Term restoration rate of the majority guess."""
     copy: Rate
-    """Term restoration rate of copying a term that is still shown, by the better of its two rules."""
+    """Term restoration rate of copying a visible term, by the better of its two rules."""
     samples: tuple[Sample, ...]
 
     @property
     def term_rate(self) -> float | None:
-        """The term restoration rate; None when no term was masked."""
-        return _number(term_restoration(self.outcomes).rate)
+        """The term restoration rate; None if no term was masked."""
+        return finite_or_none(term_restoration(self.outcomes).rate)
 
     def as_row(self) -> dict[str, float | int | None]:
-        """The figures as JSON numbers; None where there was nothing to measure, and no key for an empty band."""
+        """Return the results as JSON numbers; None without trials, and no key for an empty band."""
         exact = term_restoration(self.outcomes)
         by_training = term_restoration_by(self.outcomes, "training")
         by_sentinel = term_restoration_by(self.outcomes, "sentinel")
@@ -77,22 +73,18 @@ class RestorationReport:
             "span_match_term": span_match(self.spans, "term").rate,
             "span_match_random": span_match(self.spans, "random").rate,
             "cer_masked": masked_character_error_rate(self.spans),
-            "cer": self.texts.cer,
-            "cer_reduction": self.texts.cer_reduction,
-            "over_edit_share": self.texts.over_edit_share,
-            "format_error_share": self.health.error_share,
-            "early_end_share": self.health.early_end_share,
+            "cer": self.cer,
+            "cer_reduction": self.cer_reduction,
+            "over_edit_share": self.over_edit_share,
+            "format_error_share": ratio(sum(output.faulty for output in self.outputs), len(self.outputs)),
+            "early_end_share": ratio(sum(output.early_end for output in self.outputs), len(self.outputs)),
         }
         counts = {
             "n": exact.n,
             "n_terms": len({outcome.term_id for outcome in self.outcomes}),
             "n_unseen": sum(not outcome.seen for outcome in self.outcomes),
             "n_spans": len(self.spans),
-            "n_examples": self.health.rows,
+            "n_examples": len(self.outputs),
             "n_documents": len({outcome.document for outcome in self.outcomes}),
         }
-        return {**{name: _number(value) for name, value in numbers.items()}, **counts}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+        return {**{name: finite_or_none(value) for name, value in numbers.items()}, **counts}

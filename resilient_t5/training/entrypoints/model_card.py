@@ -8,7 +8,7 @@ from typing import Any
 
 from resilient_t5.config.schema import Config, flat
 from resilient_t5.data.store.corpus_report import SHARE
-from resilient_t5.restoration.restoration_config import Usage
+from resilient_t5.restoration.restoration_config import RestorationConfig
 
 FIGURES = (
     ("term restoration rate, exact", "term_rate"),
@@ -84,7 +84,7 @@ class CardFacts:
     license: str | None
 
 
-def model_card(facts: CardFacts, config: Config, usage: Usage) -> str:
+def model_card(facts: CardFacts, config: Config, usage: RestorationConfig) -> str:
     """The card as Markdown with the front matter that model hubs read."""
     parts = [
         _front(facts, config),
@@ -109,7 +109,7 @@ def _front(facts: CardFacts, config: Config) -> str:
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
-def _what(facts: CardFacts, config: Config, usage: Usage) -> str:
+def _what(facts: CardFacts, config: Config, usage: RestorationConfig) -> str:
     base = config.model.name_or_path
     origin = f"fine-tuned from `{base}`" if base else f"trained from scratch (preset {config.model.preset})"
     licence = (
@@ -135,7 +135,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _use(report: Mapping[str, Any], usage: Usage) -> str:
+def _use(report: Mapping[str, Any], usage: RestorationConfig) -> str:
     is_wide = report.get("bytes", 0) > WIDE_BYTES * report.get("characters", 0)
     text = CHINESE_EXAMPLE if is_wide else ENGLISH_EXAMPLE
     if usage.task == "correct":

@@ -24,8 +24,8 @@ from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.vocabulary import FullTables, write_back
-from resilient_t5.restoration.decode import generate
-from resilient_t5.restoration.restoration_config import Usage
+from resilient_t5.restoration.decoder import generate
+from resilient_t5.restoration.restoration_config import RestorationConfig
 
 PROBE_TOKENS = 48
 PROBE_ANSWER_TOKENS = 24
@@ -53,7 +53,7 @@ class Exported:
     trained_ids: np.ndarray
     original: FullTables
     tokenizer: TextTokenizer
-    usage: Usage
+    usage: RestorationConfig
     probe: np.ndarray
 
 
@@ -63,10 +63,10 @@ def exported(config: Config, store: Store, model: T5Model, trained_ids: np.ndarr
     return Exported(model, trained_ids, original, store.tokenizer, usage, probe_of(store, usage))
 
 
-def usage_of(config: Config, trained_ids: np.ndarray, rows: int) -> Usage:
+def usage_of(config: Config, trained_ids: np.ndarray, rows: int) -> RestorationConfig:
     """How a model of this run is to be used; the notes of the built-in corpus are lines."""
     builtin = any(name.startswith("builtin:") for name in config.data.train_inputs())
-    return Usage(
+    return RestorationConfig(
         task=config.corruption.task,
         max_source_tokens=config.data.max_source_tokens,
         max_target_tokens=config.data.max_target_tokens,
@@ -76,7 +76,7 @@ def usage_of(config: Config, trained_ids: np.ndarray, rows: int) -> Usage:
     )
 
 
-def probe_of(store: Store, usage: Usage) -> np.ndarray:
+def probe_of(store: Store, usage: RestorationConfig) -> np.ndarray:
     """The beginning of the first held-out example, with one gap for a model that fills gaps; full ids."""
     split = store.validation
     tokens = np.asarray(split.tokens[: int(split.offsets[1])][: min(PROBE_TOKENS, usage.max_source_tokens - 1)])
@@ -172,7 +172,7 @@ def _is_tie(model: Any, source_1S: torch.Tensor, ours: list[int], parts: Exporte
     return bool((chosen_T >= best_T - TIE * best_T.abs().clamp_min(1.0)).all())
 
 
-def _extend_generation(directory: Path, usage: Usage, rows: int) -> None:
+def _extend_generation(directory: Path, usage: RestorationConfig, rows: int) -> None:
     """Let plain `generate` write answers of the trained length, and never an id whose row was not trained."""
     path = directory / GENERATION_FILE
     # The last token of the longest target is its end mark, which need not be written where the length ends the answer.

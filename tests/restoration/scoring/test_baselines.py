@@ -14,14 +14,12 @@ from resilient_t5.restoration.scoring.baselines import (
     OUTSIDE,
     REACH,
     MajorityBaseline,
+    copy_guesses,
     gap_contexts,
-    score_copy,
-    score_guesses,
-    score_majority,
     terms_of_example,
 )
-from resilient_t5.restoration.scoring.metrics import Answers, Glossary
-from resilient_t5.restoration.sentinels import parse_fills
+from resilient_t5.restoration.scoring.metrics import Glossary, Predictions, score_terms
+from resilient_t5.restoration.sentinels import parse_output
 
 
 @dataclass
@@ -81,7 +79,7 @@ def test_majority_guess_equals_a_plain_count_with_back_off(seed):
     assert len(set(guesses.tolist())) > 1
 
 
-def test_context_decides_where_it_tells_and_the_commonest_term_where_it_does_not():
+def test_a_known_context_decides_and_an_unknown_one_falls_back_to_the_commonest_term():
     """A neighbour that always goes with one term wins over the global majority; an unknown one falls back to it."""
     rows = [[10, 1, 11], [10, 1, 11], [20, 2, 21], [30, 1, 31]]
     baseline = MajorityBaseline.fit(make_split(rows, [(0, 1, 2, 5), (1, 1, 2, 5), (2, 1, 2, 7), (3, 1, 2, 5)]))
@@ -90,7 +88,7 @@ def test_context_decides_where_it_tells_and_the_commonest_term_where_it_does_not
 
 
 def test_a_training_split_without_terms_gives_no_guess():
-    """Nothing was seen, so nothing is guessed, and no rate comes of it."""
+    """Without a training term there is no guess."""
     baseline = MajorityBaseline.fit(make_split([[1, 2]], []))
     assert baseline.guess(np.zeros((2, 2 * REACH), np.int64)).tolist() == [-1, -1]
     assert baseline.guess(np.zeros((0, 2 * REACH), np.int64)).tolist() == []
@@ -107,11 +105,11 @@ def test_a_bounded_fit_reads_a_part_that_is_spread_over_the_corpus():
     assert all(np.array_equal(a.terms, b.terms) for a, b in zip(ours.levels, theirs.levels, strict=True))
 
 
-def answers_for(split: Examples, example_ids: list[int], spans, masked_terms) -> Answers:
+def answers_for(split: Examples, example_ids: list[int], spans, masked_terms) -> Predictions:
     clean = [np.array(split.tokens[split.offsets[i] : split.offsets[i + 1]]) for i in example_ids]
-    nothing = [parse_fills(np.zeros(0, int), np.array([99]), 1, 0, 0) for _ in example_ids]
+    nothing = [parse_output(np.zeros(0, int), np.array([99]), 1, 0, 0) for _ in example_ids]
     ids = np.array(example_ids)
-    return Answers(ids, ids, clean, np.array(spans).reshape(-1, 4), np.array(masked_terms).reshape(-1, 5), nothing)
+    return Predictions(ids, ids, clean, np.array(spans).reshape(-1, 4), np.array(masked_terms).reshape(-1, 5), nothing)
 
 
 NAMES = ["liver", "lung", "heart", "heart failure"]
@@ -127,12 +125,13 @@ def test_majority_is_scored_on_the_damaged_source_by_the_rule_of_the_model():
     assert gap_contexts(np.zeros(2, int), [source], np.array([[1, 2], [4, 5]])).tolist() == [
         [5, -1, -1, 6, 7, 98], [7, 6, 99, 8, -1, -1]
     ]  # fmt: skip
-    outcomes = score_majority(MajorityBaseline.fit(train), answers, [source], np.array([[1, 2], [4, 5]]), GLOSSARY)
+    contexts = gap_contexts(np.zeros(2, int), [source], np.array([[1, 2], [4, 5]]))
+    outcomes = score_terms(answers, GLOSSARY, MajorityBaseline.fit(train).guess(contexts))
     assert [(outcome.predicted, outcome.exact) for outcome in outcomes] == [("liver", True), ("heart failure", True)]
 
 
 def test_copying_takes_a_term_that_is_still_shown():
-    """`recent`: the nearest before the gap, else the first behind; `frequent`: the commonest; a masked one never."""
+    """`recent`: the nearest before the gap, else the first after it; `frequent`: the commonest; a masked one never."""
     rows = [[40, 9, 40, 9, 41, 9, 42, 9, 41, 9, 40], [42, 9, 41], [42, 9]]
     terms = [(0, 0, 1, 0), (0, 2, 3, 0), (0, 4, 5, 1), (0, 6, 7, 2), (0, 8, 9, 1), (0, 10, 11, 0),
              (1, 0, 1, 2), (1, 2, 3, 1), (2, 0, 1, 2)]  # fmt: skip
@@ -140,11 +139,11 @@ def test_copying_takes_a_term_that_is_still_shown():
     spans = [[0, 0, 6, 7], [0, 1, 8, 9], [1, 0, 0, 1], [2, 0, 0, 1]]
     masked = [[0, 2, 0, 6, 7], [0, 1, 1, 8, 9], [1, 2, 0, 0, 1], [2, 2, 0, 0, 1]]
     answers = answers_for(split, [0, 1, 2], spans, masked)
-    recent = [outcome.predicted for outcome in score_copy(answers, split, GLOSSARY, "recent")]
-    frequent = score_copy(answers, split, GLOSSARY, "frequent")
-    assert recent == ["lung", "lung", "lung", None]
+    recent = score_terms(answers, GLOSSARY, copy_guesses(answers, split, "recent"))
+    frequent = score_terms(answers, GLOSSARY, copy_guesses(answers, split, "frequent"))
+    assert [outcome.predicted for outcome in recent] == ["lung", "lung", "lung", None]
     assert [outcome.predicted for outcome in frequent] == ["liver", "liver", "lung", None]
-    assert [outcome.exact for outcome in score_copy(answers, split, GLOSSARY, "recent")] == [False, True, False, False]
+    assert [outcome.exact for outcome in recent] == [False, True, False, False]
 
 
 def test_a_guess_of_the_very_term_counts_however_the_tokenizer_spells_it():
@@ -152,7 +151,7 @@ def test_a_guess_of_the_very_term_counts_however_the_tokenizer_spells_it():
     split = make_split([[40]], [(0, 0, 1, 0)])
     glossary = Glossary(["LIVER (full-width)"], np.array([1]), lambda ids: "liver")
     answers = answers_for(split, [0], [[0, 0, 0, 1]], [[0, 0, 0, 0, 1]])
-    assert score_guesses(np.array([0]), answers, glossary)[0].exact
+    assert score_terms(answers, glossary, np.array([0]))[0].exact
 
 
 def test_terms_of_an_example_are_found_by_its_number():

@@ -119,6 +119,10 @@ def test_empty_answers_restore_nothing(split):
     row = report.as_row()
     assert (row["term_rate"], row["term_rate_high"], row["cer_masked"], row["span_match"]) == (0.0, 0.0, 1.0, 0.0)
     assert (row["early_end_share"], row["format_error_share"]) == (1.0, 1.0)
+    half = rows_of(corrupted.target, corrupted.target_offsets)
+    half[:6, 0] = EOS
+    row = score_generated([(ids, corrupted, half)], make_restorer(split)).as_row()
+    assert (row["early_end_share"], row["format_error_share"]) == (0.5, 0.5)
     assert report.samples[0].restored == report.samples[0].source
 
 
@@ -226,8 +230,8 @@ def micro_batch(ids: np.ndarray, corrupted: Corrupted) -> MicroBatch:
     )
 
 
-def test_a_real_model_is_measured_from_end_to_end_and_stops_when_told(split):
-    """An untrained T5 gets a report twice the same; told to stop, there is none; its mode stays."""
+def test_a_real_model_is_measured_from_end_to_end_and_the_stop_callback_is_obeyed(split):
+    """Two measurements of an untrained T5 are equal; after a stop there is no report; its mode stays."""
     torch.manual_seed(0)
     sizes = {"vocab_size": SIZE, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=PAD)).train()

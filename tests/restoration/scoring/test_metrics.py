@@ -1,4 +1,4 @@
-"""What counts as restored, on cases made by hand.
+"""Metrics of restoration on hand-made cases.
 
 Run: python -m pytest tests/restoration/scoring/test_metrics.py
 """
@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_t5.restoration.scoring.metrics import (
-    Answers,
     Glossary,
+    Predictions,
     cer_reduction,
     character_error_rate,
     count_terms,
-    format_health,
     gold_text,
     judge_answer,
     masked_character_error_rate,
@@ -28,7 +27,7 @@ from resilient_t5.restoration.scoring.metrics import (
     term_restoration_by,
     term_restoration_macro,
 )
-from resilient_t5.restoration.sentinels import parse_fills
+from resilient_t5.restoration.sentinels import parse_output
 
 PAD, EOS = 0, 1
 SENTINELS = np.arange(199, 99, -1)
@@ -58,16 +57,16 @@ def decode(ids) -> str:
     return "".join(WORDS[int(number)] for number in ids if number < 100).removeprefix(" ")
 
 
-def make_answers(clean, spans, masked_terms, rows, documents=None) -> Answers:
+def make_answers(clean, spans, masked_terms, rows, documents=None) -> Predictions:
     counts = [sum(1 for span in spans if span[0] == row) for row in range(len(clean))]
-    fills = [parse_fills(np.array(row), SENTINELS, EOS, PAD, count) for row, count in zip(rows, counts, strict=True)]
-    return Answers(
+    outputs = [parse_output(np.array(row), SENTINELS, EOS, PAD, count) for row, count in zip(rows, counts, strict=True)]
+    return Predictions(
         example_ids=np.arange(len(clean)) + 50,
         documents=np.array(documents if documents is not None else range(len(clean))),
         clean=[np.array(row) for row in clean],
         spans=np.array(spans, np.int32).reshape(-1, 4),
         masked_terms=np.array(masked_terms, np.int32).reshape(-1, 5),
-        fills=fills,
+        outputs=outputs,
     )
 
 
@@ -151,15 +150,15 @@ def test_bands_hold_every_outcome_once_and_name_only_what_occurs():
     assert rates("digits") == {"with": (0.0, 1), "without": (2 / 3, 3)}
 
 
-def test_sentinel_bands_begin_where_their_names_say():
+def test_sentinel_bands_begin_at_the_number_in_their_name():
     """Sentinels 0, 9, 10, 26, 27 and 99 fall into 00_09, 10_26 and 27_up, two each."""
     clean = [[10]] * 6
-    spans, terms, fills = [], [], []
+    spans, terms, outputs = [], [], []
     for row, k in enumerate((0, 9, 10, 26, 27, 99)):
         spans.append([row, k, 0, 1])
         terms.append([row, 2, k, 0, 1])
-        fills.append(parse_fills(np.array([S[k], 10, EOS]), SENTINELS, EOS, PAD, 100))
-    answers = Answers(np.arange(6), np.arange(6), [np.array(r) for r in clean], np.array(spans), np.array(terms), fills)
+        outputs.append(parse_output(np.array([S[k], 10, EOS]), SENTINELS, EOS, PAD, 100))
+    answers = Predictions(np.arange(6), np.arange(6), [np.array(r) for r in clean], np.array(spans), np.array(terms), outputs)
     bands = term_restoration_by(score_terms(answers, GLOSSARY), "sentinel")
     assert {name: (rate.rate, rate.n) for name, rate in bands.items()} == {
         "00_09": (1.0, 2), "10_26": (1.0, 2), "27_up": (1.0, 2)
@@ -194,7 +193,7 @@ def test_character_error_rate_equals_a_plain_table_of_edits(pairs):
         assert math.isnan(rate)
 
 
-def test_reduction_is_one_when_all_is_mended_and_negative_when_harm_is_done():
+def test_reduction_is_one_when_all_is_restored_and_negative_when_errors_are_added():
     """1 - CER out / CER in; nan when there was nothing to correct."""
     assert cer_reduction([("abcd", "abxd", "abcd")]) == 1.0
     assert cer_reduction([("abcd", "abxx", "abxd")]) == 0.5
@@ -217,19 +216,8 @@ def test_reduction_is_one_when_all_is_mended_and_negative_when_harm_is_done():
     ],
 )
 def test_only_edits_outside_the_damage_are_over_edits(clean, damaged, restored, share):
-    """Mending, not mending or mending wrongly is none; touching what was right is one edit for each character."""
+    """Any change of a damaged place is none; a change of an undamaged character is one edit."""
     assert over_edit_share([(clean, damaged, restored)]) == pytest.approx(share)
-
-
-def test_format_health_counts_rows_and_faults():
-    """Every kind of fault is summed, and a row counts as faulty once."""
-    rows = [([S[0], 5, EOS], 1), ([S[1], 5, S[0], EOS], 2), ([EOS], 2), ([9, S[0], 5, S[0], S[4]], 1)]
-    health = format_health([parse_fills(np.array(row), SENTINELS, EOS, PAD, expected) for row, expected in rows])
-    assert (health.rows, health.expected, health.faulty_rows) == (4, 6, 3)
-    assert (health.missing, health.duplicate, health.out_of_order, health.unknown) == (2, 1, 1, 1)
-    assert (health.early_end_rows, health.cut_off_rows, health.stray_rows) == (1, 1, 1)
-    assert (health.error_share, health.early_end_share) == (0.75, 0.25)
-    assert math.isnan(format_health([]).error_share)
 
 
 def test_terms_are_counted_over_the_whole_list():

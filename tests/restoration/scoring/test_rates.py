@@ -63,7 +63,7 @@ def test_resamples_draw_as_many_documents_as_there_are_and_favour_none():
     assert np.abs(weights.mean(0) - 1.0).max() < 5 / math.sqrt(RESAMPLES)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_has_about_its_nominal_coverage():
     """Of 200 samples of 40 clustered documents, the 95 % interval holds the true rate in 88 to 99 %."""
     covered = 0
     for seed in range(200):
@@ -74,7 +74,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_trials_of_one_document_are_not_taken_for_independent():
-    """The same outcomes in few documents give a wider interval than each in its own; one document tells nothing."""
+    """The same outcomes in few documents give a wider interval than each in its own; one document gives [0, 1]."""
     success = np.tile(np.array([True] * 10 + [False] * 10), 10)
     few, many = rate_over_documents(success, np.arange(200) // 10), rate_over_documents(success, np.arange(200))
     assert few.high - few.low > 2 * (many.high - many.low)
@@ -83,14 +83,13 @@ def test_trials_of_one_document_are_not_taken_for_independent():
 
 
 def test_nothing_to_count_is_not_a_rate_of_zero():
-    """Without trials the rate is nan and says n=0."""
+    """Without trials the rate is nan and n is 0."""
     nothing = rate_over_documents(np.zeros(0, bool), np.zeros(0, int))
-    assert math.isnan(nothing.rate) and nothing.n == 0 and nothing.text() == "- n=0"
-    assert rate_over_documents(np.array([True, False]), np.array([0, 1])).text() == "0.500 [0.000, 1.000] n=2"
+    assert math.isnan(nothing.rate) and nothing.n == 0
 
 
 def test_intervals_do_not_depend_on_global_random_state_or_touch_it():
-    """Equal outcomes, equal interval; numpy's global stream stands where it stood."""
+    """Equal outcomes, equal interval; numpy's global stream does not advance."""
     success, documents = clustered(15, 4)
     np.random.seed(1)
     state = np.random.get_state()[1].copy()

@@ -13,7 +13,7 @@ from tests.restoration.scoring.test_measure import make_split, make_table
 
 
 def curve(*levels_and_rates):
-    """A curve through these points; None stands for a level that masks nothing."""
+    """A curve through these points; None is a level without masks."""
     nothing = Rate(math.nan, math.nan, math.nan, 0)
     points = [
         Point(level, nothing if rate is None else Rate(rate, rate - 0.1, rate + 0.1, 50), nothing, 0.1, 0.5)
@@ -29,7 +29,7 @@ def test_the_area_is_the_mean_height_over_the_levels_that_were_measured():
     assert math.isnan(curve((0.0, None), (0.1, 0.6)).area)
 
 
-def test_a_level_grows_what_its_name_says():
+def test_each_kind_of_damage_sets_its_own_ratios():
     """Masks alone, noise under the run's own masks, both."""
     assert ratios("masks", 0.3, 0.2) == (0.3, 0.0)
     assert ratios("noise", 0.3, 0.2) == (0.2, 0.3)

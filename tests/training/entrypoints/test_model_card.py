@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from resilient_t5.config.schema import Config, EvaluationConfig, ModelConfig, RunConfig
-from resilient_t5.restoration.restoration_config import Usage
+from resilient_t5.restoration.restoration_config import RestorationConfig
 from resilient_t5.training.entrypoints.model_card import CHINESE_EXAMPLE, ENGLISH_EXAMPLE, CardFacts, model_card, snippet
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -39,7 +39,7 @@ CONFIG = Config(run=RunConfig(dir="runs/my run"), evaluation=EvaluationConfig(re
 
 def card(facts=FACTS, config=CONFIG, usage=None):
     """The card as text."""
-    return model_card(facts, config, usage or Usage())
+    return model_card(facts, config, usage or RestorationConfig())
 
 
 def code_of(text):
@@ -84,7 +84,7 @@ def test_the_card_tells_the_share_of_characters_without_a_piece():
 @pytest.mark.parametrize("task", ["restore", "correct"])
 def test_the_code_of_the_card_compiles(task):
     """One block of Python, which loads from the directory that it stands in."""
-    (code,) = code_of(card(usage=Usage(task=task)))
+    (code,) = code_of(card(usage=RestorationConfig(task=task)))
     compile(code, "card", "exec")
     assert 'directory = "."' in code and ("<extra_id_0>" in code) == (task == "restore")
 

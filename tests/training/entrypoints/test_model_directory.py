@@ -15,7 +15,7 @@ from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_of
-from resilient_t5.restoration.restoration_config import Usage, read_usage
+from resilient_t5.restoration.restoration_config import RestorationConfig, read_restoration_config
 from resilient_t5.training.entrypoints.model_directory import Exported, write_export
 
 
@@ -34,13 +34,13 @@ def parts():
     trained = np.setdiff1d(np.arange(tokenizer.size), barred)
     cut_vocabulary(model, trained)
     probe = np.array([20, 21, tokenizer.sentinel_ids[0], 25, tokenizer.eos_id])
-    return Exported(model, trained, original, tokenizer, Usage(max_sentinels=3, trained_ids=trained), probe)
+    return Exported(model, trained, original, tokenizer, RestorationConfig(max_sentinels=3, trained_ids=trained), probe)
 
 
 def test_an_export_of_a_cut_model_never_answers_with_an_untrained_id(parts, tmp_path):
     """Plain generate of transformers gives our answer, although untrained rows have the largest logits by far."""
     write_export(parts, "card", tmp_path / "best")
-    assert read_usage(tmp_path / "best").trained_ids.tolist() == parts.trained_ids.tolist()
+    assert read_restoration_config(tmp_path / "best").trained_ids.tolist() == parts.trained_ids.tolist()
     content = json.loads((tmp_path / "best" / "generation_config.json").read_text())
     assert content["suppress_tokens"] == list(range(300, 450))
 

@@ -1,6 +1,6 @@
 """The constrained search: against full enumeration, against the library's beam search, and its own rules.
 
-Run: python -m pytest tests/restoration/test_decode.py
+Run: python -m pytest tests/restoration/test_beam_search.py
 """
 
 import itertools
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from resilient_t5.restoration.answer_rules import BEGUN, SEEN, answer_rules
-from resilient_t5.restoration.decode import Question, Searcher, answers_of
+from resilient_t5.restoration.beam_search import BeamSearch, SearchRequest
 from tests.restoration.test_decoder import KINDS, build
 
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -33,19 +33,19 @@ def one_thread():
 
 
 def vocabulary(pieces=PIECES, size=64, sentinels=SENTINELS):
-    """What the rules read of a tokenizer, over the given pieces."""
+    """The attributes of a tokenizer that the rules read, over the given pieces."""
     texts = [*pieces, *(f"w{k}" for k in range(len(pieces), size - len(sentinels)))]
     texts += [f"<extra_id_{k}>" for k in reversed(range(len(sentinels)))]
     special = np.array([PAD, EOS, UNKNOWN, *sentinels.tolist()])
     return SimpleNamespace(pieces=lambda: texts, sentinel_ids=sentinels, eos_id=EOS, special_ids=special)
 
 
-def searcher_of(kind="mt5_untied", seed=0, trained=None, encoding="utf-8", sentinels=10, sharpness=6.0):
-    return Searcher(build(kind, seed, sharpness), answer_rules(vocabulary(), trained, sentinels, encoding))
+def search_with(kind="mt5_untied", seed=0, trained=None, encoding="utf-8", sentinels=10, sharpness=6.0):
+    return BeamSearch(build(kind, seed, sharpness), answer_rules(vocabulary(), trained, sentinels, encoding))
 
 
-def question(source, gaps):
-    return Question(np.array([*source, EOS]), gaps, SENTINELS[: min(gaps, 1)], stops_at=gaps)
+def request(source, gaps):
+    return SearchRequest(np.array([*source, EOS]), gaps, SENTINELS[: min(gaps, 1)], stop_after=gaps)
 
 
 def sources(count, seed=0):
@@ -53,7 +53,7 @@ def sources(count, seed=0):
     return [draws.integers(3, 54, draws.integers(1, 20)).tolist() for _ in range(count)]
 
 
-# A reference that shares nothing with the automaton: what may follow a row, said in plain Python.
+# A reference that shares nothing with the automaton: what may follow a row, in plain Python.
 
 
 def allowed_after(row, gaps, limit, pieces):
@@ -101,13 +101,13 @@ def needed(answer, pieces):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wide_beam_finds_what_full_enumeration_finds_with_its_probabilities(kind):
-    """Every output of two gaps within six tokens, by plain forward passes: the same ranking, sums and single terms."""
+    """Every output for two gaps within six tokens, by plain forward passes: the same ranking and probabilities."""
     words = ["<pad>", "</s>", "<unk>", "a", "\u2581", "\u2581b", "w", "w"]
     small, limit = np.array([9, 8]), 6
     rules = answer_rules(vocabulary(words, 10, small), np.array([3, 4, 5]), 2)
     model = build(kind, 3)
     source = np.array([5, 9, 3, 8, EOS])
-    found = Searcher(model, rules).search([Question(source, 2, small[:1], 2)], limit, beams=60)[0]
+    found = BeamSearch(model, rules).search([SearchRequest(source, 2, small[:1], 2)], limit, beams=60)[0]
     wanted = {}
     for length in range(5, limit + 1):
         for row in itertools.product([1, 3, 4, 5, 8, 9], repeat=length):
@@ -155,17 +155,17 @@ def forward(model, source, row):
 @pytest.mark.parametrize("beams", [1, 2, 5])
 @pytest.mark.parametrize("seed", range(3))
 def test_search_equals_the_librarys_with_the_same_rules(kind, beams, seed):
-    """Greedy and beam search of transformers with a prefix function say the same ids and sums, row by row.
+    """Greedy and beam search of transformers with a prefix function give the same ids and sums, row by row.
 
-    With as many sentinels as gaps: the library knows nothing of a further sentinel that ends an answer.
+    With as many sentinels as gaps: transformers does not let a further sentinel end an answer.
     """
     pieces, limit, pairs = vocabulary().pieces(), 18, []
     for gaps in (1, 2, 3):
-        searcher = searcher_of(kind, seed, sentinels=gaps)
-        asked = [question(source, gaps) for source in sources(5, seed)[gaps - 1 :: 3]]
-        pairs += zip(asked, searcher.search(asked, limit, beams=beams), strict=True)
+        search = search_with(kind, seed, sentinels=gaps)
+        asked = [request(source, gaps) for source in sources(5, seed)[gaps - 1 :: 3]]
+        pairs += zip(asked, search.search(asked, limit, beams=beams), strict=True)
     for one, found in pairs:
-        theirs = searcher.model.generate(
+        theirs = search.model.generate(
             torch.from_numpy(one.source)[None], max_new_tokens=limit, num_beams=beams, num_return_sequences=beams,
             do_sample=False, length_penalty=0.0, early_stopping="never", renormalize_logits=True,
             prefix_allowed_tokens_fn=lambda _, row, n=one.gaps: allowed_after(row.tolist()[1:], n, limit, pieces),
@@ -181,50 +181,49 @@ def test_search_equals_the_librarys_with_the_same_rules(kind, beams, seed):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("limit", [21, 24, 60])
 def test_every_gap_gets_its_sentinel_in_order_and_an_answer_that_can_be_read(kind, beams, limit):
-    """Well formed, in order, each answer visible UTF-8 without control characters, whatever the room."""
-    searcher, pieces = searcher_of(kind), vocabulary().pieces()
-    asked = [question(source, number) for number, source in enumerate(sources(11))][1:]
-    for one, found in zip(asked, searcher.search(asked, limit, beams=beams), strict=True):
+    """Well formed, in order, each answer visible UTF-8 without control characters, for every limit."""
+    search, pieces = search_with(kind), vocabulary().pieces()
+    asked = [request(source, number) for number, source in enumerate(sources(11))][1:]
+    for one, found in zip(asked, search.search(asked, limit, beams=beams), strict=True):
         for hypothesis in found:
             ids = hypothesis.ids.tolist()
             assert [token for token in ids if token in (EOS, *SENTINELS)] == [*SENTINELS[: one.gaps].tolist(), EOS]
             assert ids[-1] == EOS and len(ids) <= limit
-            answers = answers_of(hypothesis, searcher.mark_ids())
-            assert len(answers) == one.gaps
-            for answer, probability in answers:
-                text = spelling(answer.tolist(), pieces).decode()
+            assert (hypothesis.log_probabilities <= 0).all()
+            marks = np.flatnonzero(np.isin(hypothesis.ids, search.mark_ids)).tolist()
+            for start, end in zip(marks[:-1], marks[1:], strict=True):
+                text = spelling(ids[start + 1 : end], pieces).decode()
                 assert text.strip() and not any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in text)
-                assert 0 < probability <= 1
 
 
 def test_a_question_in_a_batch_equals_the_question_alone():
     """Neighbours, padding, and sources that leave the batch change no token and no probability beyond rounding."""
-    searcher = searcher_of()
-    asked = [question(source, 1 + number % 4) for number, source in enumerate(sources(12))]
-    together = searcher.search(asked, 25, beams=3)
+    search = search_with()
+    asked = [request(source, 1 + number % 4) for number, source in enumerate(sources(12))]
+    together = search.search(asked, 25, beams=3)
     for one, found in zip(asked, together, strict=True):
-        alone = searcher.search([one], 25, beams=3)[0]
+        alone = search.search([one], 25, beams=3)[0]
         assert [h.ids.tolist() for h in found] == [h.ids.tolist() for h in alone]
         np.testing.assert_allclose([h.score for h in found], [h.score for h in alone], rtol=1e-4)
 
 
-def test_answers_behind_a_prefix_are_those_of_full_enumeration_there():
+def test_answers_after_a_prefix_are_those_of_full_enumeration_there():
     """`--alternatives`: the answers of the second gap, the first one fixed, ranked as plain forward passes rank them.
 
     It is the last gap, so the probability of every further sentinel counts with that of the end mark.
     """
-    searcher, limit = searcher_of(trained=np.array([23, 24, 25])), 8
+    search, limit = search_with(trained=np.array([23, 24, 25])), 8
     source = np.array([30, SENTINELS[0], 31, SENTINELS[1], EOS])
     prefix = np.array([SENTINELS[0], 24, 25, SENTINELS[1]])
-    found = searcher.search([Question(source, 2, prefix, 2)], limit, beams=50)[0]
+    found = search.search([SearchRequest(source, 2, prefix, 2)], limit, beams=50)[0]
     assert all(hypothesis.ids[:4].tolist() == prefix.tolist() for hypothesis in found)
     pieces = vocabulary().pieces()
     wanted = {}
     for length in range(1, 4):
         for answer in itertools.product([23, 24, 25], repeat=length):
             row, total = [*prefix.tolist(), *answer, EOS], 0.0
-            logits = forward(searcher.model, source, row)
-            further = [int(number) for number in searcher.mark_ids() if number not in SENTINELS[:2]]
+            logits = forward(search.model, source, row)
+            further = [int(number) for number in search.mark_ids if number not in SENTINELS[:2]]
             logits[:, EOS] = logits[:, further].logsumexp(1)
             for position in range(4, len(row)):
                 options = allowed_after(row[:position], 2, limit, pieces)
@@ -241,36 +240,36 @@ def test_only_trained_ids_and_what_the_encoding_holds_are_written():
     """An answer holds no other id; in latin-1 no Chinese piece and no byte piece."""
     trained = np.array([5, 20, 23, 24, 25, 27, 40, 41])
     for encoding, barred in (("utf-8", set()), ("latin-1", {5, 20, 25})):
-        searcher = searcher_of(trained=trained, encoding=encoding)
+        search = search_with(trained=trained, encoding=encoding)
         allowed = set(trained.tolist()) - barred | {EOS, *SENTINELS.tolist()}
-        assert set(searcher.rules.output_ids.tolist()) <= allowed
-        found = searcher.search([question(source, 3) for source in sources(6)], 30, beams=2)
+        assert set(search.rules.output_ids.tolist()) <= allowed
+        found = search.search([request(source, 3) for source in sources(6)], 30, beams=2)
         assert {token for hypotheses in found for h in hypotheses for token in h.ids.tolist()} <= allowed
 
 
 def test_a_whole_text_is_one_answer_without_a_sentinel():
     """`correct`: no sentinel, at least one visible piece, an end mark."""
-    searcher = searcher_of()
-    asked = [Question(np.array([*source, EOS]), 0, np.zeros(0, np.int64), 0) for source in sources(5)]
-    for found in searcher.search(asked, 12, beams=2):
+    search = search_with()
+    asked = [SearchRequest(np.array([*source, EOS]), 0, np.zeros(0, np.int64), 0) for source in sources(5)]
+    for found in search.search(asked, 12, beams=2):
         for hypothesis in found:
             assert not set(hypothesis.ids.tolist()) & set(SENTINELS.tolist())
             assert hypothesis.ids[-1] == EOS and 2 <= len(hypothesis.ids) <= 12
 
 
-def test_room_for_too_few_tokens_is_refused_and_a_stop_is_heard():
-    """Three gaps need seven tokens; a stop ends the search with None and gives the model its mode back."""
-    searcher = searcher_of()
+def test_a_limit_that_is_too_short_is_refused_and_the_stop_callback_is_obeyed():
+    """Three gaps need seven tokens; a stop ends the search with None and restores the mode of the model."""
+    search = search_with()
     with pytest.raises(ValueError, match="gaps"):
-        searcher.search([question([5], 3)], 6)
-    searcher.model.train()
-    assert searcher.search([question([5], 3)], 20, should_stop=lambda: True) is None
-    assert searcher.model.training
+        search.search([request([5], 3)], 6)
+    search.model.train()
+    assert search.search([request([5], 3)], 20, should_stop=lambda: True) is None
+    assert search.model.training
 
 
 def test_the_rules_allow_what_the_reference_allows_along_random_walks():
-    """At every place of two hundred random outputs, in little and in much room, the same ids may follow."""
-    rules, pieces, draws = searcher_of().rules, vocabulary().pieces(), np.random.default_rng(0)
+    """At every position of two hundred random outputs, with short and long limits, the same ids may follow."""
+    rules, pieces, draws = search_with().rules, vocabulary().pieces(), np.random.default_rng(0)
     for _ in range(200):
         gaps = int(draws.integers(1, 4))
         limit = int(draws.integers(2 * gaps + 1, 22))
@@ -282,5 +281,5 @@ def test_the_rules_allow_what_the_reference_allows_along_random_walks():
             allowed |= {marks[opened]} if state == SEEN else set()
             assert allowed == set(allowed_after(row, gaps, limit, pieces)), row
             row.append(int(draws.choice(sorted(allowed))))
-            state = BEGUN if row[-1] == marks[opened] else int(rules.following_NA[state, rules.output_ids == row[-1]][0])
+            state = BEGUN if row[-1] == marks[opened] else int(rules.next_state_NA[state, rules.output_ids == row[-1]][0])
             opened += row[-1] == marks[opened]

@@ -11,7 +11,7 @@ import sys
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from resilient_t5.restoration.decode import DecodeSettings
+from resilient_t5.restoration.beam_search import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
 

@@ -1,4 +1,4 @@
-"""What cut layers (`hardware.shard_layers`) save in memory and cost in time: the same run on several processes, whole and cut.
+"""Memory and time of sharded layers (`hardware.shard_layers`): the same run on several processes, replicated and sharded.
 
 Every process of a run is started by itself, and the system says what it took at most: imports, training, an evaluation at
 the start and at the end, saves, exports. What a process takes whatever it trains is measured with a tiny model and taken

@@ -32,7 +32,7 @@ from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
 from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os, slept_s
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
-from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, begin_equal
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, sync_processes
 from resilient_t5.training.hardware.sharding import ShardedModel, shard_model
 from resilient_t5.training.run import Run, telemetry_from
 from resilient_t5.training.saver import Saver, fingerprints_of
@@ -49,7 +49,7 @@ def restore_or_init(saver: Saver, loaded: Loaded | None, config: Config, train: 
     """The state that the run begins with, the same in every process."""
     state = restore_or_start(saver, loaded, config, train)
     same = {**saver.fingerprints, "settings": trajectory_sha256(config), "precision": saver.conditions["precision"]}
-    begin_equal(ranks, saver.updater.model, same, is_new=loaded is None)
+    sync_processes(ranks, saver.updater.model, same, is_new=loaded is None)
     return state
 
 

@@ -20,7 +20,7 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import ExampleNll, token_nll
 from resilient_t5.restoration.scoring.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.scoring.score_report import RestorationReport
-from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_mark
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_checksum
 from resilient_t5.training.hardware.sharding import ShardedModel
 
 
@@ -68,7 +68,7 @@ def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluatio
     # float64, and so is a sum with zeros.
     sums_6E = torch.zeros(6, int(ends[-1]), dtype=torch.float64)
     with _reading(evaluator):
-        for number in ranks.share([batch.micro_batch.padded_tokens for batch in batches]):
+        for number in ranks.partition([batch.micro_batch.padded_tokens for batch in batches])[ranks.index]:
             if halted := interrupted():
                 break
             micro_batch, device = batches[number].micro_batch, evaluator.accelerator.device
@@ -103,7 +103,7 @@ def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Rest
     places = [part.view(shape) for part, shape in zip(written.split([rows * w for rows, w in shapes]), shapes, strict=True)]
     halted = False
     with _reading(evaluator):
-        for number in ranks.share([batch.micro_batch.padded_tokens for batch in batches]):
+        for number in ranks.partition([batch.micro_batch.padded_tokens for batch in batches])[ranks.index]:
             generated_BT = write_answers(evaluator.model, batches[number].micro_batch, restorer, interrupted)
             if halted := generated_BT is None:
                 break
@@ -128,7 +128,7 @@ def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
     ranks = evaluator.ranks
     if ranks.count == 1:
         return not halted
-    notes = ranks.all_gather_object(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
+    notes = ranks.all_gather_object(place, {"halted": halted, "weights": weights_checksum(evaluator.model)})
     if len({told["weights"] for told in notes}) > 1:
         raise Diverged(
             "the weights of the processes are no longer equal, so what was trained since the last evaluation is worthless",
@@ -177,7 +177,7 @@ def _reading(evaluator: Evaluator) -> Iterator[None]:
     was_training = evaluator.model.training
     evaluator.model.eval()
     try:
-        with evaluator.layers.gathered(), torch.no_grad(), evaluator.accelerator.autocast():
+        with evaluator.layers.unsharded(), torch.no_grad(), evaluator.accelerator.autocast():
             yield
     finally:
         evaluator.model.train(was_training)

@@ -51,7 +51,7 @@ def _attempt(run: Run, stop: StopSignal, micro_batches: list[MicroBatch]) -> tup
             raise
         failure = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     # A part of a micro-batch's gradient is worthless: the tables' gradients are added in place.
-    run.updater.layers.drop_gradients()
+    run.updater.layers.zero_grad()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     return None, failure

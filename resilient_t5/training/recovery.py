@@ -66,7 +66,7 @@ def save_if_due(run: Run, stop: StopSignal) -> None:
     except NonFiniteState as error:
         refused = f"{error.what} ({error.where})"[:300]
     try:
-        if (cause := run.updater.layers.agreed("due", cause)) is not None:
+        if (cause := run.updater.layers.broadcast_if_sharded("due", cause)) is not None:
             run.saver.save(run.state, cause, stop)
     except NonFiniteState as error:
         refused = f"{error.what} ({error.where})"[:300]

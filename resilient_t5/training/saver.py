@@ -22,7 +22,7 @@ from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
-from resilient_t5.training.hardware.sharding import local, own_rows
+from resilient_t5.training.hardware.sharding import local_rows, local_tensor
 from resilient_t5.training.run_directory import changed_keys, changed_trajectory_settings
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import SpikeGuard
@@ -114,7 +114,7 @@ class Saver:
             in_time = cause != "signal" or stop.left_s > self.capture_s + self.write_s
             missing = in_time and self.committed not in ((state.update, True), wanted)
         finally:
-            missing = self.updater.layers.agreed("last save", missing)
+            missing = self.updater.layers.broadcast_if_sharded("last save", missing)
         if missing:
             self.save(state, cause, stop)
             self.settle()
@@ -137,7 +137,7 @@ class Saver:
         tensors = {"model": model_tensors(updater.model), "optimizer": optimizer_tensors, "rng": random_tensors}
         return Parts(
             update=state.update,
-            tensors=updater.layers.collected(tensors),
+            tensors=updater.layers.gather_state(tensors),
             are_copies=updater.layers.is_sharded,
             state={
                 "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
@@ -173,7 +173,7 @@ class Saver:
         updater, scaler = self.updater, self.updater.accelerator.scaler
         # Taken out, as the caller keeps `loaded` for its name: its tensors would stay in memory for the whole run.
         load_model_tensors(updater.model, loaded.tensors.pop("model"))
-        own = updater.layers.own_state(loaded.tensors.pop("optimizer"))
+        own = updater.layers.shard_state(loaded.tensors.pop("optimizer"))
         load_named_state(updater.optimizer, updater.layers, own, loaded.state["optimizer"])
         one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
         if scaler is not None and loaded.state["scaler"] is not None:
@@ -247,4 +247,4 @@ def load_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} -> {tuple(parameter.shape)}"
             raise ResumeMismatch(f"the shape of {name} differs from the checkpoint's", where=shapes)
-        local(parameter).copy_(own_rows(parameter, tensors[name]))
+        local_tensor(parameter).copy_(local_rows(parameter, tensors[name]))

@@ -76,7 +76,7 @@ class Updater:
             accumulate = self._accumulate_in_rounds if self.layers.is_sharded else self._accumulate_all
             nll_sums = accumulate(micro_batches, tokens, attempted, interrupted)
             if nll_sums is None:
-                self.layers.drop_gradients()
+                self.layers.zero_grad()
                 return None
             nll_sum, norm = self._norm_and_clip(nll_sums.sum())
             fault = "" if self._move(lr, nll_sum, norm) else "loss or gradient not finite"
@@ -112,13 +112,13 @@ class Updater:
         done: dict[int, torch.Tensor] = {}
         halted, failure = False, ""
         try:
-            for index in self.ranks.share([micro_batch.padded_tokens for micro_batch in micro_batches]):
+            for index in self.ranks.partition([m.padded_tokens for m in micro_batches])[self.ranks.index]:
                 if halted := interrupted():
                     break
                 done[index] = self.accumulate(micro_batches[index], tokens, attempted, index)
             if self.ranks.count == 1:
                 return None if halted else torch.stack(list(done.values()))
-            gradients = [gradient_of(p) for p in self.layers.whole_parameters()]
+            gradients = [gradient_of(p) for p in self.layers.replicated_parameters()]
         except (RuntimeError, MemoryError) as error:
             if self.ranks.count == 1 or not is_out_of_memory(error):
                 raise
@@ -138,7 +138,7 @@ class Updater:
         One that has no micro-batch left passes nothing through the layers, which adds nothing. A pass that has begun ends
         in all of them or in none, so memory that runs out in it ends the run.
         """
-        shares = self.ranks.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
+        shares = self.ranks.partition([micro_batch.padded_tokens for micro_batch in micro_batches])
         own, done = shares[self.ranks.index], dict[int, torch.Tensor]()
         for number in range(max(map(len, shares))):
             notes = self.ranks.all_gather_object(f"update {attempted}, pass {number}", {"halted": interrupted()})
@@ -149,8 +149,8 @@ class Updater:
                     done[own[number]] = self.accumulate(micro_batches[own[number]], tokens, attempted, own[number])
                 else:
                     self.accumulate(nothing_of(micro_batches[0]), tokens, attempted, 0)
-        self.layers.take_gradients()
-        return self._added_up(done, len(micro_batches), [gradient_of(p) for p in self.layers.whole_parameters()])
+        self.layers.assign_shard_gradients()
+        return self._added_up(done, len(micro_batches), [gradient_of(p) for p in self.layers.replicated_parameters()])
 
     def _added_up(self, done: dict[int, torch.Tensor], pieces: int, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The loss sums of all pieces, those of this process and of the others; the gradients become sums where they lie."""

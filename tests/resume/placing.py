@@ -120,7 +120,7 @@ def _export():
 def _rows():
     from resilient_t5.training.hardware.process_group import ProcessGroup
 
-    return ProcessGroup, "joined"
+    return ProcessGroup, "all_gather"
 
 
 PLACES = {

@@ -1,4 +1,4 @@
-"""Several processes train one run with cut layers. Run: python -m pytest tests/resume/test_sharded.py"""
+"""Several processes train one run with sharded layers. Run: python -m pytest tests/resume/test_sharded.py"""
 
 import json
 import signal
@@ -44,7 +44,7 @@ def two(arena):
 def test_two_processes_with_cut_layers_give_the_losses_of_one(arena, two):
     """Twenty updates: losses and gradient norms to 1e-6, the same examples, and evaluations with the same answers."""
     assert_close(two, arena.folder / "alone")
-    assert "layers cut over 2 processes" in arena.console("two").read_text()
+    assert "layers sharded over 2 processes" in arena.console("two").read_text()
 
 
 def test_evaluations_of_equal_weights_give_equal_figures(arena, two):
@@ -135,7 +135,7 @@ def test_a_killed_process_leaves_the_last_commit_and_the_other_goes(arena, two, 
 
 @pytest.mark.slow
 def test_ten_processes_killed_in_saves_lose_nothing_of_cut_layers(fork_server, tmp_path):
-    """R22 with cut layers: one of two is killed in a save, ten times; all commits are whole, the run ends as if left alone."""
+    """R22 with sharded layers: one of two is killed in a save, ten times; all commits are intact, and the run ends the same."""
     figures, _ = attack_lost(fork_server, tmp_path, 10, seed=3, more=("--hardware.shard_layers", "true"))
     assert figures["bad"] == [] and figures["different"] == [] and figures["kills"] == 10
 

@@ -63,7 +63,7 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
     )
     with stop:
         try:
-            with ranks.leaving_together(), _entered(config, ranks) as display:
+            with ranks.synchronized_exit(), _entered(config, ranks) as display:
                 code = _train_locked(config, config_yaml, given, display, ranks)
                 code = ExitCode(ranks.broadcast("end", int(code)))
         except Stopped:

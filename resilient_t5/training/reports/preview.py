@@ -134,13 +134,13 @@ def process_lines(run: Run) -> Iterator[str]:
     """How many processes train this run; one is said too, since a launcher may have started fewer than was meant."""
     ranks = run.ranks
     if ranks.count == 1:
-        yield "procs  1 process" + (", so hardware.shard_layers cuts nothing" if run.config.hardware.shard_layers else "")
+        yield "procs  1 process" + (", so hardware.shard_layers has no effect" if run.config.hardware.shard_layers else "")
         return
     yield f"procs  {ranks.count} processes, {ranks.local_count} on this machine, sums by {ranks.backend}"
     if run.updater.layers.is_sharded:
         yield (
-            f"layers cut over {ranks.count} processes with their gradients and optimizer state; whole in every process: the"
-            " vocabulary tables, and during evaluation and export all weights"
+            f"layers sharded over {ranks.count} processes with their gradients and optimizer state; replicated in every"
+            " process: the vocabulary tables, and during evaluation and export all weights"
         )
     if (pieces := len(run.batches.at(run.state.attempted))) < ranks.count:
         yield (

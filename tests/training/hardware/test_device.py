@@ -9,7 +9,7 @@ from resilient_t5.config.parse import parse_config
 from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.model.precision import Precision
-from resilient_t5.training.build import fitted
+from resilient_t5.training.build import build_for_plan
 from resilient_t5.training.hardware.device import settle_precision
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def parts(tiny_config, tmp_path_factory):
     """A configuration, and the model and batches that a run over it would have."""
     config = parse_config(["--config", str(tiny_config)], "train", "")
     corpus = Dataset.over(prepare(config, tmp_path_factory.mktemp("store") / "store"), config)
-    _, model, _, batches = fitted(config, corpus, CPU, CANDIDATE)
+    _, model, _, batches = build_for_plan(config, corpus, CPU, CANDIDATE)
     return config, model, batches
 
 

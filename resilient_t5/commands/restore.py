@@ -1,4 +1,4 @@
-"""bin/restore: fill the gaps of a text, or correct it, with a trained model; every other byte stays as it is."""
+"""bin/restore: fill the gaps of a text, or correct it, with a trained model; all other bytes stay unchanged."""
 
 import argparse
 import json
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from resilient_t5.restoration.filler import Filler, Tally
     from resilient_t5.restoration.text_encoding import TextBytes
 
-DESCRIPTION = """Fill the gaps of a text with a trained model, or correct it with one that was trained so.
+DESCRIPTION = """Fill the gaps of a text with a trained model, or correct the text if the model was trained for correction.
 
-MODEL is an exported directory or a run directory (its best export is taken); hub:NAME is a model of the Hugging Face
-hub. The text comes from FILE or from standard input, and goes to standard output in the encoding it came in."""
+MODEL is an exported directory, a run directory (its best export is used), or hub:NAME for a model of the Hugging Face hub.
+The text is read from FILE or standard input and written to standard output in its original encoding."""
 EPILOG = (
-    "exit codes: 0 done; 2 usage; 65 no gap in the text, no T5 in MODEL, or text in an encoding that cannot be read; "
+    "exit codes: 0 done; 2 usage; 65 no gap in the text, no T5 model in MODEL, or a text with an unknown encoding; "
     "74 input/output; 130 interrupted"
 )
 MIN_PROBABILITY = 1e-12
@@ -33,60 +33,62 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _restore(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    # Imported late: --help and a typo must not wait for torch.
+    # Imported late: torch takes seconds to import; --help and a usage error do not need it.
     from resilient_t5.restoration.decode import DecodeSettings
     from resilient_t5.restoration.filler import Tally, open_filler
     from resilient_t5.restoration.gaps import DEFAULT_MARK, find_gaps
     from resilient_t5.restoration.text_encoding import TextBytes
     from resilient_t5.training.hardware.machine import choose_device
 
-    target = None if arguments.output is None else _target(arguments.output)
+    output_path = None if arguments.output is None else _output_path(arguments.output)
     marks = arguments.mark or [DEFAULT_MARK]
-    find_gaps("", marks)  # a mark that is none is a usage error, before anything is read
+    find_gaps("", marks)  # reject an invalid mark before the text is read
     name, raw = _read(arguments.file)
     try:
         text = TextBytes.read(raw, name, arguments.encoding)
-    except ResilientError as error:  # a corpus has a setting where this command has an option
-        raise type(error)(*(str(part).replace("data.encoding", "--encoding") for part in error.args), **_told(error)) from None
-    asking = DecodeSettings(arguments.beams, arguments.alternatives, arguments.batch_tokens, text.encoding)
-    filler, known = open_filler(
+    except ResilientError as error:
+        raise _with_option_name(error) from None
+    settings = DecodeSettings(arguments.beams, arguments.alternatives, arguments.batch_tokens, text.encoding)
+    filler, has_usage = open_filler(
         arguments.model,
         device=choose_device(arguments.device),
         max_source_tokens=arguments.max_source_tokens,
         max_sentinels=arguments.max_sentinels,
         document=arguments.document,
     )
-    if not known:
-        _tell("the model does not say how it was trained: 27 gaps, 512 tokens in and 256 out are taken, as for T5")
+    if not has_usage:
+        print("restoration.json is missing: assuming T5's 27 gaps, 512 source tokens and 256 target tokens", file=sys.stderr)
     tally = Tally()
     if filler.usage.task == "correct":
-        rows, places = _corrected(filler, text, asking, tally)
+        rows, replacements = _correct(filler, text, settings, tally)
     else:
-        rows, places = _filled(filler, text, marks, asking, tally)
-    output = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode() if arguments.json else None
-    _write(target, text.replaced(places) if output is None else output)
+        rows, replacements = _fill(filler, text, marks, settings, tally)
+    if arguments.json:
+        _write(output_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    else:
+        _write(output_path, text.replaced(replacements))
     _report(tally, len(rows), filler)
     return ExitCode.OK
 
 
-def _told(error: ResilientError) -> dict[str, str]:
-    """Place and cure of an error that has them, in the words of this command."""
-    if not error.hint:
-        return {}
-    return {"where": error.where, "hint": error.hint.replace("data.encoding", "--encoding")}
+def _with_option_name(error: ResilientError) -> ResilientError:
+    """The same error with the option of this command instead of the corpus setting."""
+    keywords = {"where": error.where, "hint": error.hint.replace("data.encoding", "--encoding")} if error.hint else {}
+    return type(error)(*(str(part).replace("data.encoding", "--encoding") for part in error.args), **keywords)
 
 
-def _filled(
-    filler: "Filler", text: "TextBytes", marks: list[str], asking: Any, tally: "Tally"
+def _fill(
+    filler: "Filler", text: "TextBytes", marks: list[str], settings: Any, tally: "Tally"
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, str]]]:
+    """JSON rows and replacements (start, end, text) of all gaps."""
     from resilient_t5.restoration.gaps import find_gaps, other_marks
 
     gaps = find_gaps(text.text, marks)
     if not gaps and text.text.strip("\ufeff"):
         others = other_marks(text.text, marks)
-        hint = f"It holds {', '.join(others)}: give --mark '{others[0]}'" if others else "Name the text's own with --mark"
-        raise DataError(f"no gap: {' or '.join(marks)} does not stand in the text", where=text.name, hint=hint)
-    fills = (filler.fill([(text.text, gaps)], asking, tally) or [[]])[0]
+        hint = f"It contains {', '.join(others)}: use --mark '{others[0]}'" if others else "Give its mark with --mark"
+        raise DataError(f"no gap: {' or '.join(marks)} does not occur in the text", where=text.name, hint=hint)
+    fills = (filler.fill([(text.text, gaps)], settings, tally) or [[]])[0]
     rows = [
         {
             "gap": number,
@@ -102,12 +104,13 @@ def _filled(
     return rows, [(fill.gap.start, fill.gap.end, fill.text) for fill in fills]
 
 
-def _corrected(
-    filler: "Filler", text: "TextBytes", asking: Any, tally: "Tally"
+def _correct(
+    filler: "Filler", text: "TextBytes", settings: Any, tally: "Tally"
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, str]]]:
+    """JSON rows and replacements (start, end, text) of all edits."""
     from resilient_t5.restoration.correction import correct
 
-    edits = correct(filler, text.text, asking, tally) or []
+    edits = correct(filler, text.text, settings, tally) or []
     rows = [
         {
             "edit": number,
@@ -123,7 +126,7 @@ def _corrected(
 
 
 def _lines(text: str, offsets: Sequence[int]) -> list[int]:
-    """The line, from 1, of each of the ascending offsets."""
+    """Line numbers, from 1, of ascending offsets."""
     lines, line, done = [], 1, 0
     for offset in offsets:
         line += text.count("\n", done, offset)
@@ -143,20 +146,20 @@ def _read(file: str) -> tuple[str, bytes]:
     try:
         return file, path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError("no such file", where=file, hint="Check the path, or give - for standard input") from error
+        raise DataError("no such file", where=file, hint="Check the path, or use - for standard input") from error
     except IsADirectoryError as error:
-        raise DataError("a folder, not a text", where=file, hint="Give one file at a time") from error
+        raise DataError("is a directory, not a file", where=file, hint="Give one file at a time") from error
     except OSError as error:
         raise StorageError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _target(output: str) -> Path:
-    """The file to write, refused before the work and not after it where there is no place for it."""
+def _output_path(output: str) -> Path:
+    """The output file; checked before the model runs."""
     path = Path(output).expanduser()
     if path.is_dir():
-        raise StorageError(f"--output {output} is a folder", hint="Name a file in it")
+        raise StorageError(f"--output {output} is a directory", hint="Give a file name in it")
     if not path.parent.is_dir():
-        raise StorageError(f"--output {output} cannot be written: there is no folder {path.parent}", hint="Make it first")
+        raise StorageError(f"--output {output} cannot be written: {path.parent} does not exist", hint="Create the directory")
     return path
 
 
@@ -176,25 +179,26 @@ def _write(path: Path | None, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _report(tally: "Tally", found: int, filler: "Filler") -> None:
-    what = "edits" if filler.usage.task == "correct" else "gaps"
-    seen = tally.vocabulary
-    _tell(f"{found} {what}, {tally.windows} windows in {tally.passes} passes, {seen.tokens} tokens read")
-    notes = [
+def _report(tally: "Tally", results: int, filler: "Filler") -> None:
+    kind = "edit" if filler.usage.task == "correct" else "gap"
+    counts = tally.vocabulary
+    windows, passes = _plural(tally.windows, "window", "windows"), _plural(tally.passes, "pass", "passes")
+    print(f"{_plural(results, kind, kind + 's')}, {windows} in {passes}, {counts.tokens} source tokens", file=sys.stderr)
+    untrained = [
         f"{count} {name}"
         for count, name in (
-            (seen.unknown, "characters without a piece"),
-            (seen.spelled, "byte pieces (characters spelled in bytes)"),
-            (seen.untrained, "pieces that this model was not trained on"),
+            (counts.unknown, "characters without a piece"),
+            (counts.spelled, "byte pieces (characters encoded as bytes)"),
+            (counts.untrained, "pieces that this model was not trained on"),
         )
         if count
     ]
-    if notes:
-        _tell(f"outside the trained vocabulary, so the model knows little of them: {'; '.join(notes)}")
+    if untrained:
+        print(f"outside of the trained vocabulary, so less reliable: {'; '.join(untrained)}", file=sys.stderr)
 
 
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+def _plural(count: int, singular: str, plural: str) -> str:
+    return f"{count} {singular if count == 1 else plural}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,16 +207,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="exported directory, run directory, or hub:NAME")
-    add("file", metavar="FILE", nargs="?", default="-", help="the text; - (the default) is standard input")
-    add("--mark", action="append", help="what stands for a gap ([?]); may be given several times")
-    add("--encoding", default="auto", help="encoding of the text (auto: by evidence, as for a corpus)")
-    add("--output", default=None, metavar="FILE", help="write there instead of standard output, whole or not at all")
+    add("file", metavar="FILE", nargs="?", default="-", help="text file; - (default) is standard input")
+    add("--mark", action="append", help="text that marks a gap ([?]); repeatable")
+    add("--encoding", default="auto", help="encoding of the text (auto: detected, as for a corpus)")
+    add("--output", default=None, metavar="FILE", help="output file instead of standard output, written atomically")
     add("--json", action="store_true", help="write one JSON object per gap or edit instead of the text")
-    add("--alternatives", type=int, default=0, metavar="N", help="other answers to list for each gap (with --json)")
-    add("--beams", type=int, default=1, metavar="N", help="hypotheses of the search (1: greedy)")
-    add("--document", choices=("auto", "file", "blank_line", "line"), help="what a document is (as trained)")
-    add("--max_source_tokens", type=int, metavar="N", help="longest window (as trained)")
-    add("--max_sentinels", type=int, metavar="N", help="most gaps in one window (as trained)")
-    add("--batch_tokens", type=int, default=4096, metavar="N", help="source tokens in a batch; speed and memory only")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--alternatives", type=int, default=0, metavar="N", help="alternative fills per gap (with --json)")
+    add("--beams", type=int, default=1, metavar="N", help="beam size (1: greedy)")
+    add("--document", choices=("auto", "file", "blank_line", "line"), help="document unit (default: as trained)")
+    add("--max_source_tokens", type=int, metavar="N", help="maximum window length (default: as trained)")
+    add("--max_sentinels", type=int, metavar="N", help="maximum gaps per window (default: as trained)")
+    add(
+        "--batch_tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="source tokens per batch; affects speed and memory only",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (auto: the GPU if there is one)")
     return parser

@@ -17,7 +17,7 @@ def figures(capsys):
 
 
 def test_a_run_is_examined_on_the_examples_that_it_held_out(finished, tmp_path, capsys):
-    """With the run's own number of examples the figure is the one that the run reported; the files say what the screen says."""
+    """With the run's number of examples the rate equals the one of the run; files and console agree."""
     where = ["--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]
     assert main([str(finished), "--examples", "4", "--curve_examples", "3", *where]) == 0
     (model,), lines = figures(capsys)
@@ -41,7 +41,7 @@ def test_several_models_stand_in_one_table(finished, capsys):
 
 
 def test_the_resilience_curve_stands_in_the_tensorboard_of_the_run(finished, tmp_path, capsys):
-    """As a run beside the training, drawn twice and shown once; the curves are those of the printed figures."""
+    """As a separate TensorBoard run, written twice and shown once; the curves equal the printed figures."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
     command = [str(run), "--examples", "4", "--curve_examples", "3", "--png", "", "--tensorboard"]
@@ -54,13 +54,13 @@ def test_the_resilience_curve_stands_in_the_tensorboard_of_the_run(finished, tmp
             (event.step, event.tensor_proto.float_val[0])
             for event in board.Tensors("resilience", f"resilience/term_rate_{curve['damage']}")
         ]
-        format_statistics = [(round(100 * point["level"]), point["term_rate"]) for point in curve["points"] if point["n"]]
-        assert drawn == [(level, pytest.approx(rate)) for level, rate in format_statistics]
+        measured = [(round(100 * point["level"]), point["term_rate"]) for point in curve["points"] if point["n"]]
+        assert drawn == [(level, pytest.approx(rate)) for level, rate in measured]
     assert len(board.Tensors("resilience", "resilience/curve")) == 1
 
 
 def test_other_text_is_examined_whole_and_what_was_never_trained_is_counted(finished, tmp_path, capsys):
-    """A single line is enough; its rare characters are outside of what this run trained, and said to be."""
+    """A single line is enough; the share of tokens that the run did not train is reported."""
     text = tmp_path / "other.txt"
     text.write_text("A man, 40: cough since Monday. 饕餮魑魅魍魉齉龘 Diagnosis: pneumonia.\n", encoding="utf-8")
     assert main([str(finished), "--text", str(text), "--curve_examples", "0"]) == 0
@@ -72,7 +72,7 @@ def test_other_text_is_examined_whole_and_what_was_never_trained_is_counted(fini
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["nowhere"], 65, "no run directory"),
+        (["nowhere"], 65, "is not a run directory"),
         (["RUN", "--text", "EMPTY"], 65, "no text"),
         (["RUN", "--examples", "0"], 2, "below 1"),
     ],

@@ -85,8 +85,8 @@ def test_json_tells_every_gap(call, finished, tmp_path):
         ((), b"\x81\xff\xfe[?]", 65, ["0x81", "standard input is not"]),
         ((), b"\x00\x01\x02" * 50, 65, ["binary"]),
         (("--nonsense",), "[?]", 2, ["--nonsense"]),
-        (("--output", "/nowhere/out.txt"), "[?]", 74, ["--output /nowhere/out.txt", "no folder /nowhere"]),
-        (("--output", "/"), "[?]", 74, ["--output /", "folder"]),
+        (("--output", "/nowhere/out.txt"), "[?]", 74, ["--output /nowhere/out.txt", "/nowhere does not exist"]),
+        (("--output", "/"), "[?]", 74, ["--output /", "is a directory"]),
     ],
 )
 def test_a_mistake_is_told_with_its_cure_and_nothing_is_written(call, finished, argv, stdin, code, words):
@@ -134,7 +134,7 @@ def test_a_directory_that_is_no_t5_is_refused(call, finished, tmp_path):
 
 
 def test_a_checkpoint_from_elsewhere_is_used_with_the_habits_of_t5(call, finished, tmp_path):
-    """Without restoration.json the command says which limits it takes, and works."""
+    """Without restoration.json the command prints the limits that it assumes, and works."""
     shutil.copytree(finished / "export" / "best", tmp_path / "plain")
     (tmp_path / "plain" / "restoration.json").unlink()
     code, out, error = call(restore, tmp_path / "plain", stdin=TEXT.encode())

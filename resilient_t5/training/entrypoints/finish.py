@@ -8,8 +8,7 @@ from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.files import write_whole
 from resilient_t5.training.build import original_tables
 from resilient_t5.training.entrypoints.export import facts_of, restoration_row
-from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
-from resilient_t5.training.entrypoints.model_directory import Exported, exported, write_export
+from resilient_t5.training.entrypoints.model_directory import CardFacts, ExportParts, export_parts, model_card, write_export
 from resilient_t5.training.evaluator import restore_terms
 from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS
@@ -41,7 +40,7 @@ def conclude(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
     if reason is StopReason.INTERRUPTED:
         return _interrupt(run, stop)
     run.saver.finish(run.state, "final", stop)
-    with run.updater.layers.gathered(patient=True):
+    with run.updater.layers.unsharded(no_timeout=True):
         export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)
@@ -57,7 +56,7 @@ def attend(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
         interrupted = reason is StopReason.INTERRUPTED
         run.saver.finish(run.state, "signal" if interrupted else "final", stop)
         if not interrupted:
-            with run.updater.layers.gathered(patient=True):
+            with run.updater.layers.unsharded(no_timeout=True):
                 pass
     return ExitCode.OK
 
@@ -115,7 +114,7 @@ def is_concluded(run: Run) -> bool:
 
 def export_best_and_last(run: Run, stop: StopSignal) -> None:
     """Write export/last from the live weights and export/best from the best checkpoint, measuring what is missing."""
-    parts = exported(run.config, run.store, run.updater.model, run.trained_ids, original_tables(run.config, run.store))
+    parts = export_parts(run.config, run.store, run.updater.model, run.trained_ids, original_tables(run.config, run.store))
     state = run.state
     last = facts_of(run.store, run.directory, "last", state.to_json())
     _export(run, parts, last, state.last, stop)
@@ -138,7 +137,7 @@ def export_best_and_last(run: Run, stop: StopSignal) -> None:
     _export(run, parts, replace(facts, update=update, target_tokens=target_tokens, record=best), best, stop)
 
 
-def _export(run: Run, parts: Exported, facts: CardFacts, record: dict[str, Any] | None, stop: StopSignal) -> None:
+def _export(run: Run, parts: ExportParts, facts: CardFacts, record: dict[str, Any] | None, stop: StopSignal) -> None:
     """Write one export with its card; what the record lacks is measured before, and told to the card."""
     figures = _measure_missing(run, record, stop) or restoration_row(run.directory, facts.update)
     card = model_card(replace(facts, figures=figures), run.config, parts.usage)

@@ -14,8 +14,8 @@ from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError, DataError, ExitCode
 
 DESCRIPTION = """Evaluate trained models, each given as a run directory: the term restoration rate with its 95 % confidence
-interval (bootstrap over documents), the majority and copy baselines, and the rate as the damage increases. Without --text,
-each model is evaluated on the held-out documents of its run."""
+interval (bootstrap over documents), the majority guess and the copy of a visible term as baselines, and the rate as the
+damage increases. Without --text, each model is evaluated on the held-out documents of its run."""
 EPILOG = "exit codes: 0 done; 2 usage; 65 model not found, or unusable text; 74 input/output"
 COLUMNS = (
     ("term rate", "term_rate"),

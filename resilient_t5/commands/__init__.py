@@ -1,1 +1,1 @@
-"""One module per launcher: parse, call, exit code."""
+"""One module per command: arguments, call, exit code."""

@@ -1,4 +1,4 @@
-"""bin/checkpoints: what a run has on disk, and whether every byte of it is still what was written. It changes nothing."""
+"""bin/checkpoints: list and verify the checkpoints of a run; read-only."""
 
 import argparse
 import sys
@@ -8,20 +8,20 @@ from pathlib import Path
 from resilient_t5.commands.failure import reported
 from resilient_t5.errors import ExitCode, NoValidCheckpoint
 
-DESCRIPTION = "List the checkpoints of a run, newest first; --verify reads every byte and compares it with its sha256."
+DESCRIPTION = "List the checkpoints of a run, newest first; --verify also checks the sha256 of every file."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `bin/checkpoints` and return its exit code: 0, or 66 when a checkpoint is damaged or there is none."""
+    """Run `bin/checkpoints` and return its exit code: 0, or 66 if a checkpoint is damaged or there is none."""
     parser = argparse.ArgumentParser(prog="bin/checkpoints", description=DESCRIPTION)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--verify", action="store_true", help="read and check every byte, not only manifests and sizes")
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of every file")
     arguments = parser.parse_args(argv)
     return reported(lambda: _list(arguments.run, arguments.verify))
 
 
 def _list(run: Path, verify: bool) -> int:
-    # Imported late: torch takes seconds, and --help must not wait for it.
+    # Imported late: torch takes seconds to import, and --help does not need it.
     from resilient_t5.checkpoint.manifest import CorruptCheckpoint, parse_name
     from resilient_t5.checkpoint.reader import read_directory, read_stored
     from resilient_t5.files import FileSystem
@@ -30,7 +30,7 @@ def _list(run: Path, verify: bool) -> int:
     numbered = [(key[1], name) for name in fs.names(directory) if (key := parse_name(name)) is not None]
     names = [name for _, name in sorted(numbered, reverse=True)]
     if not names:
-        raise NoValidCheckpoint(f"{run} holds no checkpoint", where=str(directory), hint="Name the run directory")
+        raise NoValidCheckpoint(f"{run} contains no checkpoint", where=str(directory), hint="Give the run directory")
     for name in names:
         try:
             manifest, _ = read_stored(fs, directory / name, None)
@@ -38,7 +38,7 @@ def _list(run: Path, verify: bool) -> int:
                 read_directory(fs, directory / name, None)
             metric = "" if manifest.metric is None else f" | loss {manifest.metric:.4f}"
             marks = f"{'  best' if manifest.is_best else ''}{'' if manifest.healthy else '  not healthy'}"
-            state = "whole" if verify else "sizes right"
+            state = "verified" if verify else "sizes match"
             size = f"{manifest.bytes / 2**20:.1f} MiB"
             sys.stdout.write(f"{name}  {manifest.reason:<8} {manifest.created}  {size}  {state}{metric}{marks}\n")
         except CorruptCheckpoint as damage:

@@ -45,19 +45,19 @@ def _evaluate(argv: Sequence[str]) -> int:
     configs = {path: _config_of(Path(path)) for path in arguments.run}
     # Imported here so that --help and a wrong path do not wait for torch.
     from resilient_t5.restoration.scoring.resilience import Curve, table_lines
-    from resilient_t5.training.entrypoints.evaluate import as_json, open_examination
+    from resilient_t5.training.entrypoints.evaluate import as_json, open_model
 
     results: list[dict[str, Any]] = []
     curves_by_run: list[tuple[str, Sequence[Curve]]] = []
     for path, config in configs.items():
-        examination = open_examination(Path(path), config, arguments.which, arguments.text, arguments.samples)
-        report = examination.report(arguments.examples)
-        curves = examination.curves(arguments.curve_examples) if arguments.curve_examples else []
-        results.append(as_json(examination, report, curves))
+        model = open_model(Path(path), config, arguments.which, arguments.text, arguments.samples)
+        report = model.report(arguments.examples)
+        curves = model.curves(arguments.curve_examples) if arguments.curve_examples else []
+        results.append(as_json(model, report, curves))
         curves_by_run.append((path, curves))
         _print(f"\n{path}, export/{arguments.which}: {len(report.outputs)} examples")
-        if examination.foreign_share:
-            _print(f"{examination.foreign_share:.2%} of the tokens were not trained by this run and keep their embeddings")
+        if model.foreign_share:
+            _print(f"{model.foreign_share:.2%} of the tokens were not trained by this run and keep their embeddings")
         _print(*_bands(results[-1]["by"]), *(table_lines(curves) if curves else ()))
         for sample in report.samples:
             _print(f"source    {sample.source}", f"gold      {sample.gold}", f"restored  {sample.restored}")

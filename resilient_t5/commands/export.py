@@ -1,4 +1,4 @@
-"""bin/export: the best or the last weights of a run as a directory that transformers loads, with a model card."""
+"""bin/export: write the best or last weights of a run as a Hugging Face directory with a model card."""
 
 import argparse
 import contextlib
@@ -14,9 +14,9 @@ from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError, ExitCode, RunDirectoryError
 
 DESCRIPTION = """Write the best or the last weights of a run as a Hugging Face directory: full vocabulary, tokenizer,
-generation config, restoration.json, and a model card. A run that is interrupted or still training can be exported too."""
+generation config, restoration.json, and a model card. The run may be interrupted or still training."""
 EPILOG = (
-    "exit codes: 0 done; 2 usage; 65 bad data; 66 no valid checkpoint; 69 run held by another process; 73 disk full; 74 i/o"
+    "exit codes: 0 done; 2 usage; 65 bad data; 66 no valid checkpoint; 69 run in use by another process; 73 disk full; 74 i/o"
 )
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 
@@ -29,28 +29,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.license is not None and LICENSE.fullmatch(arguments.license) is None:
-        raise ConfigError(f"--license {arguments.license!r} is no licence identifier such as apache-2.0 or other")
+        raise ConfigError(f"--license {arguments.license!r} is not a licence identifier such as apache-2.0 or other")
     config = _config_of(Path(arguments.run))
     own = Path(arguments.run) / "export" / arguments.which
     directory = own if arguments.to is None else Path(arguments.to).expanduser()
     if arguments.to is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunDirectoryError(f"{directory} is not empty", hint="Choose another --to")
-    # Imported late: --help and a typo must not wait for torch.
+    # Imported late: torch takes seconds to import; --help and a usage error do not need it.
     from resilient_t5.checkpoint.lock import RunLock
     from resilient_t5.training.entrypoints.export import export_run
 
-    # A live run writes there itself at its end; any other place may be written while it trains.
+    # A live run writes to its own export directory at the end; other directories need no lock.
     with RunLock(Path(arguments.run)) if arguments.to is None else contextlib.nullcontext():
         name = export_run(config, arguments.which, directory, arguments.license)
-    sys.stdout.write(f"{directory}: checkpoint {name}, checked with transformers\n")
+    sys.stdout.write(f"{directory}: checkpoint {name}, verified with transformers\n")
     return ExitCode.OK
 
 
 def _config_of(run: Path) -> Config:
-    """The configuration of the run, with its directory as it was named now."""
+    """Configuration of the run, with `run.dir` as given now."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise RunDirectoryError(f"{run} holds no run", where=str(path), hint="Name the directory that bin/train wrote")
+        raise RunDirectoryError(f"{run} is not a run directory", where=str(path), hint="Give the run.dir of bin/train")
     config = parse_config(["--config", str(path)], "export", DESCRIPTION)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
 
@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bin/export", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="directory of the run")
-    parser.add_argument("--which", choices=("best", "last"), default="best", help="which weights (best)")
-    parser.add_argument("--to", metavar="DIR", help="where to write (RUN/export/best or last)")
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="weights to export (best)")
+    parser.add_argument("--to", metavar="DIR", help="output directory (RUN/export/best or RUN/export/last)")
     parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
     return parser

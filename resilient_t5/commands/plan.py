@@ -1,4 +1,4 @@
-"""bin/plan: what fits into a card, by item, before anything is allocated; and the table of all mT5 sizes."""
+"""bin/plan: estimate the memory of a run by item, list what fits, and print the table of all mT5 sizes."""
 
 import json
 import sys
@@ -10,17 +10,27 @@ from resilient_t5.config.parse import Arguments, parse_arguments
 from resilient_t5.config.schema import Config, optimizer_problems
 from resilient_t5.errors import ConfigError, ExitCode
 
-DESCRIPTION = "Say what fits into a card, and what would: nothing is allocated, nothing is fetched, nothing is written."
+DESCRIPTION = "Estimate whether a run fits into memory, and list the alternatives. Nothing is allocated, downloaded or written."
 FLAGS = (
-    ("--format", {"type": str, "default": "text", "help": "text, or json: one object"}),
-    ("--table", {"type": str, "default": None, "help": "mt5: every mT5 size at 4 to 24 GiB, as a Markdown table"}),
-    ("--processes", {"type": int, "default": 1, "help": "cards that share the layers with --hardware.shard_layers true"}),
-    ("--rows", {"type": int, "default": None, "help": "vocabulary rows; without it those of the store, else 32768 or all"}),
+    ("--format", {"type": str, "default": "text", "help": "text (default) or json (one object)"}),
+    ("--table", {"type": str, "default": None, "help": "mt5: Markdown table of all mT5 sizes at 4 to 24 GiB"}),
+    (
+        "--processes",
+        {"type": int, "default": 1, "help": "GPUs that share the layers (with --hardware.shard_layers true)"},
+    ),
+    (
+        "--rows",
+        {
+            "type": int,
+            "default": None,
+            "help": "trained vocabulary rows (default: those of the store, else 32768 or all)",
+        },
+    ),
 )
 TABLE_SIZES = ("mt5-small", "mt5-base", "mt5-large", "mt5-xl")
 TABLE_GIB = (4, 6, 8, 12, 16, 24)
 ACTIVE_ROWS = 32_768
-"""What a corpus typically uses of mT5's 250,112 rows, rounded up."""
+"""Rows that a corpus typically uses of mT5's 250,112, rounded up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,22 +45,21 @@ def _plan(argv: Sequence[str]) -> ExitCode:
     if arguments.flags["table"] is not None:
         sys.stdout.write("\n".join(_table(arguments)) + "\n")
         return ExitCode.OK
-    found = _found(arguments)
-    if arguments.flags["format"] == "json":
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
-    else:
-        sys.stdout.write("\n".join(_text(found)) + "\n")
+    as_json = arguments.flags["format"] == "json"
+    text = json.dumps(_plan_values(arguments), indent=1) if as_json else "\n".join(plan_lines(arguments))
+    sys.stdout.write(text + "\n")
     return ExitCode.OK
 
 
 def plan_lines(arguments: Arguments) -> Iterator[str]:
-    """The plan of `arguments` as bin/plan prints it."""
-    return _text(_found(arguments))
+    """The text that bin/plan prints for `arguments`."""
+    return _text(_plan_values(arguments))
 
 
-def _found(arguments: Arguments) -> dict[str, Any]:
-    """The plan as plain values."""
-    # Imported late: --help and a typo must not wait for torch.
+def _plan_values(arguments: Arguments) -> dict[str, Any]:
+    """The plan as JSON values."""
+    # Imported late: torch takes seconds to import; --help and a usage error do not need it.
+    from resilient_t5.data.tokenizer.tokenizer import SENTINELS
     from resilient_t5.model.memory import GIB, OPTIMIZERS, choices, first_fit, smallest_card_gib
     from resilient_t5.model.shapes import sizes_of_settings
     from resilient_t5.training.hardware.memory_fit import fit
@@ -60,13 +69,21 @@ def _found(arguments: Arguments) -> dict[str, Any]:
         raise ConfigError("no model: set model.name_or_path (a checkpoint) or model.preset (a shape)")
     if problems := optimizer_problems(config):
         raise ConfigError(*problems)
-    store, task = _store_and_task(arguments)
-    whole = sizes_of_settings(config.model, _trained_rows(config))
+    processes = int(arguments.flags.get("processes", 1))
+    if processes < 1 or (processes > 1 and not config.hardware.shard_layers):
+        raise ConfigError(f"--processes {processes}: must be at least 1, and more than 1 needs --hardware.shard_layers true")
+    store, task = _store_and_task(config)
+    pieces = config.tokenizer.train_vocab_size if config.model.name_or_path is None else None
+    whole = sizes_of_settings(config.model, None if pieces is None else pieces + SENTINELS)
     _check_tokenizer(config, whole.rows)
-    rows = arguments.flags.get("rows") or _rows(config, store, whole.rows)
+    if config.model.active_vocabulary == "full":
+        rows = whole.rows
+    else:
+        rows = min(whole.rows, ACTIVE_ROWS) if store is None else len(store.active_to_full)
+    rows = arguments.flags.get("rows") or rows
     sizes = whole.with_rows(rows)
     memory, precision = _memory_and_precision(config)
-    own = fit(config, sizes, task, memory, precision, _processes(arguments))
+    own = fit(config, sizes, task, memory, precision, processes)
     optimizers = OPTIMIZERS if own.processes == 1 else ("adamw",)
     listed = list(choices(sizes, task, memory, precision, optimizers, own.processes))
     chosen = first_fit(listed)
@@ -91,7 +108,7 @@ def _found(arguments: Arguments) -> dict[str, Any]:
 
 
 def _check_tokenizer(config: Config, rows: int) -> None:
-    """Refuse what training would refuse: the tokenizer of a model that is on this machine, where it has one."""
+    """Raise the error that training would raise for the tokenizer of a local model, if it has one."""
     from resilient_t5 import hub
     from resilient_t5.data.tokenizer.tokenizer import check_rows, load_tokenizer
 
@@ -104,48 +121,22 @@ def _check_tokenizer(config: Config, rows: int) -> None:
     check_rows(load_tokenizer(name, setting=setting), rows, config.model.name_or_path)
 
 
-def _processes(arguments: Arguments) -> int:
-    """Processes to plan for.
-
-    Raises:
-        ConfigError: several that share nothing, of which each needs what one does.
-    """
-    processes = int(arguments.flags.get("processes", 1))
-    if processes < 1 or (processes > 1 and not arguments.config.hardware.shard_layers):
-        raise ConfigError(f"--processes {processes}: needs 1 or more, and more than 1 need --hardware.shard_layers true")
-    return processes
-
-
-def _store_and_task(arguments: Arguments) -> tuple[Any, Any]:
-    """The prepared corpus, where there is one, and the longest example of it, or of what the settings allow."""
+def _store_and_task(config: Config) -> tuple[Any, Any]:
+    """The prepared corpus or None, and its longest example or the longest one that the settings allow."""
     from resilient_t5.data.store.prepare import store_directory
     from resilient_t5.data.store.store import Store, store_state
     from resilient_t5.model.memory import Task
     from resilient_t5.training.hardware.memory_fit import task_of
 
-    config, directory = arguments.config, store_directory(arguments.config)
+    directory = store_directory(config)
     if store_state(directory) == "store":
         store = Store.open(directory)
         return store, task_of(config, store)
     return None, Task(config.data.max_source_tokens, config.data.max_target_tokens, config.batch.examples_per_update)
 
 
-def _trained_rows(config: Any) -> int | None:
-    """Rows of a model from scratch whose tokenizer is trained on the corpus: pieces and sentinels; None when not known."""
-    from resilient_t5.data.tokenizer.tokenizer import SENTINELS
-
-    pieces = config.tokenizer.train_vocab_size
-    return None if pieces is None or config.model.name_or_path is not None else pieces + SENTINELS
-
-
-def _rows(config: Any, store: Any, full: int) -> int:
-    if config.model.active_vocabulary == "full":
-        return full
-    return len(store.active_to_full) if store is not None else min(full, ACTIVE_ROWS)
-
-
 def _memory_and_precision(config: Any) -> tuple[Any, Any]:
-    """What is planned for: this machine's device, or a GPU of `hardware.memory_gib` that need not be there."""
+    """Memory and precision to plan for: this machine's device, or a hypothetical GPU of `hardware.memory_gib`."""
     import torch
 
     from resilient_t5.model.memory import GIB, Memory
@@ -153,51 +144,52 @@ def _memory_and_precision(config: Any) -> tuple[Any, Any]:
     from resilient_t5.training.hardware.machine import choose_device
     from resilient_t5.training.hardware.memory_fit import memory_of
 
-    asked, wanted = config.hardware.memory_gib, config.hardware.device
-    device = choose_device(wanted) if wanted != "cuda" or torch.cuda.is_available() else torch.device("cuda")
-    if asked != "auto" and wanted != "cpu" and not torch.cuda.is_available():
-        precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
-        return Memory(float(asked) * GIB), precision
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("hardware.device: there is no GPU here; say how large the card is with --hardware.memory_gib")
+    memory_gib, name = config.hardware.memory_gib, config.hardware.device
+    if not torch.cuda.is_available():
+        if memory_gib != "auto" and name != "cpu":
+            precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
+            return Memory(float(memory_gib) * GIB), precision
+        if name == "cuda":
+            raise ConfigError("hardware.device: this machine has no GPU; give the memory of the GPU with --hardware.memory_gib")
+    device = choose_device(name)
     return memory_of(config, device), choose_precision(config.hardware.precision, device).name
 
 
-def _text(found: dict[str, Any]) -> Iterator[str]:
-    kind = "GPU" if found["on_gpu"] else "CPU"
+def _text(plan: dict[str, Any]) -> Iterator[str]:
+    kind = "GPU" if plan["on_gpu"] else "CPU"
     yield (
-        f"model  {found['parameters'] / 1e6:.1f} M parameters over {found['rows']} vocabulary rows"
-        f" ({found['parameters_full_vocabulary'] / 1e6:.1f} M over all {found['full_rows']})"
+        f"model  {plan['parameters'] / 1e6:.1f} M parameters over {plan['rows']} vocabulary rows"
+        f" ({plan['parameters_full_vocabulary'] / 1e6:.1f} M over all {plan['full_rows']})"
     )
     yield (
-        f"task   examples of up to {found['source_tokens']} + {found['target_tokens']} tokens,"
-        f" {found['examples_per_update']} an update"
+        f"task   examples of up to {plan['source_tokens']} + {plan['target_tokens']} tokens,"
+        f" {plan['examples_per_update']} per update"
     )
     yield (
-        f"memory {found['memory_gib']:.2f} GiB on a {kind}, {found['usable_gib']:.2f} of it usable; weights in float32,"
-        f" products in {found['precision']}"
+        f"memory {plan['memory_gib']:.2f} GiB on a {kind}, {plan['usable_gib']:.2f} GiB of it usable; weights in float32,"
+        f" matrix products in {plan['precision']}"
     )
-    if found["processes"] > 1:
-        yield f"cards  {found['processes']} share the layers; whole on each: the tables, and in an evaluation all weights"
+    if plan["processes"] > 1:
+        yield f"GPUs   {plan['processes']} share the layers; replicated: vocabulary tables, and during evaluation all weights"
     yield ""
     yield f"{'optimizer':22} {'recompute':9} {'tokens':>6} {'cost':>5} {'GiB':>7}  weights gradients  states activations  work"
-    for choice in found["choices"]:
+    for choice in plan["choices"]:
         yield _line(choice)
     yield ""
-    chosen = found["chosen"]
+    chosen = plan["chosen"]
     if chosen is None:
         yield "nothing fits"
     else:
         checkpointing = "true" if chosen["checkpointing"] else "false"
         yield (
             f"choice --optim.name {chosen['optimizer']} --model.gradient_checkpointing {checkpointing}"
-            f" --batch.micro_tokens {chosen['micro_tokens']}: the most exact that fits, {chosen['needed_gib']:.2f} GiB"
+            f" --batch.micro_tokens {chosen['micro_tokens']}: the most exact option that fits, {chosen['needed_gib']:.2f} GiB"
         )
-    own = found["as_configured"]
+    own = plan["as_configured"]
     verdict = "fits" if own["fits"] else "does not fit"
-    yield f"as set {own['optimizer']}, {own['micro_tokens']} tokens: {verdict}, {own['why']}"
-    cards = ", ".join(f"{name} {gib:.1f}" for name, gib in found["smallest_card_gib"].items())
-    yield f"smallest card in GiB, one longest example at a time: {cards}"
+    yield f"config {own['optimizer']}, {own['micro_tokens']} tokens: {verdict}, {own['why']}"
+    cards = ", ".join(f"{name} {gib:.1f}" for name, gib in plan["smallest_card_gib"].items())
+    yield f"smallest card in GiB, with one example per micro-batch: {cards}"
 
 
 def _line(choice: dict[str, Any]) -> str:
@@ -210,7 +202,7 @@ def _line(choice: dict[str, Any]) -> str:
 
 
 def _table(arguments: Arguments) -> Iterator[str]:
-    """Every mT5 size at every card, in Markdown: the most exact way that fits."""
+    """Markdown table of the most exact option that fits, for every mT5 size and card."""
     from resilient_t5.model.load import PRESETS
     from resilient_t5.model.memory import GIB, OPTIMIZERS, Memory, Task, choices, first_fit
     from resilient_t5.model.shapes import MT5_ROWS, sizes_of_shape

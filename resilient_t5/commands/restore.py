@@ -84,6 +84,7 @@ def _read_text(file: str, encoding: str) -> "TextBytes":
 def _filled(
     filler: "Filler", text: "TextBytes", marks: list[str], settings: Any, statistics: "FillStatistics"
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, str]]]:
+    """JSON rows and replacements (start, end, text) of all gaps."""
     from resilient_t5.restoration.gaps import find_gaps, other_marks
 
     gaps = find_gaps(text.text, marks)
@@ -111,6 +112,7 @@ def _filled(
 def _corrected(
     filler: "Filler", text: "TextBytes", settings: Any, statistics: "FillStatistics"
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, str]]]:
+    """JSON rows and replacements (start, end, text) of all edits."""
     from resilient_t5.restoration.correction import correct
 
     edits = correct(filler, text.text, settings, statistics) or []
@@ -149,7 +151,7 @@ def _read(file: str) -> tuple[str, bytes]:
     try:
         return file, path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError("no such file", where=file, hint="Check the path, or give - for standard input") from error
+        raise DataError("no such file", where=file, hint="Check the path, or use - for standard input") from error
     except IsADirectoryError as error:
         raise DataError("is a directory, not a file", where=file, hint="Give one file at a time") from error
     except OSError as error:

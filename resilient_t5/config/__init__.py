@@ -1,1 +1,1 @@
-"""The configuration: one dataclass for each section, the checks over them, and how it is read and printed."""
+"""Configuration: one frozen dataclass per section; parsing, checks and reference."""

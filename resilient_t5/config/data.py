@@ -1,58 +1,56 @@
-"""Configuration sections of what goes in: text, tokenizer, damage, model, batches.
+"""Configuration sections for the input side: text, tokenizer, corruption, model, batches.
 
-A field has a type, one default and one docstring line with its unit; `bin/train --help` shows it. No value is ever
-spelled yes, no, on or off, which YAML would read as a boolean.
+A field has a type, one default and a docstring with its unit, which is the text of `bin/train --help`. No value is spelled
+yes, no, on or off, which YAML reads as a boolean.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from resilient_t5.config.values import as_tuple, check, share
+from resilient_t5.config.values import as_tuple, at_least, below_one, between, check
 
 NoiseKind = Literal["drop", "double", "swap", "replace"]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it is cut."""
+    """Text files, and how documents are split into examples."""
 
     train: str | list[str] = ""
     """Files, folders or globs to train on; `builtin:clinical` is the built-in corpus."""
     validation: str | list[str] | None = None
-    """Files, folders or globs to evaluate on; without it a share of the documents is held out."""
+    """Files, folders or globs to evaluate on; null holds out a share of the training documents."""
     validation_share: float = 0.02
-    """Share of the documents that is held out when `validation` is not given."""
+    """Share of the documents to hold out if `validation` is not given."""
     terms: str | None = None
-    """File with one domain term per line; the built-in corpus brings its own."""
+    """File with one domain term per line; the built-in corpus has its own terms."""
     encoding: str = "auto"
     """Encoding of the text files; `auto` tries byte order marks, UTF-8, GB18030 and UTF-16, strictly."""
     text_field: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Field of a .jsonl line that contains the text."""
     column: str | None = None
-    """Column of a .csv or .tsv that holds the text; without it all text columns are taken."""
+    """Column of a .csv or .tsv file that contains the text; null uses all text columns."""
     document: Literal["auto", "file", "blank_line", "line"] = "auto"
-    """What a document is in a plain text file; `auto`: parts between blank lines, else a small file whole, else a line."""
+    """Document unit in plain text files; `auto`: parts between blank lines, else the whole file if it is small, else lines."""
     max_source_tokens: int = 512
-    """Longest encoder input, in tokens, end mark included."""
+    """Maximum encoder input length, in tokens, including the end token."""
     max_target_tokens: int = 256
-    """Longest decoder target, in tokens, end mark included."""
+    """Maximum decoder target length, in tokens, including the end token."""
     overlap_tokens: int = 0
-    """Tokens of context that a chunk repeats from the chunk before it."""
+    """Tokens that a chunk of a long document repeats from the previous chunk."""
     store: str | None = None
-    """Directory of the prepared corpus; without it `store` in the run directory."""
+    """Directory of the prepared corpus; null uses `store` in the run directory."""
     sample_notes: int = 4000
-    """Notes that `builtin:clinical` generates."""
+    """Number of notes that `builtin:clinical` generates."""
 
     def __post_init__(self) -> None:
         check(
             (0.0 < self.validation_share < 1.0, f"data.validation_share: {self.validation_share} is not between 0 and 1"),
-            (self.max_source_tokens >= 16, f"data.max_source_tokens: {self.max_source_tokens} is below 16"),
-            (self.max_target_tokens >= 8, f"data.max_target_tokens: {self.max_target_tokens} is below 8"),
+            *at_least("data", self, max_source_tokens=16, max_target_tokens=8, sample_notes=100),
             (
                 0 <= self.overlap_tokens <= self.max_source_tokens // 2,
                 f"data.overlap_tokens: {self.overlap_tokens} is not between 0 and half of data.max_source_tokens",
             ),
-            (self.sample_notes >= 100, f"data.sample_notes: {self.sample_notes} is below 100"),
         )
 
     def train_inputs(self) -> tuple[str, ...]:
@@ -60,73 +58,65 @@ class DataConfig:
         return as_tuple(self.train)
 
     def validation_inputs(self) -> tuple[str, ...]:
-        """The validation inputs as a tuple; empty when a share is held out instead."""
+        """The validation inputs as a tuple; empty if a share is held out."""
         return as_tuple(self.validation)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer: loaded, or trained on the corpus."""
+    """Tokenizer to load, or to train on the corpus."""
 
     name_or_path: str | None = None
-    """Directory or hub name of a T5/mT5 tokenizer; without it that of `model.name_or_path`."""
+    """Directory or hub name of a T5 or mT5 tokenizer; null uses that of `model.name_or_path`."""
     train_vocab_size: int | None = None
-    """Pieces of a SentencePiece model to train on the corpus, sentinels not counted."""
+    """Train a SentencePiece model with this many pieces on the corpus; sentinels are added to them."""
     character_coverage: float = 0.9995
-    """Share of the corpus' characters that get a piece of their own; the rest is spelled in bytes."""
+    """Share of the corpus characters that get their own piece; the others are encoded as bytes."""
     max_unknown_share: float = 0.2
-    """Largest share of the corpus' characters that may have no piece; a corpus above it is refused."""
+    """Maximum share of corpus characters without a piece; preparing a corpus above it fails."""
 
     def __post_init__(self) -> None:
-        size = self.train_vocab_size
         check(
-            (size is None or size >= 300, f"tokenizer.train_vocab_size: {size} is below 300"),
-            (
-                0.9 <= self.character_coverage <= 1.0,
-                f"tokenizer.character_coverage: {self.character_coverage} is not between 0.9 and 1",
-            ),
-            share("tokenizer.max_unknown_share", self.max_unknown_share),
+            *at_least("tokenizer", self, train_vocab_size=300),
+            *between("tokenizer", self, character_coverage=(0.9, 1), max_unknown_share=(0, 1)),
         )
 
 
 @dataclass(frozen=True)
 class CorruptionConfig:
-    """How a chunk is damaged; drawn anew every epoch, fixed for evaluation."""
+    """Masking and noise; drawn again in every epoch, fixed for evaluation."""
 
     task: Literal["restore", "correct"] = "restore"
-    """`restore`: the target is what is missing; `correct`: the target is the whole clean text."""
+    """`restore`: the target is the masked text (span corruption); `correct`: the target is the whole clean text."""
     mask_ratio: float = 0.20
-    """Share of a chunk's tokens that is masked."""
+    """Share of the tokens to mask."""
     mask_ratio_spread: float = 0.0
-    """Each training chunk draws its own ratio, up to this far below or above `mask_ratio`; evaluation stays at `mask_ratio`."""
+    """Draw the ratio of each training example uniformly from `mask_ratio` plus or minus this; evaluation uses `mask_ratio`."""
     term_probability: float = 0.5
-    """Probability that a term occurrence is masked, before random spans fill up to `mask_ratio`."""
+    """Probability of masking a term occurrence; random spans then fill up to `mask_ratio`."""
     max_span_tokens: int = 3
-    """Longest random span, in tokens; a term may be longer."""
+    """Maximum length of a random span, in tokens; terms may be longer."""
     max_sentinels: int = 27
-    """Most spans in one example; pretrained T5 degrades beyond 27."""
+    """Maximum number of masked spans per example; pretrained T5 degrades above 27."""
     noise_ratio: float = 0.03
-    """Share of the visible tokens that is noised."""
+    """Share of the visible tokens to corrupt with character noise."""
     noise_kinds: list[NoiseKind] = field(default_factory=lambda: ["drop", "double", "swap", "replace"])
     """Kinds of noise to draw from."""
     noise_burst_tokens: int = 3
-    """Mean length of a burst of noise, in tokens."""
+    """Mean length of a run of noisy tokens."""
     confusions: str | None = None
-    """TSV file of look-alikes (character, tab, its look-alikes) that extends the built-in table."""
+    """TSV file (character, tab, similar-looking characters) that extends the built-in table for `replace`."""
 
     def __post_init__(self) -> None:
-        most = round(self.mask_ratio + self.mask_ratio_spread, 6)  # 0.56 + 0.34 is a little more than 0.9
+        highest = round(self.mask_ratio + self.mask_ratio_spread, 6)  # 0.56 + 0.34 is slightly above 0.9
         check(
             (0.0 < self.mask_ratio <= 0.9, f"corruption.mask_ratio: {self.mask_ratio} is not in (0, 0.9]"),
             (
-                self.mask_ratio_spread == 0.0 or (0.0 < self.mask_ratio_spread <= self.mask_ratio and most <= 0.9),
+                self.mask_ratio_spread == 0.0 or (0.0 < self.mask_ratio_spread <= self.mask_ratio and highest <= 0.9),
                 f"corruption.mask_ratio_spread: {self.mask_ratio_spread} takes mask_ratio {self.mask_ratio} out of 0 to 0.9",
             ),
-            share("corruption.term_probability", self.term_probability),
-            (self.max_span_tokens >= 1, f"corruption.max_span_tokens: {self.max_span_tokens} is below 1"),
-            (1 <= self.max_sentinels <= 100, f"corruption.max_sentinels: {self.max_sentinels} is not between 1 and 100"),
-            (0.0 <= self.noise_ratio <= 0.5, f"corruption.noise_ratio: {self.noise_ratio} is not between 0 and 0.5"),
-            (self.noise_burst_tokens >= 1, f"corruption.noise_burst_tokens: {self.noise_burst_tokens} is below 1"),
+            *between("corruption", self, term_probability=(0, 1), max_sentinels=(1, 100), noise_ratio=(0, 0.5)),
+            *at_least("corruption", self, max_span_tokens=1, noise_burst_tokens=1),
             (
                 self.noise_ratio == 0.0 or len(self.noise_kinds) > 0,
                 "corruption.noise_kinds: empty, but corruption.noise_ratio is above 0",
@@ -136,67 +126,52 @@ class CorruptionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which T5 or mT5 is trained."""
+    """T5 or mT5 model to fine-tune, or to build from scratch."""
 
     name_or_path: str | None = None
-    """Directory or hub name of a T5/mT5 checkpoint."""
+    """Directory or hub name of a T5 or mT5 checkpoint."""
     preset: Literal["tiny", "mini", "small", "mt5-small", "mt5-base", "mt5-large", "mt5-xl"] | None = None
-    """Shape of a model that is built from scratch."""
+    """Architecture of a model with random weights, instead of `name_or_path`."""
     d_model: int | None = None
-    """Width of a model from scratch; replaces the preset's."""
+    """Hidden size; overrides the preset."""
     d_ff: int | None = None
-    """Feed-forward width of a model from scratch; replaces the preset's."""
+    """Feed-forward size; overrides the preset."""
     num_layers: int | None = None
-    """Layers in each of encoder and decoder of a model from scratch; replaces the preset's."""
+    """Number of encoder layers and of decoder layers; overrides the preset."""
     num_heads: int | None = None
-    """Attention heads of a model from scratch; replaces the preset's."""
+    """Number of attention heads; overrides the preset."""
     dropout: float | None = None
-    """Dropout probability; without it the checkpoint's or preset's own."""
+    """Dropout probability; null keeps that of the checkpoint or preset."""
     active_vocabulary: Literal["corpus", "full"] = "corpus"
-    """`corpus`: train only the vocabulary rows that the corpus can use and write them back at export; `full`: all rows."""
+    """`corpus`: train only the vocabulary rows that the corpus uses, and export all rows; `full`: train all rows."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time; `auto`: only if needed to fit."""
 
     def __post_init__(self) -> None:
-        sizes = {key: getattr(self, key) for key in ("d_model", "d_ff", "num_layers", "num_heads")}
-        check(
-            *((value is None or value >= 1, f"model.{key}: {value} is below 1") for key, value in sizes.items()),
-            (
-                self.dropout is None or 0.0 <= self.dropout < 1.0,
-                f"model.dropout: {self.dropout} is not in [0, 1)",
-            ),
-        )
+        check(*at_least("model", self, d_model=1, d_ff=1, num_layers=1, num_heads=1), *below_one("model", self, "dropout"))
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How examples become updates and micro-batches."""
+    """Examples per update, and how they are grouped into micro-batches."""
 
     examples_per_update: int = 16
-    """Examples whose gradients make one update."""
+    """Examples per optimizer update, over all processes (the effective batch size)."""
     micro_tokens: int | Literal["auto"] = "auto"
-    """Most padded tokens (source and target) of a micro-batch; changes speed and memory, not the mathematics."""
+    """Maximum padded tokens (source and target) of a micro-batch; affects speed and memory only. `auto`: fit to the memory."""
     window_updates: int = 50
-    """Updates' worth of examples sorted by length together; 1 keeps every update what a random order gives."""
+    """Number of updates whose examples are sorted by length together; 1 keeps purely random updates."""
     groups_per_update: int = 4
-    """Groups of similar length that are dealt to an update when `window_updates` is above 1."""
+    """Number of length groups that an update is composed of if `window_updates` is above 1."""
     pad_multiple: int | Literal["auto"] = "auto"
-    """Lengths are padded to a multiple of this; auto: 1 on CPU, 8 on GPU."""
+    """Pad lengths to a multiple of this; `auto`: 1 on a CPU, 8 on a GPU."""
     readers: int = 1
-    """Threads that prepare batches ahead; 0 prepares in the loop. Changes no bit of the run."""
+    """Threads that prepare batches in advance; 0 prepares them in the training loop. Does not affect the results."""
 
     def __post_init__(self) -> None:
         check(
-            (self.examples_per_update >= 1, f"batch.examples_per_update: {self.examples_per_update} is below 1"),
-            (
-                self.micro_tokens == "auto" or int(self.micro_tokens) >= 1,
-                f"batch.micro_tokens: {self.micro_tokens} is below 1",
+            *at_least(
+                "batch", self, examples_per_update=1, micro_tokens=1, window_updates=1, groups_per_update=1, pad_multiple=1
             ),
-            (self.window_updates >= 1, f"batch.window_updates: {self.window_updates} is below 1"),
-            (self.groups_per_update >= 1, f"batch.groups_per_update: {self.groups_per_update} is below 1"),
-            (
-                self.pad_multiple == "auto" or int(self.pad_multiple) >= 1,
-                f"batch.pad_multiple: {self.pad_multiple} is below 1",
-            ),
-            (0 <= self.readers <= 64, f"batch.readers: {self.readers} is not between 0 and 64"),
+            *between("batch", self, readers=(0, 64)),
         )

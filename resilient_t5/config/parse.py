@@ -1,7 +1,7 @@
-"""The command line and YAML files -> one checked Config, with every problem told at once.
+"""Parse the command line and YAML files into a validated Config; all problems are reported in one error.
 
-Order: defaults < files in the order given < `--section.key value`. jsonargparse reads and types the values; the YAML
-node tree gives the line of each key, finds repeated keys, and lets a misspelt key name its nearest neighbour.
+Precedence: defaults < files in the given order < `--section.key value`. jsonargparse converts and type-checks the values.
+The YAML node tree is read here, for line numbers, repeated keys and suggestions for misspelt keys.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,22 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import resilient_t5
-from resilient_t5.config.schema import REMOVED_KEYS, Config, flat
+from resilient_t5.config.schema import REMOVED_KEYS, Config
 from resilient_t5.errors import ConfigError, ExitCode
 
 SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 KEYS = tuple(f"{name}.{key.name}" for name, section in SECTIONS.items() for key in dataclasses.fields(section))
+COMMAND_LINE = "command line"
 EXIT_CODES = (
     "exit codes: 0 finished or saturated; 2 usage or configuration; 65 bad data; 66 no valid checkpoint; 69 run directory "
-    "held by another run; 70 diverged; 71 out of memory; 73 disk full; 74 input/output; 75 stopped but resumable; "
+    "in use by another run; 70 diverged; 71 out of memory; 73 disk full; 74 input/output; 75 stopped but resumable; "
     "78 resume would change the mathematics; 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM with the state saved"
 )
 
 
 @dataclass(frozen=True)
 class Given:
-    """One setting as the user wrote it."""
+    """One setting as written by the user; `where` is `command line` or file:line."""
 
     key: str
     text: str
@@ -41,7 +42,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A checked configuration and where each value that was given came from."""
+    """A validated configuration, the source of each given setting, and the values of the command's own options."""
 
     config: Config
     sources: dict[str, str]
@@ -51,17 +52,17 @@ class Arguments:
 def parse_arguments(
     argv: Sequence[str], program: str, description: str, flags: Sequence[tuple[str, dict[str, Any]]] = ()
 ) -> Arguments:
-    """Read `argv` and the files it names.
+    """Parse `argv` and the files given with --config.
 
     Args:
-        argv: the command line without the program's name.
-        program: launcher's name, for messages and `--help`.
-        description: what the command does, for `--help`.
-        flags: further options as (name, keywords of add_argument), such as ("--dry_run", {...}).
+        argv: command line without the program name.
+        program: name of the launcher, for `--help`.
+        description: purpose of the command, for `--help`.
+        flags: options of the command itself, as (name, keywords of add_argument).
 
     Raises:
-        ConfigError: unknown keys, wrong types, values out of range, contradictions; all of them in one error.
-        SystemExit: after --help, --version or --print_config, with 0.
+        ConfigError: unknown keys, wrong types, values out of range, contradictions.
+        SystemExit: with 0, after --help, --version or --print_config.
     """
     parser = _build_parser(program, description, flags)
     if "--help" in argv or "-h" in argv:
@@ -70,12 +71,15 @@ def parse_arguments(
     if "--version" in argv:
         sys.stdout.write(f"resilient_t5 {resilient_t5.__version__}\n")
         raise SystemExit(ExitCode.OK)
-    given, flag_arguments, problems = _collect(argv, [name for name, _ in flags])
-    if problems:
-        raise ConfigError(*problems, *_wrong_values(parser, given))
+    collector = _Collector([name for name, _ in flags])
+    collector.read_arguments(argv)
+    given = collector.given
+    if collector.problems:
+        raise ConfigError(*collector.problems, *_wrong_values(parser, given))
     try:
-        namespace = _parse_quietly(parser, [*(f"--{item.key}={item.text}" for item in given), *flag_arguments])
-    except Exception as error:  # noqa: BLE001  jsonargparse raises several types; all of them become one message
+        settings = [f"--{item.key}={item.text}" for item in given]
+        namespace = _parse_quietly(parser, [*settings, *collector.option_arguments])
+    except Exception as error:  # noqa: BLE001  jsonargparse raises several types
         raise ConfigError(*(_wrong_values(parser, given) or [str(error).replace("\n", " ")])) from None
     config = _instantiate(namespace)
     if "--print_config" in argv:
@@ -86,19 +90,13 @@ def parse_arguments(
 
 
 def parse_config(argv: Sequence[str], program: str, description: str) -> Config:
-    """`parse_arguments` for a command without options of its own."""
+    """Configuration of a command without options of its own; see `parse_arguments`."""
     return parse_arguments(argv, program, description).config
 
 
 def config_text(config: Config) -> str:
-    """The whole configuration as YAML that starts an equal run."""
+    """All settings as YAML; read back, it gives an equal configuration."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
-
-
-def differences(config: Config) -> dict[str, Any]:
-    """The settings that differ from the defaults, as {"section.key": value}."""
-    defaults = flat(Config())
-    return {key: value for key, value in flat(config).items() if value != defaults[key]}
 
 
 def _build_parser(program: str, description: str, flags: Sequence[tuple[str, dict[str, Any]]]) -> ArgumentParser:
@@ -106,12 +104,12 @@ def _build_parser(program: str, description: str, flags: Sequence[tuple[str, dic
     parser = ArgumentParser(
         prog=f"bin/{program}",
         usage=f"bin/{program} --config FILE [--section.key VALUE ...]",
-        description=f"{description} Settings come from YAML files and from --section.key VALUE; later ones win, files first.",
+        description=f"{description} Settings: YAML files, then --section.key VALUE; later ones override earlier ones.",
         epilog=EXIT_CODES,
         exit_on_error=False,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and stop")
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times, later wins")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--config", action="config", help="YAML file with settings; repeatable, later files override")
     for name, keywords in flags:
         parser.add_argument(name, **keywords)
     for name, section in SECTIONS.items():
@@ -137,93 +135,87 @@ def _instantiate(namespace: Namespace) -> Config:
     return Config(**sections)
 
 
-def _collect(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[Given], list[str], list[str]]:
-    """The settings in order of precedence, the arguments that are flags, and the problems of form.
+class _Collector:
+    """Collects settings in ascending precedence, the options of the command, and problems other than invalid values."""
 
-    Problems of form are unknown, repeated and removed keys, unreadable files, and files after overrides.
-    """
-    given: list[Given] = []
-    flag_arguments: list[str] = []
-    problems: list[str] = []
-    known = {f"--{key}" for key in KEYS} | {"--config", "--print_config", *flags}
-    overridden = ""
-    position = 0
-    while position < len(argv):
-        name, separator, text = argv[position].partition("=")
-        position += 1
-        if name == "--print_config":
-            continue
-        if (key := name.removeprefix("--")) in REMOVED_KEYS:
-            if not separator and position < len(argv):
-                text, position = argv[position], position + 1
-            problems += _removed(key, text, "command line")
-            continue
-        if name not in known:
-            problems.append(_unknown(name.removeprefix("--"), "command line", is_option=name.startswith("--")))
-            position += 0 if separator or position >= len(argv) or argv[position].startswith("--") else 1
-            continue
-        if not separator:
-            if position >= len(argv):
-                problems.append(f"{name} wants a value")
-                break
-            text, position = argv[position], position + 1
-        if name == "--config":
-            if overridden:
-                problems.append(f"--config {text} stands behind {overridden} and would silently win; put --config first")
-            given_in_file, problems_in_file = _read_file(Path(text))
-            given += given_in_file
-            problems += problems_in_file
-        elif name in flags:
-            flag_arguments.append(f"{name}={text}")
-        else:
-            overridden = overridden or name
-            given.append(Given(key, text, "command line"))
-    return given, flag_arguments, problems
+    def __init__(self, options: Sequence[str]):
+        self.options = options
+        self.given: list[Given] = []
+        self.option_arguments: list[str] = []
+        self.problems: list[str] = []
 
-
-def _read_file(path: Path) -> tuple[list[Given], list[str]]:
-    """The settings of one YAML file, each with its line."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        return [], [f"cannot read the configuration {path}: {reason}"]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        return [], [f"{path}{f':{mark.line + 1}' if mark else ''} is not valid YAML: {getattr(error, 'problem', error)}"]
-    if root is None:
-        return [], []
-    if not isinstance(root, yaml.MappingNode):
-        return [], [f"{path} holds no settings; write sections such as 'data:' with keys below them"]
-    given: list[Given] = []
-    problems: list[str] = []
-    for section, body in _entries(root, path, "", problems):
-        if not isinstance(body, yaml.MappingNode):
-            problem = _unknown(section, f"{path}:{body.start_mark.line + 1}", is_option=False)
-            problems.append(problem if section not in SECTIONS else f"{section} ({path}) wants keys below it")
-            continue
-        for key, value in _entries(body, path, f"{section}.", problems):
-            where = f"{path}:{value.start_mark.line + 1}"
-            if key in KEYS:
-                given.append(Given(key, _node_text(value), where))
-            elif key in REMOVED_KEYS:
-                problems += _removed(key, _node_text(value), where)
+    def read_arguments(self, argv: Sequence[str]) -> None:
+        """Read the command line and the files given with --config."""
+        known = {f"--{key}" for key in (*KEYS, *REMOVED_KEYS)} | {"--config", *self.options}
+        remaining, first_override = list(argv), ""
+        while remaining:
+            name, separator, text = remaining.pop(0).partition("=")
+            if name == "--print_config":
+                continue
+            if name not in known:
+                self.problems.append(_unknown(name.removeprefix("--"), COMMAND_LINE, is_option=name.startswith("--")))
+                if not separator and remaining and not remaining[0].startswith("--"):
+                    remaining.pop(0)
+                continue
+            if not separator and not remaining:
+                self.problems.append(f"{name} needs a value")
+                return
+            text = text if separator else remaining.pop(0)
+            if name == "--config":
+                if first_override:
+                    self.problems.append(f"--config {text} must come before {first_override}; otherwise it would override it")
+                self.read_file(Path(text))
+            elif name in self.options:
+                self.option_arguments.append(f"{name}={text}")
             else:
-                problems.append(_unknown(key, where, is_option=False))
-    return given, problems
+                first_override = first_override or name
+                self.add(name.removeprefix("--"), text, COMMAND_LINE)
 
+    def read_file(self, path: Path) -> None:
+        """Read a YAML file."""
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            self.problems.append(f"cannot read the configuration {path}: {reason}")
+            return
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark else str(path)
+            self.problems.append(f"{where} is not valid YAML: {getattr(error, 'problem', error)}")
+            return
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            self.problems.append(f"{path} contains no settings; write sections such as 'data:' with indented keys")
+            return
+        for section, body in self._entries(root, path, ""):
+            if isinstance(body, yaml.MappingNode):
+                for key, value in self._entries(body, path, f"{section}."):
+                    self.add(key, _node_text(value), f"{path}:{value.start_mark.line + 1}")
+            elif section in SECTIONS:
+                self.problems.append(f"{section} ({path}) needs indented keys")
+            else:
+                self.problems.append(_unknown(section, f"{path}:{body.start_mark.line + 1}", is_option=False))
 
-def _entries(node: yaml.MappingNode, path: Path, prefix: str, problems: list[str]) -> list[tuple[str, yaml.Node]]:
-    """Key and value nodes of a mapping; a repeated key is a problem, since YAML would let the last one win silently."""
-    seen: dict[str, int] = {}
-    entries = []
-    for key_node, value in node.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-        if key in seen:
-            problems.append(f"{key} stands twice ({path}:{seen[key]} and {path}:{line})")
-        seen[key] = line
-        entries.append((key, value))
-    return entries
+    def add(self, key: str, text: str, where: str) -> None:
+        """Add a setting, or a problem if it does not exist (any more); a removed setting without effect is ignored."""
+        if key in KEYS:
+            self.given.append(Given(key, text, where))
+        elif key not in REMOVED_KEYS:
+            self.problems.append(_unknown(key, where, is_option=False))
+        elif yaml.safe_load(text) not in REMOVED_KEYS[key].inert:
+            self.problems.append(f"{key}: {text} is no longer a setting ({where}). {REMOVED_KEYS[key].hint}")
+
+    def _entries(self, node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
+        """Keys and value nodes of a mapping; repeated keys are a problem, since YAML silently uses the last one."""
+        seen: dict[str, int] = {}
+        for key_node, value in node.value:
+            key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+            if key in seen:
+                self.problems.append(f"{key} is given twice ({path}:{seen[key]} and {path}:{line})")
+            seen[key] = line
+            yield key, value
 
 
 def _node_text(node: yaml.Node) -> str:
@@ -238,33 +230,25 @@ def _unknown(key: str, where: str, *, is_option: bool) -> str:
     if not nearest:
         nearest = [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], list(last), n=1, cutoff=0.75)]
     hint = f"Did you mean {'--' if is_option else ''}{nearest[0]}?" if nearest else "See --help for all settings"
-    if not is_option and "=" not in key and where == "command line":
-        return f"{key!r} is no option ({where}); settings are written --section.key value"
+    if not is_option and "=" not in key and where == COMMAND_LINE:
+        return f"{key!r} is not an option ({where}); write settings as --section.key value"
     return f"{key} is not a setting ({where}). {hint}"
 
 
-def _removed(key: str, text: str, where: str) -> list[str]:
-    """The problem of a setting that this version no longer has; none for a value that had no effect."""
-    removed = REMOVED_KEYS[key]
-    if yaml.safe_load(text) in removed.inert:
-        return []
-    return [f"{key}: {text} is no longer a setting ({where}). {removed.hint}"]
-
-
 def _wrong_values(parser: ArgumentParser, given: Sequence[Given]) -> list[str]:
-    """The problems of value: what a setting does not take, and, among the others, what is out of its range."""
-    problems, good = [], []
+    """Problems of values: settings with a wrong type, and range problems among the others."""
+    problems, valid = [], []
     for item in given:
         try:
             _parse_quietly(parser, [f"--{item.key}={item.text}"])
-            good.append(f"--{item.key}={item.text}")
+            valid.append(f"--{item.key}={item.text}")
         except Exception as error:  # noqa: BLE001  as in parse_arguments
             expected = str(error).partition("Expected a")[2].partition(". Got value")[0]
             expected = expected.strip().removeprefix("typing.").replace("<class '", "").replace("'>", "")
             hint = ". YAML reads an unquoted yes, no, on, off as a boolean" if item.text in ("no", "off", "yes", "on") else ""
             problems.append(f"{item.key}: {item.text!r} is not a valid value ({item.where}); expected {expected}{hint}")
     try:
-        _instantiate(_parse_quietly(parser, good))
+        _instantiate(_parse_quietly(parser, valid))
     except ConfigError as error:
         problems += error.problems
     return problems

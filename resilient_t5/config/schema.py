@@ -1,7 +1,6 @@
-"""The whole configuration: one frozen dataclass, its sections, the checks across sections, and what a resume may change.
+"""The configuration of a run, the checks across its sections, and the settings that a resume may change.
 
-Sections live in `config/data.py` and `config/training.py`; each part of the program receives its own section only.
-Parsing YAML and the command line is `config/parse.py`.
+The sections are defined in `config/data.py` and `config/training.py`; `config/parse.py` reads YAML and the command line.
 """
 
 import dataclasses
@@ -10,14 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from resilient_t5.config.data import (
-    BatchConfig,
-    CorruptionConfig,
-    DataConfig,
-    ModelConfig,
-    NoiseKind,
-    TokenizerConfig,
-)
+from resilient_t5.config.data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
 from resilient_t5.config.training import (
     CheckpointConfig,
     ConvergenceConfig,
@@ -31,32 +23,8 @@ from resilient_t5.config.training import (
 from resilient_t5.config.values import Check, check
 from resilient_t5.errors import ConfigError
 
-__all__ = [
-    "BatchConfig",
-    "CheckpointConfig",
-    "Config",
-    "ConvergenceConfig",
-    "CorruptionConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "HardwareConfig",
-    "ModelConfig",
-    "NoiseKind",
-    "OptimConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "TelemetryConfig",
-    "TokenizerConfig",
-    "check_preparable",
-    "check_trainable",
-    "flat",
-    "trajectory_settings",
-    "trajectory_sha256",
-    "optimizer_problems",
-]
-
-# What a resume may change: where things lie, when they are reported or saved, what only costs speed or memory, and how
-# long the run waits at a plateau: raised on purpose, it reopens a run that had saturated.
+# A resume may change paths, logging and saving intervals, settings that affect speed or memory only, and the patience:
+# raising it continues a run that has saturated.
 FREE_SECTIONS = ("checkpoint.", "telemetry.")
 FREE_KEYS = (
     "batch.micro_tokens",
@@ -90,7 +58,7 @@ LENGTH_KEYS = ("schedule.max_updates", "schedule.epochs")
 
 
 class RemovedKey(NamedTuple):
-    """A setting of an earlier version: the values that had no effect, and what to do about any other value."""
+    """A setting of an earlier version: the values that had no effect, and advice for any other value."""
 
     inert: tuple[Any, ...]
     hint: str
@@ -102,12 +70,12 @@ REMOVED_KEYS = {
     "convergence.overfit_percent": RemovedKey((None, 0.0), "Remove it; convergence.patience ends a run that overfits"),
     "convergence.overfit_windows": RemovedKey((None, 6), "Remove it; convergence.patience ends a run that overfits"),
 }
-"""An inert value is accepted, since every config.yaml of an earlier version holds one; any other value is refused."""
+"""An inert value is accepted, since every config.yaml of an earlier version contains one; any other value is an error."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is asked to do."""
+    """All settings of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -135,11 +103,11 @@ class Config:
             ),
             (
                 self.model.name_or_path is None or self.tokenizer.train_vocab_size is None,
-                "tokenizer.train_vocab_size: a checkpoint's rows belong to its own tokenizer; drop one of the two",
+                "tokenizer.train_vocab_size: a checkpoint needs its own tokenizer; remove this setting or model.name_or_path",
             ),
             (
                 self.run.fork is None or self.run.resume == "auto",
-                "run.fork and run.resume exclude each other: a fork is a new run",
+                "run.fork and run.resume exclude each other: a fork starts a new run",
             ),
             (
                 not self.optim.name.startswith("adafactor") or self.optim.weight_decay == 0.0,
@@ -147,10 +115,10 @@ class Config:
             ),
             (
                 not self.hardware.compile or self.model.gradient_checkpointing is not True,
-                "hardware.compile and model.gradient_checkpointing exclude each other: recomputing breaks the compiled graphs",
+                "hardware.compile and model.gradient_checkpointing exclude each other: recomputing breaks compiled graphs",
             ),
-            *self._in_backward(),
-            *self._sharded(),
+            *self._in_backward_checks(),
+            *self._sharding_checks(),
             (
                 self.corruption.task == "correct" or self.corruption.max_sentinels < self.data.max_target_tokens // 2,
                 f"corruption.max_sentinels: {self.corruption.max_sentinels} spans do not fit into "
@@ -167,42 +135,45 @@ class Config:
             ),
         )
 
-    def _in_backward(self) -> tuple[Check, ...]:
-        """What an optimizer stepped in the backward pass excludes: gradients that wait for one another."""
+    def _in_backward_checks(self) -> tuple[Check, ...]:
+        """Settings that adafactor_in_backward excludes, since it updates each tensor during the backward pass."""
         if self.optim.name != "adafactor_in_backward":
             return ()
         one_group = self.batch.window_updates == 1 or self.batch.groups_per_update == 1
         return (
             (
                 self.optim.clip_norm == 0,
-                "optim.clip_norm: adafactor_in_backward clips each tensor, never globally; set it to 0",
+                "optim.clip_norm: adafactor_in_backward clips per tensor, not globally; set it to 0",
             ),
             (
                 one_group,
-                "batch.groups_per_update: adafactor_in_backward takes an update in one micro-batch; set it to 1",
+                "batch.groups_per_update: adafactor_in_backward needs each update in one micro-batch; set it to 1",
             ),
             (self.hardware.precision != "fp16", "hardware.precision: adafactor_in_backward has no loss scaler for fp16"),
         )
 
-    def _sharded(self) -> tuple[Check, ...]:
-        """What layers that are cut over several processes exclude."""
+    def _sharding_checks(self) -> tuple[Check, ...]:
+        """Settings that sharded layers exclude."""
         if not self.hardware.shard_layers:
             return ()
         name = self.optim.name
         return (
             (
                 name == "adamw",
-                f"hardware.shard_layers needs optim.name adamw: {name} looks at whole matrices or blocks of them",
+                f"hardware.shard_layers needs optim.name adamw: {name} needs whole matrices or blocks of them",
             ),
             (not self.hardware.compile, "hardware.shard_layers and hardware.compile exclude each other"),
-            (self.hardware.precision != "fp16", "hardware.shard_layers: fp16 needs a loss scaler, which knows no cut layers"),
+            (
+                self.hardware.precision != "fp16",
+                "hardware.shard_layers does not support the loss scaler of fp16",
+            ),
         )
 
 
 def check_preparable(config: Config) -> None:
-    """Raise ConfigError unless there is text and a tokenizer to prepare a store with."""
+    """Raise ConfigError if the text or the tokenizer for preparing a store is missing."""
     check(
-        (bool(config.data.train_inputs()), "data.train is not set: name text files or folders, or builtin:clinical"),
+        (bool(config.data.train_inputs()), "data.train is not set: give text files, folders, or builtin:clinical"),
         (
             (config.tokenizer.name_or_path or config.tokenizer.train_vocab_size or config.model.name_or_path) is not None,
             "no tokenizer: set tokenizer.name_or_path, or tokenizer.train_vocab_size, or model.name_or_path",
@@ -211,17 +182,17 @@ def check_preparable(config: Config) -> None:
 
 
 def optimizer_problems(config: Config) -> list[str]:
-    """Why the optimizer must not train the model; no reason to refuse an export of weights that it did train."""
+    """Reasons against training the model with this optimizer; they do not prevent an export of a trained model."""
     if config.optim.name != "muon" or config.model.name_or_path is None:
         return []
     return [
-        "optim.name: muon is for models from scratch and harms pretrained ones such as model.name_or_path "
-        f"{config.model.name_or_path} (arXiv 2605.10468: Adam-pretrained models); set adamw"
+        "optim.name: muon is for models from scratch and degrades pretrained ones such as model.name_or_path "
+        f"{config.model.name_or_path} (arXiv 2605.10468: Adam-pretrained models); use adamw"
     ]
 
 
 def check_trainable(config: Config) -> None:
-    """Raise ConfigError unless there is also a model to train, and an optimizer that may train it."""
+    """Raise ConfigError if text, tokenizer or model is missing, or the optimizer does not suit the model."""
     has_model = config.model.name_or_path is not None or config.model.preset is not None
     missing = "no model: set model.name_or_path (a checkpoint) or model.preset (from scratch)"
     problems = [*([] if has_model else [missing]), *optimizer_problems(config)]
@@ -235,14 +206,20 @@ def check_trainable(config: Config) -> None:
 def flat(config: Config) -> dict[str, Any]:
     """The configuration as {"section.key": value}, in the order of the dataclasses."""
     sections = dataclasses.asdict(config)
-    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
+
+def non_default_settings(config: Config) -> dict[str, Any]:
+    """The settings that differ from the defaults, as {"section.key": value}."""
+    defaults = flat(Config())
+    return {key: value for key, value in flat(config).items() if value != defaults[key]}
 
 
 def trajectory_settings(config: Config) -> dict[str, Any]:
-    """The settings that a resume must find unchanged, as {"section.key": value}.
+    """The settings that a resume must not change, as {"section.key": value}.
 
-    The planned length counts only where the learning rate depends on it; text, terms and tokenizer are compared by the
-    fingerprint of the store instead of by path.
+    The planned length is included only if the learning rate depends on it. Text, terms and tokenizer are compared by the
+    fingerprint of the store, not by path.
     """
     warmup = config.schedule.warmup
     is_share = isinstance(warmup, float) and warmup < 1
@@ -252,5 +229,5 @@ def trajectory_settings(config: Config) -> dict[str, Any]:
 
 
 def trajectory_sha256(config: Config) -> str:
-    """Hash of `mathematics`, stored in every checkpoint."""
+    """Hash of `trajectory_settings`, stored in every checkpoint."""
     return hashlib.sha256(json.dumps(trajectory_settings(config), sort_keys=True).encode()).hexdigest()

@@ -1,26 +1,25 @@
-"""Configuration sections of how training goes: optimizer, schedule, stopping, evaluation, saving, machine, run.
+"""Configuration sections for the training side: optimizer, schedule, stopping, evaluation, checkpoints, hardware, run.
 
-A field has a type, one default and one docstring line with its unit; `bin/train --help` shows it.
+A field has a type, one default and a docstring with its unit, which is the text of `bin/train --help`.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from resilient_t5.config.values import DURATION, Point, check, point_or_number, share
+from resilient_t5.config.values import DURATION, Point, above_zero, at_least, below_one, between, check, point_or_number
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and the loss it sees."""
+    """Optimizer and loss."""
 
     name: Literal["adamw", "adamw8bit", "adafactor", "adafactor_in_backward", "muon"] = "adamw"
-    """`adamw` (fused), `adamw8bit` (extra lowmem), `adafactor` (T5's recipe), `adafactor_in_backward` (least memory), `muon`
-    (fewer updates; for models from scratch only)."""
+    """`adamw` (fused), `adamw8bit` (needs the extra lowmem), `adafactor` (T5's recipe), `adafactor_in_backward` (least memory),
+    `muon` (fewer updates, for models from scratch only)."""
     lr: float = 5e-5
     """Peak learning rate, absolute for every optimizer."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; norms and biases are never decayed."""
+    """Decoupled weight decay; never applied to norms and biases."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.999
@@ -28,47 +27,42 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW: added to the denominator."""
     clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+    """Maximum global gradient norm; 0 disables clipping."""
     label_smoothing: float = 0.0
-    """Share of the target probability spread over the vocabulary."""
+    """Share of the target probability that is spread over the vocabulary."""
     z_loss: float = 0.0
-    """Weight of the squared log-partition that keeps logits small."""
+    """Weight of the squared log-partition function in the loss, which keeps logits small."""
 
     def __post_init__(self) -> None:
         check(
-            (self.lr > 0 and math.isfinite(self.lr), f"optim.lr: {self.lr} is not a finite number above 0"),
-            (self.weight_decay >= 0, f"optim.weight_decay: {self.weight_decay} is below 0"),
-            (0 <= self.beta1 < 1, f"optim.beta1: {self.beta1} is not in [0, 1)"),
-            (0 <= self.beta2 < 1, f"optim.beta2: {self.beta2} is not in [0, 1)"),
-            (self.eps > 0, f"optim.eps: {self.eps} is not above 0"),
-            (self.clip_norm >= 0, f"optim.clip_norm: {self.clip_norm} is below 0"),
-            (0 <= self.label_smoothing < 1, f"optim.label_smoothing: {self.label_smoothing} is not in [0, 1)"),
-            (self.z_loss >= 0, f"optim.z_loss: {self.z_loss} is below 0"),
+            *above_zero("optim", self, "lr", "eps"),
+            *at_least("optim", self, weight_decay=0, clip_norm=0, z_loss=0),
+            *below_one("optim", self, "beta1", "beta2", "label_smoothing"),
         )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run, and the run's planned length."""
+    """Learning rate schedule and planned length of the run."""
 
     shape: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
-    """How the learning rate goes down after warm-up."""
+    """Decay of the learning rate after warmup."""
     warmup: float | str = 0.1
-    """Warm-up: a share of the planned updates (below 1), or a point in training."""
+    """Warmup, as a share of the planned updates (below 1) or as a point in training."""
     final_share: float = 0.0
     """Learning rate at the planned end, as a share of the peak (linear and cosine)."""
     max_updates: int | None = None
-    """Planned updates; without it `epochs` decides."""
+    """Planned number of updates; null uses `epochs`."""
     epochs: float = 5.0
-    """Planned passes over the corpus when `max_updates` is not given."""
+    """Planned number of passes over the corpus if `max_updates` is not given."""
     max_time: str | None = None
-    """Wall-clock limit of the run over all its resumes, such as 90min or 12h."""
+    """Time limit of the run, summed over all resumes, such as 90min or 12h."""
 
     def __post_init__(self) -> None:
         check(
-            (self.max_updates is None or self.max_updates >= 1, f"schedule.max_updates: {self.max_updates} is below 1"),
-            (self.epochs > 0 and math.isfinite(self.epochs), f"schedule.epochs: {self.epochs} is not above 0"),
-            share("schedule.final_share", self.final_share),
+            *at_least("schedule", self, max_updates=1),
+            *above_zero("schedule", self, "epochs"),
+            *between("schedule", self, final_share=(0, 1)),
             point_or_number("schedule.warmup", self.warmup),
             (
                 self.max_time is None or DURATION.fullmatch(self.max_time) is not None,
@@ -79,42 +73,42 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ConvergenceConfig:
-    """When the run counts as saturated; a value that is not given comes from the preset."""
+    """Early stopping: when the run counts as saturated. Null uses the value of the preset."""
 
     preset: Literal["seed", "thorough", "short", "seed-code"] = "seed"
-    """`seed`: 6000 / 12000 / 5 / 0.001; `thorough`: a result matters; `short`: small runs; `seed-code`: the peer's rule."""
+    """`seed`: start 6000, judge_from 12000, patience 5, min_gain 0.001; `thorough`: for important results; `short`: for short
+    runs; `seed-code`: the rule of the original script."""
     start: Point | None = None
-    """Point where warm-up of the judgement ends: before it training always goes on."""
+    """Point before which the run never stops and no evaluation is judged."""
     judge_from: Point | None = None
-    """Point of the first evaluation that may count towards a stop."""
+    """Point of the first evaluation that can count towards stopping."""
     patience: int | str | None = None
-    """Judged windows without counted gain after which the run is saturated; or a span with its unit, such as 1.5ep."""
+    """Evaluations without sufficient gain before the run is saturated; or a span with a unit, such as 1.5ep."""
     min_gain: float | None = None
-    """Smallest fall of the loss that counts, absolute, in nats per token."""
+    """Minimum decrease of the loss that counts as a gain, absolute, in nats per token."""
     min_gain_rel: float | None = None
-    """Smallest fall of the loss that counts, as a share of the anchor; the larger of the two rules."""
+    """Minimum decrease of the loss as a share of the reference loss; the larger of both minimums applies."""
     anchor_rule: Literal["counted", "best"] | None = None
-    """What a gain is measured against: the last counted loss, or the best loss so far."""
+    """Reference loss of a gain: the loss at the last counted gain, or the best loss so far."""
     on_saturation: Literal["stop", "cooldown", "continue"] | None = None
-    """What saturation does: stop, take the learning rate to zero and stop, or only say so."""
+    """On saturation: stop, decay the learning rate to zero and stop, or only report it."""
     cooldown_share: float | None = None
-    """Length of the cooldown, as a share of the updates done."""
+    """Length of the cooldown, as a share of the updates so far."""
     divergence_factor: float | None = None
-    """A loss above this multiple of the best ends the run as diverged; 0 switches it off."""
+    """Stop as diverged if the loss exceeds the best loss by this factor; 0 disables it."""
     nonfinite_limit: int | None = None
-    """Evaluations with a non-finite loss after which the run has diverged; 0 switches it off."""
+    """Stop as diverged after this many evaluations with a non-finite loss; 0 disables it."""
 
     def __post_init__(self) -> None:
-        windows_given = isinstance(self.patience, int)
-        not_negative = ("min_gain", "min_gain_rel", "divergence_factor", "nonfinite_limit")
+        is_count = isinstance(self.patience, int)
         check(
             *(point_or_number(f"convergence.{key}", getattr(self, key)) for key in ("start", "judge_from")),
-            (not windows_given or self.patience >= 1, "convergence.patience: below 1"),  # type: ignore[operator]
+            *(at_least("convergence", self, patience=1) if is_count else ()),
             (
-                windows_given or point_or_number("", self.patience)[0],
-                f"convergence.patience: {self.patience!r} is neither a count of windows (8) nor a span (1.5ep, 20Mtok)",
+                is_count or point_or_number("", self.patience)[0],
+                f"convergence.patience: {self.patience!r} is neither a number of evaluations (8) nor a span (1.5ep, 20Mtok)",
             ),
-            *((getattr(self, k) is None or getattr(self, k) >= 0, f"convergence.{k}: below 0") for k in not_negative),
+            *at_least("convergence", self, min_gain=0, min_gain_rel=0, divergence_factor=0, nonfinite_limit=0),
             (
                 self.cooldown_share is None or 0 < self.cooldown_share <= 1,
                 f"convergence.cooldown_share: {self.cooldown_share} is not in (0, 1]",
@@ -124,119 +118,111 @@ class ConvergenceConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated, and how often."""
+    """Evaluation interval and examples."""
 
     every: Point = 1000
-    """Point after which each evaluation comes; the span between two is a window."""
+    """Interval between evaluations."""
     examples: int = 1000
-    """Most validation examples whose loss is measured; always the same ones."""
+    """Maximum number of validation examples for the loss; always the same examples."""
     restore_every: int = 1
-    """Evaluations between two measurements of the term restoration rate; 0 measures it only at start and end."""
+    """Measure the term restoration rate at every n-th evaluation; 0: only at the start and at the end."""
     restore_examples: int = 200
-    """Most validation examples that are restored by generation; always the same ones."""
+    """Maximum number of validation examples for the term restoration rate (by generation); always the same examples."""
     criterion: Literal["loss", "term_restoration"] = "loss"
-    """What makes an evaluation the best."""
+    """Metric that selects the best checkpoint."""
 
     def __post_init__(self) -> None:
         check(
             point_or_number("evaluation.every", self.every),
-            (self.examples >= 1, f"evaluation.examples: {self.examples} is below 1"),
-            (self.restore_every >= 0, f"evaluation.restore_every: {self.restore_every} is below 0"),
-            (self.restore_examples >= 0, f"evaluation.restore_examples: {self.restore_examples} is below 0"),
+            *at_least("evaluation", self, examples=1, restore_every=0, restore_examples=0),
         )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the whole state is saved, and what is kept."""
+    """When to save the full training state, and how many checkpoints to keep."""
 
     every_minutes: float | None = 10.0
-    """Wall-clock minutes between two saves; null saves by updates only."""
+    """Minutes between checkpoints; null: by `every_updates` only."""
     every_updates: int | None = None
-    """Updates between two saves; null saves by the clock only."""
+    """Updates between checkpoints; null: by `every_minutes` only."""
     keep_last: int = 3
-    """Newest checkpoints that are kept, beside the best."""
+    """Number of most recent checkpoints to keep, in addition to the best."""
     on_disk_full: Literal["continue", "wait", "stop"] = "continue"
-    """A save that finds no room: go on and try later, wait for room, or stop with 73."""
+    """If a checkpoint does not fit on the disk: continue and retry later, wait for space, or stop with exit code 73."""
     background: bool = True
-    """Write in a thread while training goes on, where memory allows a second copy."""
+    """Write checkpoints in a background thread if there is memory for a copy of the state."""
 
     def __post_init__(self) -> None:
         check(
-            (self.every_minutes is None or self.every_minutes > 0, "checkpoint.every_minutes: not above 0"),
-            (self.every_updates is None or self.every_updates >= 1, "checkpoint.every_updates: below 1"),
-            (self.keep_last >= 2, f"checkpoint.keep_last: {self.keep_last} is below 2; one alone cannot fall back"),
+            *above_zero("checkpoint", self, "every_minutes"),
+            *at_least("checkpoint", self, every_updates=1),
+            (self.keep_last >= 2, f"checkpoint.keep_last: {self.keep_last} is below 2; a damaged one needs a fallback"),
         )
 
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What is written about the run, and how often."""
+    """Logging."""
 
     log_every: int = 100
-    """Updates between two training rows."""
+    """Updates between training rows in metrics.jsonl."""
     progress: Literal["auto", "live", "plain", "quiet"] = "auto"
-    """Console: a live view on a terminal, plain lines, or nothing but errors."""
+    """Console output: `live` view, `plain` lines, or errors only (`quiet`); `auto`: live on a terminal, else plain."""
     tensorboard: bool = True
-    """Draw metrics.jsonl into TensorBoard event files."""
+    """Write the metrics to TensorBoard event files."""
     samples: int = 4
-    """Restored probe examples shown at each restoration."""
+    """Number of restored examples to show at each measurement of the term restoration rate."""
 
     def __post_init__(self) -> None:
-        check(
-            (self.log_every >= 1, f"telemetry.log_every: {self.log_every} is below 1"),
-            (self.samples >= 0, f"telemetry.samples: {self.samples} is below 0"),
-        )
+        check(*at_least("telemetry", self, log_every=1, samples=0))
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """The machine."""
+    """Device, precision and processes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU when there is one."""
+    """Device to train on; `auto`: the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the matrix products; weights are always fp32. auto: bf16 where a GPU does it natively, fp32 on a CPU."""
+    """Mixed precision of matrix products; weights are always fp32. `auto`: bf16 on GPUs that support it, fp32 on a CPU."""
     memory_gib: float | Literal["auto"] = "auto"
-    """Device memory to plan for, in GiB."""
+    """Device memory to plan for, in GiB; `auto`: the memory that is free at the start."""
     threads: int | Literal["auto"] = "auto"
-    """CPU threads of the matrix products."""
+    """CPU threads for matrix products."""
     compile: bool = False
-    """Compile the layers; worth its minute of start-up on a GPU."""
+    """Compile the layers with torch.compile; on a GPU worth the minute that it takes at the start."""
     shard_layers: bool = False
-    """Cut the layers, their gradients and optimizer state over the processes of a launcher, for a model too large for one."""
+    """Shard the layers, their gradients and optimizer state over all processes (FSDP), for models too large for one GPU."""
     deterministic: bool = False
-    """Only deterministic GPU kernels: bit-exact resume there, at a price. A CPU run always is."""
+    """Use deterministic GPU kernels only: slower, but a resume is bit-exact. On a CPU it always is."""
 
     def __post_init__(self) -> None:
-        check(
-            (self.memory_gib == "auto" or float(self.memory_gib) > 0, "hardware.memory_gib: not above 0"),
-            (self.threads == "auto" or int(self.threads) >= 1, "hardware.threads: below 1"),
-        )
+        check(*above_zero("hardware", self, "memory_gib"), *at_least("hardware", self, threads=1))
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run directory and how it starts."""
+    """Run directory, resume, seed and signals."""
 
     dir: str = "runs/default"
-    """Directory of the run; never wiped."""
+    """Run directory; existing files are never deleted."""
     resume: str = "auto"
-    """`auto` continues what the directory holds, `none` refuses a directory that holds a run, a path names one checkpoint."""
+    """`auto`: resume the run in the directory, if any; `none`: fail if there is one; a path: resume from that checkpoint."""
     fork: str | None = None
-    """Checkpoint of another run whose weights this new run starts from."""
+    """Checkpoint of another run to take the initial weights from."""
     seed: int = 42
-    """Seed of order, corruption, dropout and initial weights."""
+    """Random seed of data order, corruption, dropout and initial weights."""
     deadline_s: float = 25.0
-    """Seconds after SIGTERM or SIGHUP at which the process leaves with what is committed; below the 30 s of schedulers."""
+    """Maximum seconds from SIGTERM or SIGHUP to exit, finished save or not; keep below the 30 s of most schedulers."""
     on_usr1: Literal["save", "requeue"] = "save"
-    """What SIGUSR1 asks for: save and go on, or save and leave with 75 so that a batch script queues the job again."""
+    """On SIGUSR1: save and continue, or save and exit with 75, so that a batch script can requeue the job."""
     signal_exit: Literal["signal", "code"] = "signal"
-    """After a stopping signal: die by that signal, as the shell's 128 + n, or leave with that number as a plain exit code."""
+    """After a stop signal: terminate by the same signal (128 + n in a shell), or exit with that number as exit code."""
 
     def __post_init__(self) -> None:
         check(
-            (self.deadline_s > 0, f"run.deadline_s: {self.deadline_s} is not above 0"),
+            *above_zero("run", self, "deadline_s"),
             (self.dir != "", "run.dir: empty"),
             (0 <= self.seed < 2**63, f"run.seed: {self.seed} is not between 0 and 2**63 - 1"),
         )

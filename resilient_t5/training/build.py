@@ -32,7 +32,7 @@ from resilient_t5.training.evaluator import Evaluator
 from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
 from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
-from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, begin_equal
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, sync_processes
 from resilient_t5.training.hardware.sharding import ShardedModel, shard_model
 from resilient_t5.training.out_of_memory import MemoryGuard
 from resilient_t5.training.recovery import Recovery
@@ -57,7 +57,7 @@ def set_initial_state(saver: Saver, loaded: Loaded | None, config: Config, train
             place_vocabulary(saver.updater.model, train, config.run.seed)
         rng.start(config.run.seed)
     same = {**saver.fingerprints, "settings": trajectory_sha256(config), "precision": saver.conditions["precision"]}
-    begin_equal(group, saver.updater.model, same, is_new=loaded is None)
+    sync_processes(group, saver.updater.model, same, is_new=loaded is None)
 
 
 def place_vocabulary(model: T5Model, train: Split, seed: int) -> None:

@@ -19,7 +19,7 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import token_nll
 from resilient_t5.restoration.scoring.measure import Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.restoration.scoring.score_report import RestorationReport
-from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_mark
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_checksum
 from resilient_t5.training.hardware.sharding import ShardedModel
 
 
@@ -75,7 +75,7 @@ def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluatio
     # all-reduce only adds zeros.
     sums_6E = torch.zeros(6, int(ends[-1]), dtype=torch.float64)
     with _reading(evaluator):
-        for number in group.share([batch.micro_batch.padded_tokens for batch in batches]):
+        for number in group.partition([batch.micro_batch.padded_tokens for batch in batches])[group.index]:
             if halted := interrupted():
                 break
             micro_batch, device = batches[number].micro_batch, evaluator.accelerator.device
@@ -107,7 +107,7 @@ def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Rest
     places = [part.view(shape) for part, shape in zip(written.split([rows * w for rows, w in shapes]), shapes, strict=True)]
     halted = False
     with _reading(evaluator):
-        for number in group.share([batch.micro_batch.padded_tokens for batch in batches]):
+        for number in group.partition([batch.micro_batch.padded_tokens for batch in batches])[group.index]:
             generated_BT = write_answers(evaluator.model, batches[number].micro_batch, restorer, interrupted)
             if halted := generated_BT is None:
                 break
@@ -132,7 +132,7 @@ def _complete(evaluator: Evaluator, place: str, halted: bool) -> bool:
     group = evaluator.group
     if group.count == 1:
         return not halted
-    notes = group.all_gather_object(place, {"halted": halted, "weights": weights_mark(evaluator.model)})
+    notes = group.all_gather_object(place, {"halted": halted, "weights": weights_checksum(evaluator.model)})
     if len({note["weights"] for note in notes}) > 1:
         raise Diverged(
             "the weights of the processes differ, so the training since the last evaluation is invalid",
@@ -181,7 +181,7 @@ def _reading(evaluator: Evaluator) -> Iterator[None]:
     was_training = evaluator.model.training
     evaluator.model.eval()
     try:
-        with evaluator.sharded.gathered(), torch.no_grad(), evaluator.accelerator.autocast():
+        with evaluator.sharded.unsharded(), torch.no_grad(), evaluator.accelerator.autocast():
             yield
     finally:
         evaluator.model.train(was_training)

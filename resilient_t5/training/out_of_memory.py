@@ -70,7 +70,7 @@ class MemoryGuard:
                 raise
             failure = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         # A partial gradient is useless: the gradients of the tables are accumulated in place.
-        self.updater.sharded.drop_gradients()
+        self.updater.sharded.zero_grad()
         if self.updater.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         return None, failure

@@ -102,7 +102,7 @@ class Recovery:
         except NonFiniteState as error:
             refused = f"{error.what} ({error.where})"[:300]
         try:
-            if (cause := saver.updater.sharded.agreed("due", cause)) is not None:
+            if (cause := saver.updater.sharded.broadcast_if_sharded("due", cause)) is not None:
                 saver.save(cause, stop)
         except NonFiniteState as error:
             refused = f"{error.what} ({error.where})"[:300]

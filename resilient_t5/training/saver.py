@@ -22,7 +22,7 @@ from resilient_t5.errors import ResumeMismatch
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
-from resilient_t5.training.hardware.sharding import local, own_rows
+from resilient_t5.training.hardware.sharding import local_rows, local_tensor
 from resilient_t5.training.run_directory import changed_keys, changed_trajectory_settings, removed_settings
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import SpikeGuard
@@ -110,7 +110,7 @@ class Saver:
             in_time = cause != "signal" or stop.left_s > self.capture_s + self.write_s
             missing = in_time and self.committed not in ((state.update, True), (state.update, is_best(state)))
         finally:
-            missing = self.updater.sharded.agreed("last save", missing)
+            missing = self.updater.sharded.broadcast_if_sharded("last save", missing)
         if missing:
             self.save(cause, stop)
             self.settle()
@@ -133,7 +133,7 @@ class Saver:
         tensors = {"model": model_tensors(updater.model), "optimizer": optimizer_tensors, "rng": random_tensors}
         return Parts(
             update=state.update,
-            tensors=updater.sharded.collected(tensors),
+            tensors=updater.sharded.gather_state(tensors),
             are_copies=updater.sharded.is_sharded,
             state={
                 "run": {**state.to_json(), "wall_s": state.wall_s + self.timing.elapsed_s},
@@ -168,7 +168,7 @@ class Saver:
             )
         updater, scaler = self.updater, self.updater.accelerator.scaler
         load_model_tensors(updater.model, loaded.tensors.pop("model"))
-        own = updater.sharded.own_state(loaded.tensors.pop("optimizer"))
+        own = updater.sharded.shard_state(loaded.tensors.pop("optimizer"))
         load_named_state(updater.optimizer, updater.sharded, own, loaded.state["optimizer"])
         one_sided = rng.restore(loaded.tensors["rng"], loaded.state["rng"])
         if scaler is not None and loaded.state["scaler"] is not None:
@@ -244,4 +244,4 @@ def load_model_tensors(model: T5Model, tensors: dict[str, torch.Tensor]) -> None
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)} -> {tuple(parameter.shape)}"
             raise ResumeMismatch(f"the shape of {name} differs from the checkpoint's", where=shapes)
-        local(parameter).copy_(own_rows(parameter, tensors[name]))
+        local_tensor(parameter).copy_(local_rows(parameter, tensors[name]))

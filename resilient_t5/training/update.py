@@ -74,7 +74,7 @@ class Updater:
             accumulate = self._accumulate_in_rounds if self.sharded.is_sharded else self._accumulate_all
             nll_sums = accumulate(micro_batches, tokens, attempted, interrupted)
             if nll_sums is None:
-                self.sharded.drop_gradients()
+                self.sharded.zero_grad()
                 return None
             nll_sum, norm = self._norm_and_clip(nll_sums.sum())
             fault = "" if self._move(lr, nll_sum, norm) else "loss or gradient not finite"
@@ -110,13 +110,13 @@ class Updater:
         done: dict[int, torch.Tensor] = {}
         halted, failure = False, ""
         try:
-            for index in self.group.share([micro_batch.padded_tokens for micro_batch in micro_batches]):
+            for index in self.group.partition([m.padded_tokens for m in micro_batches])[self.group.index]:
                 if halted := interrupted():
                     break
                 done[index] = self.accumulate(micro_batches[index], tokens, attempted, index)
             if self.group.count == 1:
                 return None if halted else torch.stack(list(done.values()))
-            gradients = [gradient_of(p) for p in self.sharded.whole_parameters()]
+            gradients = [gradient_of(p) for p in self.sharded.replicated_parameters()]
         except (RuntimeError, MemoryError) as error:
             if self.group.count == 1 or not is_out_of_memory(error):
                 raise
@@ -135,7 +135,7 @@ class Updater:
 
         A rank without a micro-batch runs an empty one, which adds nothing. Running out of memory in a pass ends the run.
         """
-        shares = self.group.shares([micro_batch.padded_tokens for micro_batch in micro_batches])
+        shares = self.group.partition([micro_batch.padded_tokens for micro_batch in micro_batches])
         own, done = shares[self.group.index], dict[int, torch.Tensor]()
         for number in range(max(map(len, shares))):
             notes = self.group.all_gather_object(f"update {attempted}, pass {number}", {"halted": interrupted()})
@@ -146,8 +146,8 @@ class Updater:
                     done[own[number]] = self.accumulate(micro_batches[own[number]], tokens, attempted, own[number])
                 else:
                     self.accumulate(empty_like(micro_batches[0]), tokens, attempted, 0)
-        self.sharded.take_gradients()
-        return self._all_reduce(done, len(micro_batches), [gradient_of(p) for p in self.sharded.whole_parameters()])
+        self.sharded.assign_shard_gradients()
+        return self._all_reduce(done, len(micro_batches), [gradient_of(p) for p in self.sharded.replicated_parameters()])
 
     def _all_reduce(self, done: dict[int, torch.Tensor], count: int, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Sum the gradients in place over all ranks; return the loss sums of all `count` micro-batches."""

@@ -18,7 +18,7 @@ def test_it_lists_what_is_there_and_finds_one_flipped_bit_only_when_it_reads(tmp
     capsys.readouterr()
     assert main([str(tmp_path), "--verify"]) == 66
     out = capsys.readouterr().out.splitlines()
-    assert "DAMAGED" in out[0] and "sha256" not in out[1] and "whole" in out[1]
+    assert "DAMAGED" in out[0] and "sha256" not in out[1] and "verified" in out[1]
     assert len(live_names(tmp_path)) == 2
 
 

@@ -1,4 +1,4 @@
-"""bin/train --dry_run: says what a run would do, or does its hardest moments, and leaves nothing.
+"""bin/train --dry_run: prints what a run would do, or runs its largest steps, and leaves no files.
 
 Run: python -m pytest tests/commands/test_dry_run.py
 """
@@ -43,7 +43,7 @@ def banner(lines):
 
 
 def test_a_plan_of_a_new_run_says_what_is_missing_and_what_fits_and_writes_nothing(dry_run, tmp_path):
-    """Nobody has prepared the corpus: the plan of bin/plan stands in, with the rows that the tokenizer will have."""
+    """Without a prepared corpus it prints the plan of bin/plan, with the rows that the tokenizer will have."""
     status, console = dry_run("plan", "--run.dir", tmp_path / "runs" / "new")
     assert status == 0, console
     assert "bin/prepare" in console
@@ -57,9 +57,9 @@ def test_a_plan_tells_what_the_run_itself_tells_and_touches_nothing(dry_run, fin
     before = tree(finished)
     status, console = dry_run("plan", "--run.dir", finished)
     assert status == 0, console
-    format_statistics = [line.partition(" ")[2] for line in (finished / "train.log").read_text().splitlines()]
-    assert banner(console.splitlines()) == banner(format_statistics)
-    assert len(banner(format_statistics)) == 6
+    log_lines = [line.partition(" ")[2] for line in (finished / "train.log").read_text().splitlines()]
+    assert banner(console.splitlines()) == banner(log_lines)
+    assert len(banner(log_lines)) == 6
     assert "resumed from u00000012" in console
     assert tree(finished) == before
 
@@ -89,7 +89,7 @@ def test_a_plan_takes_the_checkpoint_that_the_run_would_take(dry_run, finished, 
 
 
 def test_a_rehearsal_does_every_hard_moment_and_leaves_nothing(dry_run, finished):
-    """Over a run that stands there: two longest updates, two own ones, loss, generation, save, load; then the sums."""
+    """On an existing run: two longest updates, two regular ones, loss, generation, save, load; then the totals."""
     before, summary = tree(finished), read_summary(finished)
     status, console = dry_run("update", "--run.dir", finished)
     assert status == 0, console
@@ -142,7 +142,7 @@ def test_a_rehearsal_that_is_stopped_ends_by_the_signal_and_leaves_nothing(fork_
 
 
 def test_rehearsing_examples_are_the_longest_of_the_corpus(dry_run, finished, tmp_path):
-    """A batch limit below one longest example shows in the micro-batches: each of the 8 examples stands alone."""
+    """A batch limit below one longest example shows in the micro-batches: each of the 8 examples is one micro-batch."""
     status, console = dry_run("update", "--run.dir", tmp_path / "new", "--batch.micro_tokens", "16")
     assert status == 0, console
     assert "8 micro-batches" in next(line for line in console.splitlines() if "the longest 8" in line)

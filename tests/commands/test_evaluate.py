@@ -54,8 +54,8 @@ def test_the_resilience_curve_is_written_to_the_tensorboard_of_the_run(finished,
             (event.step, event.tensor_proto.float_val[0])
             for event in board.Tensors("resilience", f"resilience/term_rate_{curve['damage']}")
         ]
-        format_statistics = [(round(100 * point["level"]), point["term_rate"]) for point in curve["points"] if point["n"]]
-        assert drawn == [(level, pytest.approx(rate)) for level, rate in format_statistics]
+        measured = [(round(100 * point["level"]), point["term_rate"]) for point in curve["points"] if point["n"]]
+        assert drawn == [(level, pytest.approx(rate)) for level, rate in measured]
     assert len(board.Tensors("resilience", "resilience/curve")) == 1
 
 

@@ -11,7 +11,7 @@ WRITES = "import sys; from resilient_t5.commands.failure import reported; sys.ex
 
 
 def test_a_reader_that_has_seen_enough_is_no_error_to_talk_about():
-    """`bin/... | head -1`: nothing on standard error, neither ours nor Python's at exit; the code tells a script."""
+    """`bin/... | head -1`: nothing on standard error, neither ours nor Python's at exit; a script sees the exit code."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITES], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -83,7 +83,7 @@ def test_wrong_use_is_told(capsys):
 
 
 def test_a_model_that_is_not_supported_is_not_said_to_fit(capsys, tmp_path):
-    """ByT5 has the shape of a T5; the plan refuses it as the training would, before it says what fits."""
+    """ByT5 has the shape of a T5; the plan fails with the same error as the training, before it prints what fits."""
     config = {"model_type": "t5", "tokenizer_class": "ByT5Tokenizer", "vocab_size": 384}
     config |= {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))

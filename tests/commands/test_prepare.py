@@ -58,7 +58,7 @@ def test_the_command_makes_a_store_and_prints_its_report(arguments, tmp_path, ca
 
 
 def test_dropped_control_characters_are_named(arguments, tmp_path, capsys):
-    """A NUL and a bell in the text are said by name and number, beside what else was dropped."""
+    """A NUL and a bell in the text are reported by name and number, with everything else that was dropped."""
     text = Path(arguments[arguments.index("--data.train") + 1])
     text.write_bytes(text.read_bytes() + b"\nlast\x00 line\x07 of\x00 all")
     assert main(arguments) == 0
@@ -145,7 +145,7 @@ def test_the_launcher_runs_through_a_link_from_any_folder(tmp_path):
 
 
 def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
-    """A stopped prepare says so, leaves with the signal's exit code, and leaves nothing behind."""
+    """A stopped prepare reports it, exits with the signal's code, and leaves no files."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{i} {note}" for i in range(300) for note in NOTES), encoding="utf-8")
     code = "import sys; from resilient_t5.commands.prepare import main; sys.exit(main(sys.argv[1:]))"
@@ -155,7 +155,7 @@ def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 143 and "nothing half made" in error
+    assert process.returncode == 143 and "partial files were removed" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["terms.txt", "text.txt"]
 
 
@@ -199,7 +199,7 @@ def test_ctrl_c_while_the_tokenizer_is_trained_ends_it_at_once_with_130(training
     asked_s = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "nothing half made" in error and time.monotonic() - asked_s < 3
+    assert process.returncode == 130 and "partial files were removed" in error and time.monotonic() - asked_s < 3
     assert all(map(is_over, trainers))
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -271,9 +271,9 @@ def test_some_unknown_characters_are_warned_of_by_prepare_and_train(foreign, tmp
     """Above 1 %: the report's row on stdout, a warning with the characters on stderr and in the banner, and it goes on."""
     arguments = foreign(5)
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert "unknown  5." in said.out or "unknown  4." in said.out
-    assert "prepare warning: " in said.err and "热" in said.err and "mT5" in said.err
+    captured = capsys.readouterr()
+    assert "unknown  5." in captured.out or "unknown  4." in captured.out
+    assert "prepare warning: " in captured.err and "热" in captured.err and "mT5" in captured.err
     console = tmp_path / "console.txt"
     assert fork_server.run(training_of(arguments, tmp_path), console) == 0
     banner = console.read_text(encoding="utf-8")
@@ -284,8 +284,8 @@ def test_a_few_unknown_characters_are_shown_without_a_warning(foreign, tmp_path,
     """From 0.01 % to 1 %: in the report and in the banner."""
     arguments = foreign(0.5)
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert "most frequent: 热" in said.out and said.err == ""
+    captured = capsys.readouterr()
+    assert "most frequent: 热" in captured.out and captured.err == ""
     console = tmp_path / "console.txt"
     assert fork_server.run([*training_of(arguments, tmp_path), "--dry_run", "plan"], console) == 0
     assert "of the characters without a piece" in console.read_text(encoding="utf-8")

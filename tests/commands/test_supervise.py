@@ -1,4 +1,4 @@
-"""A run that is started again as long as it gets further. Run: python -m pytest tests/commands/test_supervise.py"""
+"""A run that is restarted as long as it makes progress. Run: python -m pytest tests/commands/test_supervise.py"""
 
 import json
 import os
@@ -34,7 +34,7 @@ raise SystemExit(int(kind))
 
 
 class Scripted(Supervisor):
-    """A real supervisor over real processes that end as they are told to."""
+    """A real supervisor over real processes with scripted exits."""
 
     def _run_once(self):
         popen, command = subprocess.Popen, [sys.executable, "-c", CHILD, str(self.directory), *self.argv]
@@ -57,7 +57,7 @@ def test_what_is_resumable_is_started_again_until_it_is_done(tmp_path):
     assert starts(tmp_path) == 8
 
 
-def test_what_starting_again_does_not_mend_is_left_alone(tmp_path):
+def test_permanent_failures_are_not_restarted(tmp_path):
     """Diverged, wrong settings, bad data: one start, the same status."""
     for code in (0, 2, 65, 66, 69, 70, 73, 78, 130):
         directory = tmp_path / str(code)
@@ -66,14 +66,14 @@ def test_what_starting_again_does_not_mend_is_left_alone(tmp_path):
         assert starts(directory) == 1
 
 
-def test_it_gives_up_when_nothing_new_is_committed(tmp_path):
-    """Five starts in a row that only crash; a commit in between begins the count anew."""
+def test_it_aborts_without_new_checkpoints(tmp_path):
+    """After five consecutive crashes; a commit in between resets the count."""
     assert Scripted(["-9"], tmp_path, first_pause_s=0.001).run() == -9
-    assert starts(tmp_path) == supervise.FRUITLESS_RESTARTS
+    assert starts(tmp_path) == supervise.MAX_STARTS_WITHOUT_PROGRESS
     other = tmp_path / "other"
     other.mkdir()
     assert Scripted(["-9,-9,-9,-9,commit-9,-9"], other, first_pause_s=0.001).run() == -9
-    assert starts(other) == 4 + 1 + supervise.FRUITLESS_RESTARTS
+    assert starts(other) == 4 + 1 + supervise.MAX_STARTS_WITHOUT_PROGRESS
 
 
 def test_a_real_run_under_supervision_survives_kills_and_a_stop_ends_both(tiny_config, tmp_path):
@@ -95,7 +95,7 @@ def test_a_real_run_under_supervision_survives_kills_and_a_stop_ends_both(tiny_c
     assert subprocess.run(command, env=environment, stdout=console, stderr=console, timeout=120).returncode == 0
     assert read_summary(run)["status"] == "finished"
     console.close()
-    assert (tmp_path / "console.txt").read_text().count("starting it again") == 2
+    assert (tmp_path / "console.txt").read_text().count("; restarting in") == 2
 
 
 def running(run):

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from resilient_t5.config.parse import config_text, differences, parse_arguments
-from resilient_t5.config.schema import REMOVED_KEYS, Config, check_trainable, flat, trajectory_settings
+from resilient_t5.config.parse import config_text, parse_arguments
+from resilient_t5.config.schema import REMOVED_KEYS, Config, check_trainable, flat, non_default_settings, trajectory_settings
 from resilient_t5.errors import ConfigError
 
 LINES = "model: {preset: tiny}\ntokenizer: {train_vocab_size: 500}\ndata: {train: corpus.txt}\n"
@@ -75,7 +75,7 @@ def test_several_problems_are_told_at_once(file):
 
 
 def test_an_unquoted_no_is_explained(file):
-    """YAML turns it into a boolean; the message says so."""
+    """YAML turns it into a boolean; the message explains this."""
     assert "boolean" in problems_of("--config", file("hardware:\n  precision: no\n"))[0]
 
 
@@ -94,12 +94,12 @@ def test_a_removed_setting_is_accepted_where_it_had_no_effect_and_refused_with_a
 
 def test_a_repeated_key_is_refused(file):
     """YAML would let the last one win in silence."""
-    assert "stands twice" in problems_of("--config", file("optim:\n  lr: 1e-3\n  lr: 1e-4\n"))[0]
+    assert "is given twice" in problems_of("--config", file("optim:\n  lr: 1e-3\n  lr: 1e-4\n"))[0]
 
 
 def test_a_file_behind_an_override_is_refused(file):
     """It would win over the override in silence."""
-    assert "put --config first" in problems_of("--optim.lr", "1e-3", "--config", file(LINES))[0]
+    assert "must come before --optim.lr" in problems_of("--optim.lr", "1e-3", "--config", file(LINES))[0]
 
 
 @pytest.mark.parametrize("value", ["null", "nan", "inf", "-1"])
@@ -112,7 +112,7 @@ def test_a_missing_and_a_broken_file_are_told(file, tmp_path):
     """Neither ends in a traceback."""
     assert "cannot read" in problems_of("--config", str(tmp_path / "absent.yaml"))[0]
     assert "not valid YAML" in problems_of("--config", file("data: [1,\n"))[0]
-    assert "wants keys below it" in problems_of("--config", file("data: 3\n"))[0]
+    assert "needs indented keys" in problems_of("--config", file("data: 3\n"))[0]
 
 
 def test_contradictions_between_sections_are_told():
@@ -158,7 +158,7 @@ def test_help_shows_every_setting_with_its_docstring(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     assert all(f"--{key}" in text for key in flat(Config()))
-    assert "Longest encoder input, in tokens" in text
+    assert "Maximum encoder input length, in tokens" in text
     assert "78 resume would change the mathematics" in text
 
 
@@ -171,9 +171,9 @@ def test_print_config_is_yaml_of_the_whole_configuration(capsys, file):
     assert {f"{s}.{k}" for s, keys in printed.items() for k in keys} == set(flat(Config()))
 
 
-def test_differences_lists_what_is_not_the_default(file):
+def test_non_default_settings_lists_what_is_not_the_default(file):
     """Only what was changed, by key."""
-    found = differences(parse("--config", file(LINES)).config)
+    found = non_default_settings(parse("--config", file(LINES)).config)
     assert found == {"model.preset": "tiny", "tokenizer.train_vocab_size": 500, "data.train": "corpus.txt"}
 
 

@@ -7,19 +7,17 @@ import pytest
 
 from resilient_t5.commands.train import main
 from resilient_t5.config.parse import KEYS, parse_config
-from resilient_t5.config.reference import commented_yaml, page, settings
+from resilient_t5.config.reference import commented_yaml, page
 from resilient_t5.config.schema import Config, DataConfig, OptimConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_every_setting_has_a_meaning():
-    """The reference holds every key that the command line takes, and says what each is for, in one line of its table."""
-    found = list(settings())
-    assert [f"{setting.section}.{setting.key}" for setting in found] == list(KEYS)
-    assert [setting for setting in found if not setting.meaning] == []
-    rows = [line for line in page().splitlines() if line.endswith(" |") and line.startswith("| `")]
-    assert len(rows) == len(found)
+    """The reference has one table row for every key of the command line, with a meaning."""
+    rows = [line.strip("| ").split(" | ") for line in page().splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(KEYS)
+    assert [row for row in rows if len(row) < 4 or row[-1] in ("", "None")] == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +44,7 @@ def test_init_writes_the_settings_of_the_command_line_and_never_overwrites(tmp_p
     assert str(path) in capsys.readouterr().out
     assert main(["--init", str(path)]) == 2
     assert path.read_text(encoding="utf-8") == written
-    assert "there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_the_page_of_all_settings_is_up_to_date():

@@ -63,7 +63,7 @@ def fall_silent(call, patience_s):
     from tests.resume.placing import before
 
     counter = iter(range(1, 1 << 60))
-    process_group.PATIENCE_S = patience_s
+    process_group.TIMEOUT_S = patience_s
     before(Updater, "accumulate", lambda *_: time.sleep(600) if next(counter) == call else None)
 
 
@@ -99,7 +99,7 @@ def spoil_rows(update):
 
     def spoil(layers, _):
         if next(counter) == update:
-            next(iter(layers.own.values())).grad.view(-1)[0] = float("nan")
+            next(iter(layers.shards.values())).grad.view(-1)[0] = float("nan")
 
     before(ShardedModel, "gradient_norm", spoil)
 

@@ -1,4 +1,4 @@
-"""Several processes train one run with cut layers. Run: python -m pytest tests/resume/test_sharded.py"""
+"""Several processes train one run with sharded layers. Run: python -m pytest tests/resume/test_sharded.py"""
 
 import json
 import signal
@@ -135,7 +135,7 @@ def test_a_killed_process_leaves_the_last_commit_and_the_other_goes(arena, two, 
 
 @pytest.mark.slow
 def test_ten_processes_killed_in_saves_lose_nothing_of_cut_layers(fork_server, tmp_path):
-    """R22 with cut layers: one of two is killed in a save, ten times; all commits are whole, the run ends as if left alone."""
+    """R22 with sharded layers: one of two is killed in a save, ten times; all commits are intact, and the run ends the same."""
     figures, _ = attack_lost(fork_server, tmp_path, 10, seed=3, more=("--hardware.shard_layers", "true"))
     assert figures["bad"] == [] and figures["different"] == [] and figures["kills"] == 10
 

@@ -1,8 +1,8 @@
-"""A trained model examined: restoration figures, their breakdown and the resilience curve, for one run directory.
+"""Evaluate the export of a run: restoration metrics, their breakdown and the resilience curves.
 
-The model is the run's export, cut again to the rows that it was trained with. It is examined on the documents that the run
-held out, or on other text, which is prepared with the run's tokenizer and terms and thrown away again. A token of other text
-that the run never trained keeps the row it had before training; how many there are is counted and told.
+The exported model is reduced to the vocabulary rows of the evaluated text. The text is the run's held-out documents, or
+other text, which is prepared temporarily with the run's tokenizer and terms. Tokens of other text that the run did not train
+have their pretrained embeddings; their share is reported.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.build import batch_sizes
 from resilient_t5.training.hardware.device import build_device
 
-FILLER = "A store has two sides; this line is the other one.\n"
+TRAIN_PLACEHOLDER = "A store needs training text; this line is never used.\n"
 BANDS: tuple[BandBy, ...] = ("training", "length", "sentinel", "frequency", "digits")
 
 
 @dataclass(frozen=True, eq=False)
-class Examination:
-    """One model with the examples that it is examined on; `open_examination` makes it."""
+class EvaluatedModel:
+    """A model and its evaluation examples; `open_model` creates it."""
 
     name: str
     config: Config
@@ -48,10 +48,10 @@ class Examination:
     restorer: Restorer
     sizes: dict[str, int]
     foreign_share: float
-    """Share of the tokens examined that the run never trained."""
+    """Share of the evaluated tokens that the run did not train."""
 
     def batches(self, examples: int, mask_ratio: float, noise_ratio: float) -> list[EvaluationBatch]:
-        """The fixed examples under this damage."""
+        """The evaluation examples with this corruption."""
         corruption = dataclasses.replace(
             self.config.corruption, mask_ratio=mask_ratio, mask_ratio_spread=0.0, noise_ratio=noise_ratio
         )
@@ -61,16 +61,16 @@ class Examination:
 
     @torch.no_grad()
     def report(self, examples: int) -> RestorationReport:
-        """Restoration under the run's own damage."""
+        """Restoration metrics with the corruption of the run."""
         own = self.config.corruption
         batches = self.batches(examples, own.mask_ratio, own.noise_ratio)
         report = measure_restoration(self.model, [(b.micro_batch, b.corrupted) for b in batches], self.restorer)
-        assert report is not None  # nothing can cut it short
+        assert report is not None, "measurement without a stop signal"
         return report
 
     @torch.no_grad()
     def curves(self, examples: int) -> list[Curve]:
-        """The resilience curves; a model that corrects whole texts has no masks, so noise alone."""
+        """Resilience curves; for a model that corrects whole texts, which has no masks, noise only."""
         own = self.config.corruption
         damages = DAMAGES if own.task == "restore" else ("noise",)
         return [
@@ -85,23 +85,22 @@ class Examination:
         ]
 
 
-def open_examination(run: Path, config: Config, which: str, text: Sequence[str], samples: int) -> Examination:
-    """Load a run's export and the examples for it.
+def open_model(run: Path, config: Config, which: str, text: Sequence[str], samples: int) -> EvaluatedModel:
+    """Load a run's export and its evaluation examples.
 
     Args:
-        run: the run directory.
-        config: its configuration.
+        config: configuration of the run.
         which: `best` or `last`.
-        text: files to examine on; none takes the documents that the run held out.
-        samples: restored examples to show.
+        text: files to evaluate on; empty: the held-out documents of the run.
+        samples: number of restored examples in the report.
 
     Raises:
-        DataError: no export or no store there, or text that cannot be used.
+        DataError: the export or the store is missing, or the text is unusable.
     """
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
     export = run / "export" / which
     if not (export / "config.json").is_file():
-        raise DataError(f"there is no export in {export}", hint="Let the run come to its end first")
+        raise DataError(f"there is no export in {export}", hint="Let the run finish, or write it with bin/export")
     store = Store.open(store_directory(config))
     device, _, _ = build_device(config)
     model = load_model(str(export), ModelConfig())
@@ -111,8 +110,9 @@ def open_examination(run: Path, config: Config, which: str, text: Sequence[str],
     else:
         ids, train, split, foreign_share = _with_other_text(config, store, own, text)
     cut_vocabulary(model, ids)
-    table = build_token_table(store.tokenizer, ids, _confusions(config))
-    glossary = Glossary(store.terms, count_terms(train.terms, len(store.terms)), lambda found: _decode(store, ids, found))
+    confusions = config.corruption.confusions
+    table = build_token_table(store.tokenizer, ids, None if confusions is None else Path(confusions))
+    glossary = Glossary(store.terms, count_terms(train.terms, len(store.terms)), lambda tokens: _decode(store, ids, tokens))
     restorer = Restorer(
         split=split,
         table=table,
@@ -123,26 +123,18 @@ def open_examination(run: Path, config: Config, which: str, text: Sequence[str],
         samples=samples,
     )
     model.to(device).eval()  # type: ignore[arg-type]  # as in build_trained_model
-    return Examination(str(run), config, model, split, restorer, batch_sizes(config, device), foreign_share)
-
-
-def breakdown(report: RestorationReport) -> dict[str, dict[str, dict[str, float]]]:
-    """The exact rate by band: {by: {band: {rate, low, high, n}}}; empty bands are left out."""
-    return {
-        by: {band: dataclasses.asdict(rate) for band, rate in term_restoration_by(report.outcomes, by).items() if rate.n}
-        for by in BANDS
-    }
+    return EvaluatedModel(str(run), config, model, split, restorer, batch_sizes(config, device), foreign_share)
 
 
 def _with_other_text(config: Config, store: Store, own: Dataset, text: Sequence[str]) -> tuple[np.ndarray, Split, Split, float]:
-    """The ids of both corpora together, the training split and the other text in them, and the share never trained."""
+    """Union of the ids of both corpora, the training split and the other text in these ids, share of untrained tokens."""
     with tempfile.TemporaryDirectory() as folder:
         terms = Path(folder, "terms.txt")
         terms.write_text("".join(f"{term}\n" for term in store.terms), encoding="utf-8")
-        filler = Path(folder, "filler.txt")
-        filler.write_text(FILLER, encoding="utf-8")
+        placeholder = Path(folder, "filler.txt")
+        placeholder.write_text(TRAIN_PLACEHOLDER, encoding="utf-8")
         data = dataclasses.replace(
-            config.data, train=str(filler), validation=list(text), terms=str(terms) if store.terms else None
+            config.data, train=str(placeholder), validation=list(text), terms=str(terms) if store.terms else None
         )
         tokenizer = dataclasses.replace(
             config.tokenizer, name_or_path=str(store.directory / "tokenizer"), train_vocab_size=None
@@ -151,34 +143,28 @@ def _with_other_text(config: Config, store: Store, own: Dataset, text: Sequence[
         ids = np.union1d(own.active_to_full, other.active_to_full).astype(np.int32)
         split = in_full_ids(other.validation, np.searchsorted(ids, other.active_to_full).astype(np.int32))
         tokens = np.asarray(split.tokens[:])
-        split = dataclasses.replace(
-            split,
-            tokens=tokens,
-            offsets=np.array(split.offsets),
-            terms=np.array(split.terms),
-            documents=np.array(split.documents),
-            pairs=np.array(split.pairs),
-        )
+        copies = {name: np.array(getattr(split, name)) for name in ("offsets", "terms", "documents", "pairs")}
+        split = dataclasses.replace(split, tokens=tokens, **copies)  # independent of the temporary files
     train = in_full_ids(store.train, np.searchsorted(ids, store.active_to_full).astype(np.int32))
     trained = np.isin(ids, own.active_to_full)
     return ids, train, split, float(1.0 - trained[tokens].mean())
 
 
-def _confusions(config: Config) -> Path | None:
-    return None if config.corruption.confusions is None else Path(config.corruption.confusions)
-
-
-def _decode(store: Store, ids: np.ndarray, found: np.ndarray) -> str:
-    known = np.asarray(found)[np.asarray(found) < len(ids)]
+def _decode(store: Store, ids: np.ndarray, tokens: np.ndarray) -> str:
+    known = np.asarray(tokens)[np.asarray(tokens) < len(ids)]
     return store.tokenizer.decode(ids[known].tolist())
 
 
-def as_json(examination: Examination, report: RestorationReport, curves: Sequence[Curve]) -> dict[str, Any]:
-    """Everything about one model."""
+def as_json(model: EvaluatedModel, report: RestorationReport, curves: Sequence[Curve]) -> dict[str, Any]:
+    """All results of one model as JSON values; `by` has the exact rate of every non-empty band."""
+    by = {
+        name: {band: dataclasses.asdict(rate) for band, rate in term_restoration_by(report.outcomes, name).items() if rate.n}
+        for name in BANDS
+    }
     return {
-        "model": examination.name,
-        "foreign_token_share": examination.foreign_share,
+        "model": model.name,
+        "foreign_token_share": model.foreign_share,
         **report.as_row(),
-        "by": breakdown(report),
+        "by": by,
         "resilience": [curve.to_json() for curve in curves],
     }

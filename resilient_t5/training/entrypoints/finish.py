@@ -8,8 +8,7 @@ from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.files import write_whole
 from resilient_t5.training.build import original_tables
 from resilient_t5.training.entrypoints.export import facts_of, restoration_row
-from resilient_t5.training.entrypoints.model_card import CardFacts, model_card
-from resilient_t5.training.entrypoints.model_directory import Exported, exported, write_export
+from resilient_t5.training.entrypoints.model_directory import CardFacts, ExportParts, export_parts, model_card, write_export
 from resilient_t5.training.evaluator import restore_terms
 from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS
@@ -41,13 +40,13 @@ def finish(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
         if run.updater.sharded.is_sharded:
             run.saver.finish("signal" if interrupted else "final", stop)
             if not interrupted:
-                with run.updater.sharded.gathered(patient=True):
+                with run.updater.sharded.unsharded(no_timeout=True):
                     pass
         return ExitCode.OK
     if interrupted:
         return _finish_interrupted(run, stop)
     run.saver.finish("final", stop)
-    with run.updater.sharded.gathered(patient=True):
+    with run.updater.sharded.unsharded(no_timeout=True):
         export_best_and_last(run, stop)
     code = ExitCode.DIVERGED if reason is StopReason.DIVERGED else ExitCode.OK
     write_summary(run, STATUS[reason], reason, code)
@@ -112,7 +111,7 @@ def is_finished(run: Run) -> bool:
 def export_best_and_last(run: Run, stop: StopSignal) -> None:
     """Write export/last from the live weights and export/best from the best checkpoint; measure missing metrics."""
     state, directory = run.state, run.manager.run_directory
-    parts = exported(run.config, run.store, run.updater.model, run.trained_ids, original_tables(run.config, run.store))
+    parts = export_parts(run.config, run.store, run.updater.model, run.trained_ids, original_tables(run.config, run.store))
     _export(run, parts, facts_of(run.store, directory, "last", state.to_json()), state.last, stop)
     best, update, target_tokens = state.best, state.update, state.target_tokens
     if best is not None and best["update"] != state.update:
@@ -132,7 +131,7 @@ def export_best_and_last(run: Run, stop: StopSignal) -> None:
     _export(run, parts, replace(facts, update=update, target_tokens=target_tokens, record=best), best, stop)
 
 
-def _export(run: Run, parts: Exported, facts: CardFacts, record: dict[str, Any] | None, stop: StopSignal) -> None:
+def _export(run: Run, parts: ExportParts, facts: CardFacts, record: dict[str, Any] | None, stop: StopSignal) -> None:
     """Write one export and its model card; measure the term restoration rate first if `record` lacks it."""
     directory = run.manager.run_directory
     figures = _measure_missing(run, record, stop) or restoration_row(directory, facts.update)

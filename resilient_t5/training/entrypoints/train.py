@@ -63,7 +63,7 @@ def train_in_directory(config: Config, config_yaml: str, given: Given) -> ExitCo
     )
     with stop:
         try:
-            with group.leaving_together(), _open_run_directory(config, group) as console:
+            with group.synchronized_exit(), _open_run_directory(config, group) as console:
                 code = _train_locked(config, config_yaml, given, console, group, stop)
                 code = ExitCode(group.broadcast("end", int(code)))
         except Stopped:

@@ -1,1 +1,1 @@
-"""The machine under a run: device, memory, processes, layers sharded over them."""
+"""Hardware of a run: device, memory, processes, sharded layers."""

@@ -1,4 +1,4 @@
-"""The machine under the run: device, memory in use and free, time suspended, and what its bits depend on."""
+"""The machine of a run: device, peak memory, suspend time, and the conditions of bit-exact results."""
 
 import ctypes
 import importlib.metadata
@@ -13,21 +13,21 @@ import torch
 from resilient_t5.host_memory import peak_mib
 
 MIB = 1 << 20
-CPU_SIGNS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 NUMERIC_PACKAGES = ("resilient_t5", "torch", "transformers", "accelerate", "numpy", "tokenizers", "sentencepiece")
 # M_MMAP_THRESHOLD of malloc.h
 MMAP_THRESHOLD, LARGE_BLOCK_BYTES = -3, MIB
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device for `hardware.device`; `auto` takes a GPU when there is one."""
-    if wanted == "auto":
+def choose_device(name: str) -> torch.device:
+    """The device for `hardware.device`; `auto` is the GPU if there is one."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
+    return torch.device(name)
 
 
 def describe(device: torch.device) -> str:
-    """The device in words."""
+    """Name and size of the device, for the console."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / MIB:.0f} MiB"
@@ -35,9 +35,9 @@ def describe(device: torch.device) -> str:
 
 
 def numeric_conditions(device: torch.device) -> dict[str, Any]:
-    """What the bits of a result depend on beside the configuration: hardware, versions, threads, flags.
+    """Everything except the configuration that the bits of a result depend on: hardware, versions, threads, flags.
 
-    Two processes that agree in all of it, on a CPU or with deterministic kernels, compute the same bits.
+    Two processes with equal conditions compute the same bits, on a CPU or with deterministic kernels.
     """
     conditions: dict[str, Any] = {f"version of {name}": importlib.metadata.version(name) for name in NUMERIC_PACKAGES}
     conditions |= {
@@ -63,26 +63,25 @@ def memory_mib(device: torch.device) -> float:
 
 
 def return_freed_memory_to_os() -> None:
-    """Make the C library give every freed block of 1 MiB or more back to the system at once; for this whole process.
+    """Make glibc return every freed block of 1 MiB or more to the OS immediately, for the whole process.
 
-    glibc keeps blocks of up to 32 MiB in its heap once some were freed, and tensors of changing sizes tear holes into it:
-    the resident peak of a micro-batch then lies at three times what its tensors need, and differs from run to run. The
-    price is fresh pages for every large tensor, up to a quarter more time where tensors are large. Elsewhere than on
-    glibc nothing is changed.
+    By default glibc keeps freed blocks of up to 32 MiB in its heap, and tensors of varying sizes fragment it: the resident
+    peak of a micro-batch is then about three times what its tensors need, and varies between runs. The cost is new pages
+    for every large tensor, up to 25 % more time where tensors are large. No effect with other C libraries.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused: that of CUDA, of torch on the CPU, or Python's own."""
+    """Whether an allocation failed: by CUDA, by torch on the CPU, or by Python."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in CPU_OUT_OF_MEMORY)
 
 
 def slept_s() -> float:
-    """Seconds that this machine has spent suspended since it was booted; 0 where the system does not tell."""
+    """Seconds that this machine has been suspended since boot; 0 where the system does not report it."""
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -1,17 +1,17 @@
-"""The layers of a model cut over the processes that train it (`hardware.shard_layers`), by torch's fully_shard (FSDP2).
+"""Layers sharded over the processes of a run (`hardware.shard_layers`), by torch's fully_shard (FSDP2).
 
-Cut along its first dimension is every parameter of the blocks and of the last norms. A process holds its rows of them, with
-their gradients and optimizer state; FSDP gathers the weights of a block for the time that they are computed with, and after
-the backward pass of every micro-batch adds up its gradients into the rows of each process. Whole in every process are the
-vocabulary tables: their gradients are added in place (`model/vocabulary_gradients.py`) and summed once an update, as ever.
+Every parameter of the blocks and of the final norms is sharded along dim 0. A rank holds its shard with its gradient and
+optimizer state. FSDP all-gathers the weights of a block while it is computed, and reduce-scatters its gradients after the
+backward pass of every micro-batch. The vocabulary tables stay replicated: their gradients are added in place
+(`model/vocabulary_gradients.py`) and all-reduced once per update.
 
-Accelerate's `prepare` would cut the whole model, tables included, and gather it in the root's forward, which our loss
-never calls; so fully_shard, which Accelerate calls for its FSDP version 2, is called here, block by block, under the
-processes that Accelerate has joined. The optimizer moves plain tensors: its parameters are the process' rows themselves,
-in the memory that FSDP gathers from, so that fused kernels run and the named state is that of a whole model, cut.
+Accelerate's `prepare` would shard the whole model, tables included, and gather it in the root's forward, which the loss
+here never calls. Therefore fully_shard, which Accelerate uses for its FSDP version 2, is applied block by block. The
+optimizer's parameters are plain tensors that share memory with the local shards, so fused kernels run, and the named
+optimizer state is that of an unsharded model, split by rank.
 
-A law holds for all of this: nothing that FSDP or a gathering waits for begins but after an exchange in which every process
-said that it is there. So a process that failed before is noticed in the exchange, and nobody waits for it.
+Rule: a collective starts only after an exchange in which every rank has confirmed that it is ready. A process that failed
+earlier is thus detected in the exchange, and no rank waits for it inside of FSDP.
 """
 
 import warnings
@@ -32,184 +32,183 @@ from resilient_t5.errors import ConfigError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.training.hardware.machine import return_freed_memory_to_os
-from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, follow
+from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, broadcast_tensors
 
 
 @dataclass(eq=False)
 class ShardedModel:
-    """The model of a run and how its layers lie in the processes; without `blocks` every process holds all of them.
+    """A model with sharded or, without `blocks`, fully replicated layers; `shard_model` creates it.
 
-    With whole layers nothing here is told, gathered or copied. `shard_model` makes the other kind.
+    With replicated layers no method exchanges or copies anything.
     """
 
     model: T5Model
     ranks: ProcessGroup = SINGLE_PROCESS
     blocks: tuple[FSDPModule, ...] = ()
-    """What is gathered for a pass, in the order of the forward pass."""
-    own: dict[str, nn.Parameter] = field(default_factory=dict)
-    """This process' rows of every parameter that is cut, by its name: what the optimizer moves."""
-    _are_gathered: bool = False
+    """FSDP modules in the order of the forward pass."""
+    shards: dict[str, nn.Parameter] = field(default_factory=dict)
+    """This rank's shard of every sharded parameter, by name; updated by the optimizer."""
+    _is_unsharded: bool = False
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds its rows of the layers only."""
+        """Whether the layers are sharded over several processes."""
         return bool(self.blocks)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer of this process moves, by the names and in the order of the model's parameters."""
-        return ((name, self.own.get(name, parameter)) for name, parameter in self.model.named_parameters())
+        """The parameters that this rank's optimizer updates, with the names and in the order of the model."""
+        return ((name, self.shards.get(name, parameter)) for name, parameter in self.model.named_parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The same without names."""
+        """`named_parameters` without names."""
         return (parameter for _, parameter in self.named_parameters())
 
-    def whole_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters that every process holds whole, and whose gradients it has to add to those of the others."""
-        return [p for name, p in self.model.named_parameters() if p.requires_grad and name not in self.own]
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters whose gradients have to be all-reduced."""
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and name not in self.shards]
 
-    def take_gradients(self) -> None:
-        """Hand the gradients that FSDP has added up to the rows that the optimizer moves."""
+    def assign_shard_gradients(self) -> None:
+        """Move the gradients that FSDP reduced to the parameters of the optimizer."""
         for name, parameter in self.model.named_parameters():
-            if name in self.own:
-                self.own[name].grad = None if parameter.grad is None else local(parameter.grad)
+            if name in self.shards:
+                self.shards[name].grad = None if parameter.grad is None else local_tensor(parameter.grad)
                 parameter.grad = None
 
-    def drop_gradients(self) -> None:
-        """Forget all gradients."""
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
         self.model.zero_grad(set_to_none=True)
-        for rows in self.own.values():
-            rows.grad = None
+        for shard in self.shards.values():
+            shard.grad = None
 
     @torch.no_grad()
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-        """The global norm of the gradients that the optimizer will see, the same bits in every process.
-
-        Rows of others count by the sum of their squares; one of them that is not finite makes the norm so everywhere.
+        """Global gradient norm, with the same bits on every rank; not finite if any shard of any rank is not finite.
 
         Args:
-            parameters: of those that it moves here, the ones with a gradient.
+            parameters: this rank's parameters with a gradient.
         """
-        rows = set(self.own.values())
-        own = [parameter.grad for parameter in parameters if parameter in rows and parameter.grad is not None]
-        whole = [parameter.grad for parameter in parameters if parameter not in rows and parameter.grad is not None]
+        shards = set(self.shards.values())
+        local = [parameter.grad for parameter in parameters if parameter in shards and parameter.grad is not None]
+        replicated = [parameter.grad for parameter in parameters if parameter not in shards and parameter.grad is not None]
         if not self.is_sharded:
-            return torch.nn.utils.get_total_norm(whole)
-        squares, of_whole = (torch.nn.utils.get_total_norm(found).double().square() for found in (own, whole))
-        self.ranks.all_reduce([squares])
-        return (squares + of_whole).sqrt().float()
+            return torch.nn.utils.get_total_norm(replicated)
+        sum_local, sum_replicated = (torch.nn.utils.get_total_norm(g).double().square() for g in (local, replicated))
+        self.ranks.all_reduce([sum_local])
+        return (sum_local + sum_replicated).sqrt().float()
 
-    def agreed(self, place: str, value: Any) -> Any:
-        """With cut layers what process 0 says at this place of the run, since all take part in what follows from it."""
+    def broadcast_if_sharded(self, place: str, value: Any) -> Any:
+        """Return rank 0's value if the layers are sharded, since all ranks take part in what depends on it."""
         return self.ranks.broadcast(place, value) if self.is_sharded else value
 
     @contextmanager
-    def gathered(self, *, patient: bool = False) -> Iterator[None]:
-        """Inside, every parameter is whole in every process, and no process waits for another; for reading only.
+    def unsharded(self, *, no_timeout: bool = False) -> Iterator[None]:
+        """Gather all parameters on every rank, for reading without further collectives; reshard at the end.
 
-        Costs the memory of all weights, in every process.
+        Needs memory for the whole model on every rank.
 
         Args:
-            patient: wait without a limit for the others to come here.
+            no_timeout: wait for the other ranks without a limit.
         """
-        if not self.is_sharded or self._are_gathered:
+        if not self.is_sharded or self._is_unsharded:
             yield
             return
-        self.ranks.all_gather_object("gather", {}, patient=patient)
+        self.ranks.all_gather_object("gather", {}, no_timeout=no_timeout)
         with self.ranks.collective():
             for block in self.blocks:
                 block.set_reshard_after_forward(False, recurse=False)
                 block.unshard()
-        self._are_gathered = True
+        self._is_unsharded = True
         try:
             yield
         finally:
-            self._are_gathered = False
+            self._is_unsharded = False
             for block in self.blocks:
                 block.reshard()
                 block.set_reshard_after_forward(True, recurse=False)
 
-    def collected(self, files: TensorFiles) -> TensorFiles:
-        """For a save: everything whole, copied to the host memory of process 0, one tensor at a time; the others get nothing.
+    def gather_state(self, files: TensorFiles) -> TensorFiles:
+        """Gather sharded tensors for a save: full copies in the host memory of rank 0, nothing on the other ranks.
 
         Args:
-            files: the tensors of the model and of the optimizer by their names, as this process holds them, and others.
+            files: live tensors of the model, of the optimizer and others, by name, as this rank holds them.
         """
         if not self.is_sharded:
             return files
-        rows_of = {name: parameter.shape[0] for name, parameter in self.model.named_parameters() if name in self.own}
-        found: TensorFiles = {stem: {} for stem in files}
-        whole: TensorFiles = {stem: {} for stem in files}
+        rows = {name: parameter.shape[0] for name, parameter in self.model.named_parameters() if name in self.shards}
+        gathered: TensorFiles = {stem: {} for stem in files}
+        replicated: TensorFiles = {stem: {} for stem in files}
         with self.ranks.collective():
-            for stem, name, tensor in ((s, n, local(t)) for s, part in sorted(files.items()) for n, t in sorted(part.items())):
-                owner = name.partition("/")[0]
-                if owner not in self.own or tensor.shape != self.own[owner].shape:
-                    whole[stem][name] = tensor
-                    continue
-                joined = self.ranks.all_gather(tensor, rows_of[owner])
-                if self.ranks.is_writer:
-                    found[stem][name] = torch.empty(joined.shape, dtype=joined.dtype).copy_(joined)
-            copies = take_snapshot(whole) if self.ranks.is_writer else found
-        return {stem: {**found[stem], **copies[stem]} for stem in files}
+            for stem, tensors in sorted(files.items()):
+                for name in sorted(tensors):
+                    tensor, owner = local_tensor(tensors[name]), name.partition("/")[0]
+                    if owner not in self.shards or tensor.shape != self.shards[owner].shape:
+                        replicated[stem][name] = tensor
+                        continue
+                    full = self.ranks.all_gather(tensor, rows[owner])
+                    if self.ranks.is_writer:
+                        gathered[stem][name] = torch.empty(full.shape, dtype=full.dtype).copy_(full)
+            copies = take_snapshot(replicated) if self.ranks.is_writer else gathered
+        return {stem: {**gathered[stem], **copies[stem]} for stem in files}
 
-    def own_state(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """This process' rows of an optimizer's named state; what is not of the shape of its parameter stays as it is."""
+    def shard_state(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """This rank's shard of a full named optimizer state; tensors not shaped like their parameter stay as they are."""
         if not self.is_sharded:
             return tensors
         parameters = dict(self.model.named_parameters())
 
-        def rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        def shard(name: str, tensor: torch.Tensor) -> torch.Tensor:
             parameter = parameters.get(name.partition("/")[0])
             if not isinstance(parameter, DTensor) or parameter.shape != tensor.shape:
                 return tensor
-            return own_rows(parameter, tensor).clone()  # a view would keep the whole tensor in memory
+            return local_rows(parameter, tensor).clone()  # a view would keep the full tensor in memory
 
-        return {name: rows(name, tensor) for name, tensor in tensors.items()}
+        return {name: shard(name, tensor) for name, tensor in tensors.items()}
 
 
 def shard_model(model: T5Model, config: Config, ranks: ProcessGroup, precision: PrecisionName, *, is_new: bool) -> ShardedModel:
-    """The layers of `model`, cut over the processes where the configuration says so; with one process nothing is cut.
+    """Shard the layers of `model` if `hardware.shard_layers` is set and the run has several processes.
 
     Args:
-        model: whole, on its device.
-        is_new: give all processes the first weights of process 0 before.
+        model: the full model on its device.
+        is_new: broadcast the initial weights of rank 0 first.
 
     Raises:
-        ConfigError: a number format chosen for the user that needs a loss scaler.
+        ConfigError: `hardware.precision: auto` chose fp16, whose loss scaler does not support sharded layers.
     """
     if not config.hardware.shard_layers or ranks.count == 1:
         return ShardedModel(model, ranks)
     if precision == "fp16":
         raise ConfigError(
-            "hardware.precision: fp16 was chosen for this card, and its loss scaler knows no cut layers; set fp32"
+            "hardware.precision: fp16 was chosen for this card, but its loss scaler does not support sharded layers; set fp32"
         )
     if model.shared.weight.device.type == "cpu":
-        return_freed_memory_to_os()  # what is gathered and let go is not to be kept by the heap
+        return_freed_memory_to_os()  # otherwise the heap keeps the blocks of gathered weights
     tables = {model.shared.weight, model.lm_head.weight}
     if is_new:
-        follow(ranks, [parameter for parameter in model.parameters() if parameter not in tables])
+        broadcast_tensors(ranks, [parameter for parameter in model.parameters() if parameter not in tables])
     mesh = init_device_mesh(model.shared.weight.device.type, (ranks.count,))
     blocks: list[Any] = [module for stack in (model.encoder, model.decoder) for module in (*stack.block, stack)]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
-        # The loss is divided by the tokens of the whole update already, and gloo knows sums only.
+        # The loss is already divided by the tokens of the whole update, and gloo supports sums only.
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
-    # A block hands on the position bias of the first one, which passed through FSDP as a view; nothing is added to it in place.
+    # Blocks pass on the position bias of the first block, which FSDP returns as a view; nothing modifies it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    own = {name: nn.Parameter(local(p.detach())) for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    return ShardedModel(model, ranks, tuple(blocks), own)
+    shards = {name: nn.Parameter(local_tensor(p.detach())) for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    return ShardedModel(model, ranks, tuple(blocks), shards)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, in the same memory."""
-    held = tensor.detach()
-    return held.to_local() if isinstance(held, DTensor) else tensor
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The local shard of a DTensor, in the same memory; any other tensor unchanged."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else tensor
 
 
-def own_rows(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The rows of `whole` that this process holds of `parameter`: all of them unless it is cut."""
+def local_rows(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """The rows of `full` that correspond to this rank's shard of `parameter`; all rows if it is not sharded."""
     if not isinstance(parameter, DTensor):
-        return whole
+        return full
     mesh = parameter.device_mesh
-    size = -(-whole.shape[0] // mesh.size())
-    return whole[mesh.get_local_rank() * size :][:size]
+    size = -(-full.shape[0] // mesh.size())
+    return full[mesh.get_local_rank() * size :][:size]

@@ -12,7 +12,13 @@ import yaml
 
 from resilient_t5.config.schema import Config, EvaluationConfig, ModelConfig, RunConfig
 from resilient_t5.restoration.restoration_config import RestorationConfig
-from resilient_t5.training.entrypoints.model_card import CHINESE_EXAMPLE, ENGLISH_EXAMPLE, CardFacts, model_card, snippet
+from resilient_t5.training.entrypoints.model_directory import (
+    CHINESE_EXAMPLE,
+    ENGLISH_EXAMPLE,
+    CardFacts,
+    model_card,
+    snippet,
+)
 
 DOCS = Path(__file__).parents[3] / "docs"
 REPORT = {
@@ -83,7 +89,7 @@ def test_the_card_tells_the_share_of_characters_without_a_piece():
 
 @pytest.mark.parametrize("task", ["restore", "correct"])
 def test_the_code_of_the_card_compiles(task):
-    """One block of Python, which loads from the directory that it stands in."""
+    """One block of Python, which loads from its own directory."""
     (code,) = code_of(card(usage=RestorationConfig(task=task)))
     compile(code, "card", "exec")
     assert 'directory = "."' in code and ("<extra_id_0>" in code) == (task == "restore")

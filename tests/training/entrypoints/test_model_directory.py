@@ -16,7 +16,7 @@ from resilient_t5.errors import DataError
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_of
 from resilient_t5.restoration.restoration_config import RestorationConfig, read_restoration_config
-from resilient_t5.training.entrypoints.model_directory import Exported, write_export
+from resilient_t5.training.entrypoints.model_directory import ExportParts, write_export
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def parts():
     trained = np.setdiff1d(np.arange(tokenizer.size), barred)
     cut_vocabulary(model, trained)
     probe = np.array([20, 21, tokenizer.sentinel_ids[0], 25, tokenizer.eos_id])
-    return Exported(model, trained, original, tokenizer, RestorationConfig(max_sentinels=3, trained_ids=trained), probe)
+    return ExportParts(model, trained, original, tokenizer, RestorationConfig(max_sentinels=3, trained_ids=trained), probe)
 
 
 def test_an_export_of_a_cut_model_never_answers_with_an_untrained_id(parts, tmp_path):

@@ -1,15 +1,15 @@
-"""What saving costs the run: the stall, the slow-down behind it, write and read speed, memory of a resume.
+"""Cost of saving: stall of the loop, slow-down of the updates, write and read speed, memory of a resume.
 
     python benchmarks/checkpoint_io.py [--rounds 12] [--large_mib 500] [--resumes 3] [--only stall speed memory] [--json FILE]
 
-stall    a real run of configs/quickstart.yaml; blocks of updates with one save at the start take turns with blocks without.
-         The stall is the time for which the loop stands still (the copy). The whole cost adds all CPU seconds of a save, taken
-         while training stands still, as if the updates beside it had lost every one of them. Both as a share of training
-         with a save a minute. What the blocks took longer on the clock is given too; a busy machine drowns it in noise.
-speed    a made-up state of --large_mib on the disk of the temporary folder: stall of a background save, of one without a
-         thread, and a load with every byte verified, beside the bare write and fsync of as many bytes.
-memory   bin/train, peak memory of a process that resumed over that of one that did the same updates from the start; at
-         quickstart size, and with a model whose state is far larger than the program, with and without the writing thread.
+stall    a real run of configs/quickstart.yaml; blocks of updates with one save at the start alternate with blocks without.
+         The stall is the time for which the loop waits (for the copy). The total cost adds all CPU seconds of a save, measured
+         while training is paused, as an upper bound for the slow-down. Both as a share of training with one save per minute.
+         The difference in wall time of the blocks is given too; on a busy machine it is mostly noise.
+speed    a synthetic state of --large_mib on the disk of the temporary folder: stall of a background save, of a synchronous one,
+         and a load with verification, compared with a plain write and fsync of as many bytes.
+memory   bin/train: peak memory of a process that resumed, relative to one that did the same updates from the start; at
+         quickstart size, and with a model whose state is far larger than the program, with and without the writer thread.
 
 The last line is JSON.
 """
@@ -88,22 +88,22 @@ def block(run: Run, saves: bool) -> dict[str, float]:
     """Do a block of updates, its first pass with a save or without."""
     plan = dataclasses.replace(run.plan, total_updates=run.state.update + UPDATES)
     stalled_s = run.timing.spent_s.get("save", 0.0)
-    begun_s = time.perf_counter()
+    started_s = time.perf_counter()
     with StopSignal() as stop:
         stop.save_requested = saves
         train(dataclasses.replace(run, plan=plan), stop)
-    spent_s = time.perf_counter() - begun_s
+    spent_s = time.perf_counter() - started_s
     run.saver.writer.drain()
     return {"wall_s": spent_s, "stall_s": run.timing.spent_s.get("save", 0.0) - stalled_s}
 
 
 def save_cpu_s(run: Run) -> float:
     """CPU seconds of one save, from the copy to the commit, with nothing else going on."""
-    begun_s = time.process_time()
+    started_s = time.process_time()
     with StopSignal() as stop:
         run.saver.save("asked", stop)
     run.saver.writer.drain(poll_s=0.001)
-    return time.process_time() - begun_s
+    return time.process_time() - started_s
 
 
 def measure_stall(folder: Path, rounds: int) -> dict[str, Any]:
@@ -148,13 +148,13 @@ def large_parts(mib: int, update: int) -> Parts:
 def bare_write_s(folder: Path, size: int) -> float:
     """Seconds to write and fsync one file of `size` bytes."""
     chunk = os.urandom(1 << 24)
-    begun_s = time.perf_counter()
+    started_s = time.perf_counter()
     with open(folder / "bare", "wb") as file:
         for _ in range(size // len(chunk)):
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-    spent_s = time.perf_counter() - begun_s
+    spent_s = time.perf_counter() - started_s
     os.unlink(folder / "bare")
     return spent_s * size / (size // len(chunk) * len(chunk))
 
@@ -167,19 +167,19 @@ def measure_speed(folder: Path, rounds: int, mib: int) -> dict[str, Any]:
     for number in range(rounds):
         for background in (True, False):
             writer, parts = Writer(manager, background=background), large_parts(mib, 2 * number + background)
-            begun_s = time.perf_counter()
+            started_s = time.perf_counter()
             writer.submit(parts, best=False, must=True)
-            submitted_s = time.perf_counter() - begun_s
+            submitted_s = time.perf_counter() - started_s
             (committed,) = writer.drain(poll_s=0.001)
             if background:
                 found["stall"].append(submitted_s)
             found["background" if background else "synchronous"].append(committed.seconds)
             writer.close()
         found["bare"].append(bare_write_s(folder, committed.bytes))
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         if manager.load_newest() is None:
             raise RuntimeError("the state that was just saved is not there")
-        found["load"].append(time.perf_counter() - begun_s)
+        found["load"].append(time.perf_counter() - started_s)
     size_mib, median = committed.bytes / 2**20, {name: statistics.median(values) for name, values in found.items()}
     return {
         "state_mib": size_mib,
@@ -222,7 +222,7 @@ def measure_memory(folder: Path, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {"rounds": rounds}
     for name, settings in MEMORY_RUNS.items():
         store, stop_at = folder / f"store-{name}", settings["schedule.max_updates"] // 2
-        # Whoever prepares the store pays for that: let it be another process than those that are compared.
+        # Preparing the store costs memory: do it in another process than those that are compared.
         train_process(folder / f"{name}-prepared", store, {**settings, "schedule.max_updates": 1})
         fresh, resumed = [], []
         for number in range(rounds):

@@ -1,12 +1,12 @@
-"""Peak memory of a micro-batch above weights and gradients: ours beside the Seq2SeqTrainer, with the full vocabulary.
+"""Peak memory of a micro-batch above weights and gradients: ours and the Seq2SeqTrainer, with the full vocabulary.
 
     bin/benchmark memory [--model mt5-small] [--rounds 5] [--micro-batches 4] [--quick] [--device auto] [--json FILE]
 
-Both sides train the same shape in float32 with gradient checkpointing and add up micro-batches of 2 examples of 512 source
-and 256 target tokens, nothing padded, so that from the second one on the gradients are there already: as in any update of
-2 x 8. Each measurement is a process of its own. Counted is the highest resident size up to the optimizer's turn (on a GPU
-the most the allocator gave out), without what was resident before the first micro-batch and without the gradients:
-activations, logits, temporary gradients, what the C library keeps, and code that is loaded on first use.
+Both sides train the same shape in float32 with gradient checkpointing and accumulate micro-batches of 2 examples of 512 source
+and 256 target tokens without padding, so that from the second one on the gradients exist already, as in any update of 2 x 8.
+Each measurement is a separate process. The result is the peak resident size before the optimizer step (on a GPU the peak of
+the allocator) minus the resident size before the first micro-batch and minus the gradients: activations, logits, temporary
+gradients, memory cached by the C library, and code that is loaded on first use.
 
 The last line is JSON: {"ours_mib", "trainer_mib" (medians), "ours_mib_rounds", "trainer_mib_rounds", "ratio", ...}.
 """

@@ -1,14 +1,14 @@
-"""Exit codes and the exception types behind them.
+"""Exit codes and the exceptions that cause them.
 
-Every error that a user can cause says what is wrong, where, and how to fix it; the commands print it without a
-traceback and leave with its exit code. An unexpected error keeps its traceback and leaves with 1.
+Every error that a user can cause states what is wrong, where, and how to fix it. The commands print it without a traceback and
+exit with its code. An unexpected error is printed with its traceback, exit code 1.
 """
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a finished process tells its caller; a wrapper can tell done, resumable and broken apart."""
+    """Exit codes of the commands; a wrapper can distinguish finished, resumable and failed."""
 
     OK = 0
     UNEXPECTED = 1
@@ -32,8 +32,8 @@ class ResilientError(Exception):
 
     Args:
         what: what is wrong, one sentence without a final full stop.
-        where: the file, key, line or byte it concerns; empty when `what` already says it.
-        hint: what to do about it, one sentence.
+        where: the file, key, line or byte; empty if `what` names it.
+        hint: how to fix it, one sentence.
     """
 
     exit_code = ExitCode.UNEXPECTED
@@ -45,12 +45,12 @@ class ResilientError(Exception):
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""
-        cure = f". {self.hint}" if self.hint else ""
-        return f"{self.label}: {self.what}{place}{cure}"
+        hint = f". {self.hint}" if self.hint else ""
+        return f"{self.label}: {self.what}{place}{hint}"
 
 
 class ConfigError(ResilientError):
-    """One or more problems of the configuration or the command line; `problems` lists them all."""
+    """One or more problems of the configuration or the command line; `problems` lists all of them."""
 
     exit_code = ExitCode.USAGE
     label = "config error"
@@ -64,21 +64,21 @@ class ConfigError(ResilientError):
 
 
 class RunDirectoryError(ResilientError):
-    """The run directory holds something that this command must not touch."""
+    """The run directory contains files that this command must not change."""
 
     exit_code = ExitCode.USAGE
     label = "run error"
 
 
 class DataError(ResilientError):
-    """Text, terms, a store or a model directory that cannot be used as it is."""
+    """Text, terms, a store or a model directory that cannot be used."""
 
     exit_code = ExitCode.BAD_DATA
     label = "data error"
 
 
 class NoValidCheckpoint(ResilientError):
-    """Checkpoints were expected and none passes verification; nothing was deleted."""
+    """Checkpoints were expected and none is valid; nothing was deleted."""
 
     exit_code = ExitCode.NO_VALID_CHECKPOINT
     label = "checkpoint error"
@@ -92,28 +92,28 @@ class RunHeld(ResilientError):
 
 
 class Diverged(ResilientError):
-    """The guard gave up: the run cannot be trained on as it is configured."""
+    """The guard aborted the run: training cannot continue with this configuration."""
 
     exit_code = ExitCode.DIVERGED
     label = "diverged"
 
 
 class DeviceLost(ResilientError):
-    """The device does not answer any more; the last commit stands, and a new process can go on from it."""
+    """The device failed; the last commit is valid, and a new process can resume from it."""
 
     exit_code = ExitCode.RESUMABLE
     label = "device lost"
 
 
 class ProcessLost(ResilientError):
-    """Another process of the same run is gone or does not answer; the last commit stands, and all may be started again."""
+    """Another process of the same run exited or does not respond; the last commit is valid, and all can be restarted."""
 
     exit_code = ExitCode.RESUMABLE
     label = "process lost"
 
 
 class ProcessFailed(ResilientError):
-    """Another process of the same run failed and told why; this one leaves with its exit code."""
+    """Another process of the same run failed and reported its error; this one exits with the same code."""
 
     label = "error"
 
@@ -130,21 +130,21 @@ class OutOfMemory(ResilientError):
 
 
 class DiskFull(ResilientError):
-    """There is no room for what must be written; what stood on disk before is intact."""
+    """The disk is full; existing files are intact."""
 
     exit_code = ExitCode.DISK_FULL
     label = "disk full"
 
 
 class StorageError(ResilientError):
-    """The file system refused an operation; the first errno is named."""
+    """A file system operation failed; names the first errno."""
 
     exit_code = ExitCode.IO_ERROR
     label = "i/o error"
 
 
 class ResumeMismatch(ResilientError):
-    """Resuming with this configuration or data would change the mathematics of the run."""
+    """Resuming with this configuration or data would change the results of the run."""
 
     exit_code = ExitCode.RESUME_MISMATCH
     label = "resume error"

@@ -1,9 +1,9 @@
-"""Where the name of a model or tokenizer becomes a directory, and which files of that directory are read.
+"""Resolve the name of a model or tokenizer to a directory, and define which files of that directory are read.
 
-A local directory is taken as it is. Anything else that is shaped like a hub name is downloaded with huggingface_hub, which
-reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE; nothing else in this package reaches the network. A download takes
-the files that are read and no others: for a model config.json and one format of the weights, safetensors first. When the
-hub cannot be reached, the local cache serves if it holds all of them.
+A local directory is used as it is. Any other valid repository name is downloaded with huggingface_hub, which reads
+HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE; nothing else in this package uses the network. Only the files that are read
+are downloaded: for a model config.json and one weight format, safetensors first. If the hub cannot be reached, the local
+cache is used if it is complete.
 """
 
 import errno
@@ -13,14 +13,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import constants
+
 from resilient_t5.errors import DataError, DiskFull, ResilientError, StorageError
 
-Want = Literal["model", "tokenizer"]
+Kind = Literal["model", "tokenizer"]
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -28,20 +30,20 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-# One file, or the index of several and how their names end; the first format that is there is the one that is read.
+# A single file, or the index of shards and the suffix of their names; the first format that is present is read.
 WEIGHT_LAYOUTS = ((WEIGHTS_FILE, INDEX_FILE, ".safetensors"), (BIN_FILE, BIN_INDEX_FILE, ".bin"))
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CONFIG_FILE)
-# Downloaded last, in this order: where one of them is in the cache, all that belongs to it is.
+# Downloaded last: if one of them is in the cache, so are the settings that belong to it.
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-MODEL_NEEDS = f"{CONFIG_FILE} and {WEIGHTS_FILE} or {BIN_FILE}"
-TOKENIZER_NEEDS = "tokenizer.json or spiece.model with the JSON files that were published beside it"
+TOKENIZER_NEEDS = "tokenizer.json or spiece.model with the JSON files that were published with it"
+MODEL_NEEDS = f"{CONFIG_FILE} and {WEIGHTS_FILE} or {BIN_FILE}, and {TOKENIZER_NEEDS}"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_JSON_BYTES = 64 * 2**20
-POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 
-KINDS = {
+MODEL_TYPES = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
     "T5Model": "t5",
@@ -51,62 +53,66 @@ KINDS = {
     "LongT5ForConditionalGeneration": "longt5",
 }
 UNSUPPORTED = {
-    "umt5": "umT5 has a position bias of its own in every layer, which is not supported",
-    "longt5": "LongT5 has another attention than T5, which is not supported",
+    "umt5": "umT5 has a position bias in every layer, which is not supported",
+    "longt5": "LongT5 has a different attention, which is not supported",
 }
 BYTES = "ByT5 reads bytes instead of SentencePiece pieces, which is not supported"
 WORDPIECE = "the tokenizer is a BERT vocabulary (vocab.txt) instead of SentencePiece, which is not supported"
 TAKE_ANOTHER = "Name a T5, T5 1.1, flan-T5 or mT5 checkpoint with its SentencePiece tokenizer"
+FETCH_AGAIN = "Fetch the file again"
 
 
-def resolve(name_or_path: str, want: Want, *, setting: str) -> Path:
-    """The directory that a name means: a local one as it is, else the hub repository, downloaded as far as it is read.
+def resolve(name_or_path: str, kind: Kind, *, setting: str) -> Path:
+    """The directory of a model or tokenizer: a local one, else the snapshot of a hub repository, downloaded if necessary.
 
     Args:
         name_or_path: a directory, `~` for the home directory, or a hub name (`google/mt5-small`).
-        want: which files are read, those of the model or those of the tokenizer.
-        setting: what the user set, for the messages: `model.name_or_path`.
+        kind: which files are needed.
+        setting: the setting that holds the name, for messages: `model.name_or_path`.
 
     Raises:
-        DataError: no such directory, or no such repository, or the hub cannot be reached and the cache is not complete.
-        DiskFull: the disk has no room for the download; nothing was begun.
+        DataError: no such directory, no such repository, or the hub cannot be reached and the cache is incomplete.
+        DiskFull: the disk is too full for the download; nothing was downloaded.
         StorageError: the local cache cannot be written.
     """
     path = _local_path(name_or_path)
     if path is not None and path.is_dir():
         return path
     if path is not None:
-        what, hint = f"{setting}: a {want} is a directory, this is a file", "Name the directory around it"
+        what, hint = f"{setting}: a {kind} is a directory, this is a file", "Name the directory that contains it"
         raise DataError(what, where=name_or_path, hint=hint)
     if HUB_NAME.fullmatch(name_or_path) is None:
         hint = f"Check {setting}: the path of a directory, or a name of the hub such as google/mt5-small"
-        raise DataError(f"no such {want} directory", where=name_or_path, hint=hint)
-    return _from_hub(name_or_path, want, setting)
+        raise DataError(f"no such {kind} directory", where=name_or_path, hint=hint)
+    return _from_hub(name_or_path, kind, setting)
 
 
-def cached(name_or_path: str, want: Want) -> Path | None:
-    """As `resolve`, without the network: a local directory, or the hub's local cache; None where neither is there.
+def cached(name_or_path: str, kind: Kind) -> Path | None:
+    """As `resolve`, without the network: a local directory or a snapshot in the local cache, else None.
 
-    A model whose weights are not in the cache, but whose config.json is, counts: a plan reads no more.
+    For a model config.json is enough, since a plan reads no weights.
     """
     path = _local_path(name_or_path)
     if path is not None and path.is_dir():
         return path
     if path is not None or HUB_NAME.fullmatch(name_or_path) is None:
         return None
-    found = _cached_snapshot(name_or_path, want)
-    if found is None and want == "model":
+    snapshot = _cached_snapshot(name_or_path, kind)
+    if snapshot is None and kind == "model":
         return next((path for path in _snapshots(name_or_path) if (path / CONFIG_FILE).is_file()), None)
-    return found
+    return snapshot
 
 
 def _local_path(name_or_path: str) -> Path | None:
-    """What exists under this name on this machine; the empty name is not the working directory."""
+    """The path if it exists; the empty name is not the working directory."""
     path = Path(os.path.expanduser(name_or_path))
     try:
         return path if name_or_path and path.exists() else None
     except (OSError, ValueError):
-        return None  # longer than a path can be, or not readable: nothing there that could be used
+        return None  # an invalid or unreadable path
+
+
+# Content of a directory
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,18 +121,17 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DataError: missing, too large, not JSON, or not an object.
     """
-    again = "Fetch the file again"
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError("far too large for what it should hold", where=str(path), hint=again)
+            raise DataError("much too large for its purpose", where=str(path), hint=FETCH_AGAIN)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"the directory has no {path.name}", where=str(path.parent), hint="Copy it there") from error
     except (OSError, ValueError, RecursionError) as error:
         refuse_pointer(path)
-        raise DataError(f"not readable as JSON: {error}", where=str(path), hint=again) from error
+        raise DataError(f"not readable as JSON: {error}", where=str(path), hint=FETCH_AGAIN) from error
     if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path), hint=again)
+        raise DataError("not a JSON object", where=str(path), hint=FETCH_AGAIN)
     return content
 
 
@@ -134,29 +139,29 @@ def weight_map(index: Path, suffix: str) -> dict[str, str]:
     """Tensor name -> file name, from the index of sharded weights.
 
     Raises:
-        DataError: no index, or one that names a file elsewhere than beside it.
+        DataError: no index, or one with a file name outside its directory.
     """
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
-        raise DataError("the index names no tensor", where=str(index), hint="Fetch the file again")
+        raise DataError("the index has no weight_map", where=str(index), hint=FETCH_AGAIN)
     for name in mapping.values():
         if not isinstance(name, str) or re.fullmatch(r"\w[\w.-]*", name) is None or not name.endswith(suffix):
-            what = f"the index names {name!r}, which is no shard beside it"
+            what = f"the index names {name!r}, which is not a shard in its directory"
             raise DataError(what, where=str(index), hint="Take the checkpoint from a source that you trust")
     return mapping
 
 
 def model_kind(config: dict[str, Any]) -> str | None:
-    """`t5`, `mt5` or another model type, from config.json; a file older than `model_type` names the class only."""
+    """`t5`, `mt5` or another model type, from config.json; old files without `model_type` only name the class."""
     if config.get("model_type") is not None:
         return str(config["model_type"])
     names = config.get("architectures")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    return next((KINDS[name] for name in names if name in KINDS), None)
+    return next((MODEL_TYPES[name] for name in names if name in MODEL_TYPES), None)
 
 
 def declared_rows(name_or_path: str) -> int | None:
-    """`vocab_size` in the config.json of a model that is on this machine; None where it does not say."""
+    """`vocab_size` in the config.json of a model on this machine; None if unknown."""
     directory = cached(name_or_path, "model")
     if directory is None or not (directory / CONFIG_FILE).is_file():
         return None
@@ -165,25 +170,19 @@ def declared_rows(name_or_path: str) -> int | None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that is only the pointer of Git LFS to the real one.
-
-    Raises:
-        DataError: it is.
-    """
+    """Raise DataError if the file is a Git LFS pointer instead of the real file."""
     try:
         with path.open("rb") as file:
-            start = file.read(len(POINTER))
+            start = file.read(len(LFS_POINTER))
     except OSError:
-        return  # who reads the file says what is wrong with it
-    if start == POINTER:
+        return  # the reader of the file reports the error
+    if start == LFS_POINTER:
         what = f"{path.name} is a Git LFS pointer and not the file itself"
         raise DataError(what, where=str(path.parent), hint="Run `git lfs pull` there, or download the file")
 
 
 def refuse_unsupported(directory: Path) -> None:
-    """Refuse the model or tokenizer of a directory that no setting can make work, in one sentence.
-
-    Files that are missing or damaged are left to those who read them.
+    """Refuse a model or tokenizer that is not supported. Missing and damaged files are left to their readers.
 
     Raises:
         DataError: ByT5, umT5, LongT5, a BERT vocabulary, another model type than t5 and mt5, or Git LFS pointers.
@@ -193,7 +192,7 @@ def refuse_unsupported(directory: Path) -> None:
     except OSError:
         return
     weights = [[name for name in sorted(names) if name.endswith(suffix)] for _, _, suffix in WEIGHT_LAYOUTS]
-    # A clone may hold pytorch_model.bin as a pointer on purpose, when model.safetensors was pulled.
+    # With model.safetensors present, pytorch_model.bin may be a pointer: it is not read.
     for name in (CONFIG_FILE, *TOKENIZER_FILES, *(weights[0] or weights[1])):
         if name in names:
             refuse_pointer(directory / name)
@@ -201,12 +200,16 @@ def refuse_unsupported(directory: Path) -> None:
 
 
 def _refuse_kind(directory: Path, names: Iterable[str], where: str) -> None:
-    """Refuse by what config.json and tokenizer_config.json say, where they lie there, and by the file names."""
-    config, settings = _json_or_nothing(directory / CONFIG_FILE), _json_or_nothing(directory / "tokenizer_config.json")
-    tokenizer = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "")
-    present = set(names)
-    bare_vocabulary = "vocab.txt" in present and not present & set(TOKENIZER_FILES)
-    kind, reason = model_kind(config), None
+    """Refuse by config.json and tokenizer_config.json, if present and readable, and by the file names."""
+    settings = {}
+    for name in ("tokenizer_config.json", CONFIG_FILE):
+        try:
+            settings[name] = read_json(directory / name)
+        except DataError:
+            settings[name] = {}
+    tokenizer = str(next((s["tokenizer_class"] for s in settings.values() if s.get("tokenizer_class")), ""))
+    bare_vocabulary = "vocab.txt" in names and not set(names) & set(TOKENIZER_FILES)
+    kind, reason = model_kind(settings[CONFIG_FILE]), None
     if kind not in (None, "t5", "mt5"):
         reason = UNSUPPORTED.get(kind, f"model_type is {kind!r}, not t5 or mt5")
     elif tokenizer.startswith("ByT5"):
@@ -217,16 +220,12 @@ def _refuse_kind(directory: Path, names: Iterable[str], where: str) -> None:
         raise DataError(reason, where=where, hint=TAKE_ANOTHER)
 
 
-def _json_or_nothing(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except DataError:
-        return {}
+# Download
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """A repository at one commit: file name -> size in bytes, and -> the name of its content in the local cache."""
+    """A repository at one commit: file name -> size in bytes, and file name -> etag, its name in the local cache."""
 
     revision: str
     sizes: dict[str, int]
@@ -235,98 +234,97 @@ class _Listing:
 
 @functools.cache
 def _listing(name: str) -> _Listing:
-    """What the repository holds now; asked once, so that the model and its tokenizer are of one commit."""
-    from huggingface_hub import HfApi, constants
+    """The files of the repository; requested once, so that model and tokenizer are of the same commit."""
+    from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError("what answers there is not a hub") from None
+        raise ValueError("the server is not a hub") from None
     files = info.siblings or []
     if info.sha is None or COMMIT.fullmatch(info.sha) is None or not files:
-        raise ValueError("what answers there is not a hub")
+        raise ValueError("the server is not a hub")
     etags = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in files}
     sizes = {file.rfilename: file.size or (file.lfs.size if file.lfs else 0) for file in files}
     return _Listing(info.sha, sizes, etags)
 
 
 @functools.cache
-def _from_hub(name: str, want: Want, setting: str) -> Path:
-    """The repository's snapshot in the local cache, with all files that are read."""
+def _from_hub(name: str, kind: Kind, setting: str) -> Path:
+    """The repository's snapshot in the local cache, with all files of this kind."""
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
     try:
-        return _download(name, want, setting)
+        return _download(name, kind, setting)
     except ResilientError:
         raise
-    # RuntimeError is what the faster protocol of the hub raises when a transfer breaks off.
+    # The xet protocol of the hub raises RuntimeError when a transfer is interrupted.
     except (HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-        _refuse_storage(error)
+        _raise_storage_error(error)
         problem = _problem(error, name, setting)
-        found = _cached_snapshot(name, want)
-        if found is None:
+        snapshot = _cached_snapshot(name, kind)
+        if snapshot is None:
             raise problem from error
-        if not _is_offline():
-            _say(f"{problem.what}; the local cache is used, revision {found.name[:12]}")
-        return found
+        if not constants.HF_HUB_OFFLINE:
+            _log(f"{problem.what}; the local cache is used, revision {snapshot.name[:12]}")
+        return snapshot
 
 
-def _download(name: str, want: Want, setting: str) -> Path:
+def _download(name: str, kind: Kind, setting: str) -> Path:
     listing = _listing(name)
-    where = f"{_endpoint()}/{name}"
-    first = _settings_files(listing, want)
-    if want == "model" and CONFIG_FILE not in first:
+    where = f"{constants.ENDPOINT}/{name}"
+    first = _settings_files(listing, kind)
+    if kind == "model" and CONFIG_FILE not in first:
         raise DataError(f"{setting}: the repository has no {CONFIG_FILE}", where=where, hint=TAKE_ANOTHER)
     missing = _missing(name, listing, first)
     snapshot = _fetch(name, listing, first) or _repository(name) / "snapshots" / listing.revision
-    # Before gigabytes are downloaded that cannot be used.
+    # Checked before gigabytes are downloaded.
     _refuse_kind(snapshot, listing.sizes, where)
-    rest = list(_weight_files(snapshot, listing, where) if want == "model" else _tokenizer_files(listing, where))
+    rest = _weight_files(snapshot, listing, where) if kind == "model" else _tokenizer_files(listing, where)
     missing += _missing(name, listing, rest)
-    size = sum(listing.sizes[file] for file in missing)
     if missing:
-        _check_room(name, size)
+        size = sum(listing.sizes[file] for file in missing)
+        _require_space(name, size)
         files = f"{len(missing)} file{'s' if len(missing) > 1 else ''}"
-        _say(f"downloading the {want} {name} from {_endpoint()}: {files}, {_size(size)} ({', '.join(missing)})")
+        _log(f"downloading the {kind} {name} from {constants.ENDPOINT}: {files}, {_size(size)} ({', '.join(missing)})")
     snapshot = _fetch(name, listing, rest) or snapshot
-    _remember(name, listing.revision)
+    _write_reference(name, listing.revision)
     return snapshot
 
 
-def _settings_files(listing: _Listing, want: Want) -> list[str]:
-    if want == "tokenizer":
+def _settings_files(listing: _Listing, kind: Kind) -> list[str]:
+    if kind == "tokenizer":
         return [file for file in TOKENIZER_SETTINGS if file in listing.sizes]
-    # The index is read only where neither file that goes before it is there.
-    before = {INDEX_FILE: {WEIGHTS_FILE}, BIN_INDEX_FILE: {WEIGHTS_FILE, INDEX_FILE, BIN_FILE}}
-    indexes = [index for index, others in before.items() if not others & set(listing.sizes)]
+    # An index is needed only if no file with precedence over it exists.
+    preferred = {INDEX_FILE: {WEIGHTS_FILE}, BIN_INDEX_FILE: {WEIGHTS_FILE, INDEX_FILE, BIN_FILE}}
+    indexes = [index for index, others in preferred.items() if not others & set(listing.sizes)]
     return [file for file in (CONFIG_FILE, GENERATION_FILE, *indexes) if file in listing.sizes]
 
 
-def _weight_files(snapshot: Path, listing: _Listing, where: str) -> Iterator[str]:
-    """The weights in one format: a single file, or the shards that the index names."""
+def _weight_files(snapshot: Path, listing: _Listing, where: str) -> list[str]:
+    """The weights in one format: a single file, or the shards of the index."""
     for single, index, suffix in WEIGHT_LAYOUTS:
         if single in listing.sizes:
-            yield single
-            return
+            return [single]
         if index in listing.sizes:
-            for shard in sorted(set(weight_map(snapshot / index, suffix).values())):
+            shards = sorted(set(weight_map(snapshot / index, suffix).values()))
+            for shard in shards:
                 if shard not in listing.sizes:
                     raise DataError(f"the repository lacks the shard {shard}", where=where, hint="Take another checkpoint")
-                yield shard
-            return
-    what = f"the repository has neither {WEIGHTS_FILE} nor {BIN_FILE}; weights of TensorFlow and Flax are not read"
+            return shards
+    what = f"the repository has neither {WEIGHTS_FILE} nor {BIN_FILE}; weights of TensorFlow and Flax are not supported"
     raise DataError(what, where=where, hint="Convert them with transformers 4, and give the local directory")
 
 
 def _tokenizer_files(listing: _Listing, where: str) -> list[str]:
-    found = [file for file in TOKENIZER_FILES if file in listing.sizes]
-    if not found:
+    files = [file for file in TOKENIZER_FILES if file in listing.sizes]
+    if not files:
         raise DataError(f"the repository has neither {' nor '.join(TOKENIZER_FILES)}", where=where, hint=TAKE_ANOTHER)
-    return found
+    return files
 
 
 def _fetch(name: str, listing: _Listing, files: Iterable[str]) -> Path | None:
-    """Put files into the local cache, one after the other, and return the snapshot they lie in."""
+    """Download files into the local cache, one after the other; return their snapshot directory."""
     from huggingface_hub import hf_hub_download
 
     paths = [hf_hub_download(name, file, revision=listing.revision) for file in files]
@@ -334,27 +332,26 @@ def _fetch(name: str, listing: _Listing, files: Iterable[str]) -> Path | None:
 
 
 def _missing(name: str, listing: _Listing, files: Iterable[str]) -> list[str]:
-    """The files that are not in the local cache, in this revision or with the same content in another one."""
+    """The files that are not in the local cache, neither in this revision nor with the same content in another one."""
     repository = _repository(name)
-
-    def here(file: str) -> bool:
-        blob = repository / "blobs" / listing.etags[file]
-        return (repository / "snapshots" / listing.revision / file).is_file() or blob.is_file()
-
-    return [file for file in files if not here(file)]
+    snapshot, blobs = repository / "snapshots" / listing.revision, repository / "blobs"
+    return [file for file in files if not (snapshot / file).is_file() and not (blobs / listing.etags[file]).is_file()]
 
 
-def _check_room(name: str, size: int) -> None:
+def _require_space(name: str, size: int) -> None:
     cache = _repository(name)
-    there = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if size > free:
-        hint = "Make room, or set HF_HOME to a directory on another disk"
-        raise DiskFull(f"{name} needs {_size(size)}, and {_size(free)} are free", where=str(there), hint=hint)
+        hint = "Free some space, or set HF_HOME to a directory on another disk"
+        raise DiskFull(f"{name} needs {_size(size)}, and {_size(free)} are free", where=str(existing), hint=hint)
 
 
-def _remember(name: str, revision: str) -> None:
-    """Let the name mean this revision when the hub cannot be reached, for us and for whoever uses the same cache."""
+# Local cache
+
+
+def _write_reference(name: str, revision: str) -> None:
+    """Record the revision of `main`, which hf_hub_download does not do for a pinned one; used when the hub is offline."""
     reference = _repository(name) / "refs" / "main"
     part = reference.with_name(f"main.{os.getpid()}.part")
     try:
@@ -363,18 +360,17 @@ def _remember(name: str, revision: str) -> None:
             part.write_text(revision, encoding="ascii")
             part.replace(reference)
     except (OSError, ValueError):
-        return  # a cache that only others may write serves all the same; the files are found without it
+        return  # a read-only cache works without it
 
 
 def _repository(name: str) -> Path:
-    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
 
 
 def _snapshots(name: str) -> list[Path]:
-    """The revisions in the local cache: the one that the name means first, then the newest."""
+    """The revisions in the local cache: that of `main` first, then the newest."""
     try:
         repository = _repository(name)
         snapshots = sorted((repository / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -387,13 +383,13 @@ def _snapshots(name: str) -> list[Path]:
     return sorted(snapshots, key=lambda path: path.name != main)
 
 
-def _cached_snapshot(name: str, want: Want) -> Path | None:
-    """The first revision in the local cache that holds all files that are read."""
-    return next((path for path in _snapshots(name) if _is_complete(path, want)), None)
+def _cached_snapshot(name: str, kind: Kind) -> Path | None:
+    """The first revision in the local cache with all files of this kind."""
+    return next((path for path in _snapshots(name) if _is_complete(path, kind)), None)
 
 
-def _is_complete(snapshot: Path, want: Want) -> bool:
-    if want == "tokenizer":
+def _is_complete(snapshot: Path, kind: Kind) -> bool:
+    if kind == "tokenizer":
         return any((snapshot / file).is_file() for file in TOKENIZER_FILES)
     for single, index, suffix in WEIGHT_LAYOUTS:
         if (snapshot / single).is_file():
@@ -407,28 +403,31 @@ def _is_complete(snapshot: Path, want: Want) -> bool:
     return False
 
 
-def _refuse_storage(error: BaseException) -> None:
-    """Tell an error of the local disk from one of the network."""
-    number = getattr(error, "errno", None)
-    what, cache = f"the hub's cache cannot be written: {error}", os.environ.get("HF_HOME", "~/.cache/huggingface")
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        raise DiskFull(what, where=cache, hint="Make room, or set HF_HOME to a directory on another disk") from error
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        raise StorageError(what, where=cache, hint="Set HF_HOME to a directory that you may write") from error
+# Errors and messages
+
+
+def _raise_storage_error(error: BaseException) -> None:
+    """Raise DiskFull or StorageError if the error is one of the local disk."""
+    code = getattr(error, "errno", None)
+    what, cache = f"the hub cache cannot be written: {error}", os.environ.get("HF_HOME", "~/.cache/huggingface")
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        raise DiskFull(what, where=cache, hint="Free some space, or set HF_HOME to a directory on another disk") from error
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        raise StorageError(what, where=cache, hint="Set HF_HOME to a writable directory") from error
 
 
 def _problem(error: BaseException, name: str, setting: str) -> DataError:
-    """What went wrong with the hub, and the ways out of it."""
+    """The message for an error of the hub, with the possible fixes."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     cause: BaseException = error
     while cause.__cause__ is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    subject = f"{setting}:" if setting == f"hub:{name}" else f"{setting}: {name} is no local directory, and"
-    page = f"{_endpoint()}/{name}"
+    subject = f"{setting}:" if setting == f"hub:{name}" else f"{setting}: {name} is not a local directory, and"
+    page = f"{constants.ENDPOINT}/{name}"
     if isinstance(cause, HFValidationError):
-        return DataError(f"{subject} the hub has no such names", where=name, hint="Check the name")
+        return DataError(f"{subject} it is not a valid name of a hub repository", where=name, hint="Check the name")
     if isinstance(cause, GatedRepoError):
         hint = "Accept its conditions on that page, then log in with `hf auth login` or set HF_TOKEN"
         return DataError(f"{subject} its repository is gated ({status})", where=page, hint=hint)
@@ -436,34 +435,16 @@ def _problem(error: BaseException, name: str, setting: str) -> DataError:
         what = f"{subject} the hub has no such repository or does not show it to you ({status})"
         hint = "Check the name; for a private or gated repository log in with `hf auth login` or set HF_TOKEN"
         return DataError(what, where=page, hint=hint)
-    # A model directory has its tokenizer beside it, whichever of the two was asked for first.
-    needs = TOKENIZER_NEEDS if setting.startswith("tokenizer") else f"{MODEL_NEEDS}, and {TOKENIZER_NEEDS}"
-    hint = f"Check the network, or set HF_ENDPOINT to a mirror of the hub, or give a local directory that holds {needs}"
-    return DataError(f"{subject} {_endpoint()} cannot be reached: {_reason(cause)}", hint=hint)
-
-
-def _reason(cause: BaseException) -> str:
-    if _is_offline():
-        return "HF_HUB_OFFLINE is set"
+    needs = TOKENIZER_NEEDS if setting.startswith("tokenizer") else MODEL_NEEDS
+    hint = f"Check the network, or set HF_ENDPOINT to a mirror of the hub, or give a local directory with {needs}"
     lines = str(cause).strip().splitlines()
-    return lines[0][:200] if lines else type(cause).__name__
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else lines[0][:200] if lines else type(cause).__name__
+    return DataError(f"{subject} {constants.ENDPOINT} cannot be reached: {reason}", hint=hint)
 
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(f"hub    {text}\n")

@@ -1,4 +1,4 @@
-"""From a hub name to a directory, against a small server that plays the hub. Run: python -m pytest tests/test_hub.py"""
+"""Resolving a hub name to a directory, with a small fake hub server. Run: python -m pytest tests/test_hub.py"""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ except ResilientError as error:
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory, at one commit each; what was asked for, and what is answered instead of a file."""
+    """Repositories in memory, at one commit each; records requests, and can answer with errors."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -144,7 +144,7 @@ def files_of(done):
     return set(os.listdir(done.stdout.strip()))
 
 
-def said(done):
+def log_lines(done):
     """Our lines on standard error, without the progress bars of the client."""
     return [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("hub    ")]
 
@@ -183,7 +183,7 @@ def test_a_repository_with_a_bin_alone_gives_the_configuration_and_the_bin_and_l
     assert len(server.downloaded) == 2
 
 
-def test_safetensors_are_fetched_and_nothing_beside_them(server, resolve):
+def test_safetensors_are_fetched_and_no_other_weights(server, resolve):
     """Never both formats; generation_config.json where there is one."""
     others = dict.fromkeys(("pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "model.fp16.safetensors"), b"x" * 99)
     server.repositories[NAME] = {"config.json": CONFIG, "generation_config.json": b"{}", "model.safetensors": b"s", **others}
@@ -210,16 +210,16 @@ def test_for_a_tokenizer_its_files_are_fetched_and_no_weights(server, resolve):
     assert files_of(resolve("tokenizer", "tokenizer.name_or_path")) == {"config.json", *own}
 
 
-def test_the_download_is_said_in_one_line_with_its_size_and_a_cached_model_in_none(server, resolve):
-    """Files and megabytes before they come; a second time nothing is fetched or said."""
+def test_a_download_is_logged_in_one_line_with_its_size_and_a_cached_model_is_not(server, resolve):
+    """Files and megabytes before the download; a second time nothing is downloaded or logged."""
     server.repositories[NAME] = {"config.json": CONFIG, "model.safetensors": b"s" * 3_000_000, "spiece.model": b"p"}
-    first = said(resolve())
+    first = log_lines(resolve())
     assert len(first) == 1
     assert f"downloading the model {NAME} from {server.url}: 2 files, 3.00 MB" in first[0]
     again = resolve()
-    assert said(again) == []
+    assert log_lines(again) == []
     assert len(server.downloaded) == 2
-    tokenizer = said(resolve("tokenizer", "tokenizer.name_or_path"))
+    tokenizer = log_lines(resolve("tokenizer", "tokenizer.name_or_path"))
     assert len(tokenizer) == 1
     assert "1 file, 0.00 MB (spiece.model)" in tokenizer[0]
 
@@ -232,7 +232,7 @@ def test_a_new_commit_with_the_same_weights_fetches_what_changed_only(server, re
     server.repositories[NAME]["config.json"] = CONFIG + b" "
     done = resolve()
     assert done.stdout.strip().endswith(NEXT_COMMIT)
-    assert "1 file" in said(done)[0]
+    assert "1 file" in log_lines(done)[0]
     assert server.downloaded.count("model.safetensors") == 1
 
 
@@ -248,7 +248,7 @@ def test_a_download_that_the_disk_has_no_room_for_is_refused_before_it_begins(se
 
 @pytest.mark.parametrize(("want", "setting"), [("model", "model.name_or_path"), ("tokenizer", "tokenizer.name_or_path")])
 @pytest.mark.parametrize("how", ["no server", "no such host", "offline", "503", "no hub"])
-def test_a_hub_that_cannot_be_reached_is_told_with_the_setting_and_three_ways_out(how, want, setting, server, resolve):
+def test_a_hub_that_cannot_be_reached_is_reported_with_the_setting_and_three_fixes(how, want, setting, server, resolve):
     """The setting that the user set, HF_ENDPOINT, and a local directory with the files that it needs."""
     others = {}
     if how == "no server":
@@ -261,7 +261,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_setting_and_three_ways_ou
     else:
         server.refusals["listing"] = (503, {}) if how == "503" else (200, {"Content-Type": "text/html"})
     message = refused(resolve(want, setting, **others))
-    assert message.startswith(f"DataError data error: {setting}: {NAME} is no local directory, and ")
+    assert message.startswith(f"DataError data error: {setting}: {NAME} is not a local directory, and ")
     assert "cannot be reached: " in message
     for way in ("Check the network", "HF_ENDPOINT to a mirror", "a local directory"):
         assert way in message
@@ -275,7 +275,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_setting_and_three_ways_ou
 @pytest.mark.parametrize("want", ["model", "tokenizer"])
 @pytest.mark.parametrize("at", ["listing", "file"])
 def test_what_is_cached_serves_when_the_hub_cannot_be_reached(at, want, server, resolve):
-    """Told in one line, unless the user went offline on purpose."""
+    """Logged in one line, unless HF_HUB_OFFLINE is set."""
     server.repositories[NAME] = {"config.json": CONFIG, "model.safetensors": b"s", "spiece.model": b"p"}
     first = resolve(want)
     if at == "file":
@@ -284,16 +284,16 @@ def test_what_is_cached_serves_when_the_hub_cannot_be_reached(at, want, server, 
     server.refusals[at] = (501, {})  # no status that the client asks again for half a minute
     down = resolve(want)
     assert down.stdout == first.stdout
-    lines = [line for line in said(down) if "downloading" not in line]
+    lines = [line for line in log_lines(down) if "downloading" not in line]
     assert len(lines) == 1
     assert "the local cache is used, revision aaaaaaaaaaaa" in lines[0]
     offline = resolve(want, HF_HUB_OFFLINE="1")
-    assert (offline.stdout, said(offline)) == (first.stdout, [])
+    assert (offline.stdout, log_lines(offline)) == (first.stdout, [])
 
 
 @pytest.mark.parametrize("want", ["model", "tokenizer"])
-def test_a_later_revision_that_is_not_whole_is_passed_over(want, server, resolve):
-    """A download that broke off does not hide the whole one before it."""
+def test_a_later_revision_that_is_incomplete_is_ignored(want, server, resolve):
+    """An interrupted download does not hide the complete one before it."""
     server.repositories[NAME] = {"config.json": CONFIG, "model.safetensors": b"s", "spiece.model": b"p"}
     first = resolve(want)
     snapshots = Path(first.stdout.strip()).parent
@@ -327,7 +327,7 @@ def test_a_cache_that_lacks_a_file_does_not_serve(server, resolve):
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "says"),
+    ("status", "headers", "expected"),
     [
         (404, {"X-Error-Code": "RepoNotFound"}, "has no such repository or does not show it to you (404)"),
         (401, {}, "has no such repository or does not show it to you (401)"),
@@ -337,28 +337,28 @@ def test_a_cache_that_lacks_a_file_does_not_serve(server, resolve):
     ],
 )
 @pytest.mark.parametrize("at", ["listing", "file"])
-def test_a_repository_that_is_missing_private_or_gated_is_told_with_the_way_to_log_in(
-    at, status, headers, says, server, resolve
+def test_a_repository_that_is_missing_private_or_gated_is_reported_with_the_way_to_log_in(
+    at, status, headers, expected, server, resolve
 ):
     """The status, the setting, `hf auth login`; a gated repository lists its files and refuses them."""
     server.repositories[NAME] = {"config.json": CONFIG, "model.safetensors": b"s"}
     server.refusals[at] = (status, headers)
     message = refused(resolve())
-    assert says in message
-    assert message.startswith(f"DataError data error: model.name_or_path: {NAME} is no local directory, and ")
+    assert expected in message
+    assert message.startswith(f"DataError data error: model.name_or_path: {NAME} is not a local directory, and ")
     assert "`hf auth login`" in message
     assert "HF_TOKEN" in message
 
 
-def test_a_name_with_the_prefix_of_the_hub_is_not_told_that_it_is_no_directory(resolve):
-    """`bin/restore hub:NAME` asks for the hub only."""
+def test_the_message_for_a_name_with_the_hub_prefix_does_not_mention_a_directory(resolve):
+    """`bin/restore hub:NAME` uses the hub only."""
     message = refused(resolve(setting=f"hub:{NAME}"))
     assert message.startswith(f"DataError data error: hub:{NAME}: the hub has no such repository")
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused(resolve):
     """Two dots, or two dashes."""
-    assert "the hub has no such names" in refused(resolve(name="maker/mo..del"))
+    assert "it is not a valid name of a hub repository" in refused(resolve(name="maker/mo..del"))
 
 
 def test_the_token_of_the_environment_is_sent(server, resolve):
@@ -369,7 +369,7 @@ def test_the_token_of_the_environment_is_sent(server, resolve):
 
 
 @pytest.mark.parametrize(
-    ("files", "want", "says"),
+    ("files", "want", "expected"),
     [
         ({"config.json": CONFIG}, "model", "neither model.safetensors nor pytorch_model.bin"),
         ({"config.json": CONFIG, "tf_model.h5": b"x"}, "model", "TensorFlow and Flax"),
@@ -386,18 +386,18 @@ def test_the_token_of_the_environment_is_sent(server, resolve):
         ({"config.json": UMT5, "pytorch_model.bin": b"x", "spiece.model": b"x"}, "tokenizer", "umT5"),
     ],
 )
-def test_a_repository_that_cannot_be_used_is_refused_before_its_weights_are_fetched(files, want, says, server, resolve):
+def test_a_repository_that_cannot_be_used_is_refused_before_its_weights_are_fetched(files, want, expected, server, resolve):
     """Gigabytes are not downloaded to be refused."""
     server.repositories[NAME] = files
-    assert says in refused(resolve(want))
+    assert expected in refused(resolve(want))
     assert not {"pytorch_model.bin", "model.safetensors", "spiece.model"} & set(server.downloaded)
 
 
-def test_an_index_of_the_hub_that_leads_elsewhere_is_refused(server, resolve):
+def test_an_index_of_the_hub_with_a_path_outside_the_repository_is_refused(server, resolve):
     """No other file of the repository or the machine is fetched or read."""
     index = json.dumps({"weight_map": {"a": "../../x.safetensors"}}).encode()
     server.repositories[NAME] = {"config.json": CONFIG, "model.safetensors.index.json": index}
-    assert "no shard beside it" in refused(resolve())
+    assert "not a shard in its directory" in refused(resolve())
 
 
 def test_a_local_directory_is_taken_as_it_is_and_asks_no_hub(server, resolve, tmp_path):

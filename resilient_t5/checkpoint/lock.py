@@ -1,4 +1,4 @@
-"""One process per run directory: an flock that the kernel frees however its holder dies, so no stale lock exists."""
+"""One process per run directory: an flock, which the kernel releases when its holder dies, so no stale lock exists."""
 
 import errno
 import fcntl
@@ -19,19 +19,19 @@ from resilient_t5.files import FileSystem, make_directories
 LOCK = "run.lock"
 BODY_LIMIT_BYTES = 4096
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-HELD = (errno.EAGAIN, errno.EACCES)
-NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+LOCKED = (errno.EAGAIN, errno.EACCES)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class RunLock:
-    """Holds `run.lock` of a run directory for the length of a with block; the file is never deleted.
+    """Context manager that locks `run.lock` of a run directory; the file is never deleted.
 
-    The directory is created when it is missing. A forked child gives its copy of the lock up at once, so that it cannot
-    keep the run held after its parent was killed. `is_exclusive` is False where the file system knows no locks (some
-    network file systems); the caller should say so.
+    The directory is created if it is missing. A forked child closes its copy of the lock at once, so that it does not keep
+    the run locked after its parent was killed. `is_exclusive` is False where the file system does not support locks (some
+    network file systems); the caller should print a warning.
 
     Raises:
-        RunHeld: another process holds it; names its pid and host as far as known.
+        RunHeld: another process holds the lock; names its pid and host if known.
         StorageError: the lock file cannot be opened or written.
     """
 
@@ -59,7 +59,7 @@ class RunLock:
         self.close()
 
     def close(self) -> None:
-        """Give the lock up; in a forked child this only closes the child's copy."""
+        """Release the lock; in a forked child this only closes the child's copy."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -68,9 +68,9 @@ class RunLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in NO_LOCKS_HERE:
+            if error.errno in LOCKS_UNSUPPORTED:
                 return False
-            if error.errno not in HELD:
+            if error.errno not in LOCKED:
                 raise
             raise RunHeld(
                 f"{self.path.parent} is held by {_holder(descriptor)}",
@@ -80,7 +80,7 @@ class RunLock:
         return True
 
     def _describe(self, descriptor: int) -> None:
-        """For the message to others only; whoever reads it must not rely on it."""
+        """Write pid and host for the error message of other processes; nothing else may rely on them."""
         boot_id = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.exists() else ""
         body = {"pid": os.getpid(), "host": platform.node(), "boot_id": boot_id, "started": time.time()}
         data = json.dumps(body).encode("ascii") + b"\n"

@@ -1,8 +1,8 @@
-"""The manifest: what one checkpoint consists of, with the sha256 of every file and of itself.
+"""The manifest of a checkpoint: its metadata, and the sha256 of every file and of the manifest itself.
 
-It is written last inside a checkpoint's directory, so a directory without a whole manifest was never committed. Reading
-it back must give the same bytes as writing it, so no edited byte passes, not even a blank.
-Here too: what goes into a checkpoint (`Parts`), what a save returns (`Committed`), and what a load returns (`Loaded`).
+It is the last file that is written into a checkpoint's directory, so a directory without a valid manifest was never
+committed. A manifest is valid only if serialising it again gives the same bytes, so any edit is detected, even of white space.
+This module also defines the input of a save (`Parts`), its result (`Committed`), and the result of a load (`Loaded`).
 """
 
 import hashlib
@@ -28,10 +28,12 @@ NAME = re.compile(r"u([0-9]{8,12})-([0-9]{4,8})")
 STEM = re.compile(r"[a-z][a-z0-9_-]{0,40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TENSOR_SUFFIX = ".safetensors"
+JSON_KEYS = {"commit_number": "q", "parent_commit": "parent_q", "best_commit": "best_q"}
+"""Field of `Manifest` -> its key in MANIFEST.json, where the two differ."""
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint that must not be used; `reason` is one word for names and logs, the text says what was found."""
+    """A checkpoint that must not be used; `reason` is one word for names and logs, the text gives the details."""
 
     def __init__(self, reason: str, detail: str):
         self.reason = reason
@@ -50,20 +52,20 @@ class FileEntry:
 class Manifest:
     """Everything about a checkpoint except its state and tensors.
 
-    `q` is the commit number, which grows by one per commit and names the order; `parent_q` the checkpoint that this one
-    went on from; `best_q` the best one as of this commit (its own `q` when `is_best`). `shared` is
+    `commit_number` grows by one per commit and defines the order; `parent_commit` is the checkpoint that the run continued
+    from; `best_commit` the best one as of this commit (its own number when `is_best`). `shared` is
     {file stem: {alias: name}}.
     """
 
     run_id: str
-    q: int
-    parent_q: int | None
+    commit_number: int
+    parent_commit: int | None
     update: int
     created: str
     reason: str
     metric: float | None
     is_best: bool
-    best_q: int | None
+    best_commit: int | None
     health: dict[str, Any]
     fingerprints: dict[str, str]
     shared: dict[str, dict[str, str]]
@@ -72,11 +74,11 @@ class Manifest:
     @property
     def name(self) -> str:
         """The only directory name under which this checkpoint is valid."""
-        return checkpoint_name(self.update, self.q)
+        return checkpoint_name(self.update, self.commit_number)
 
     @property
     def healthy(self) -> bool:
-        """Whether no health field says no."""
+        """Whether no health field is False."""
         return not any(value is False for value in self.health.values())
 
     @property
@@ -85,23 +87,23 @@ class Manifest:
         return sum(entry.bytes for entry in self.files.values())
 
 
-def checkpoint_name(update: int, q: int) -> str:
-    """Directory name of the checkpoint of `update` applied updates with commit number `q`."""
-    return f"u{update:08d}-{q:04d}"
+def checkpoint_name(update: int, commit_number: int) -> str:
+    """Directory name of the checkpoint after `update` applied updates."""
+    return f"u{update:08d}-{commit_number:04d}"
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
-    """(update, q) of a directory name, None when it is not the name of a checkpoint."""
+    """(update, commit number) of a directory name, None when it is not the name of a checkpoint."""
     match = NAME.fullmatch(name)
     if match is None:
         return None
-    update, q = int(match[1]), int(match[2])
-    return (update, q) if checkpoint_name(update, q) == name else None
+    update, commit_number = int(match[1]), int(match[2])
+    return (update, commit_number) if checkpoint_name(update, commit_number) == name else None
 
 
 def dump(manifest: Manifest) -> bytes:
     """The bytes of MANIFEST.json."""
-    fields = {"format": FORMAT, **asdict(manifest)}
+    fields = {"format": FORMAT, **{JSON_KEYS.get(name, name): value for name, value in asdict(manifest).items()}}
     return strict_json.dump({**fields, "self_sha256": hashlib.sha256(strict_json.dump(fields)).hexdigest()})
 
 
@@ -109,8 +111,8 @@ def read_manifest(fs: FileSystem, directory: Path) -> tuple[Manifest, str]:
     """The manifest of a checkpoint directory and the sha256 of its bytes; no other file is read.
 
     Raises:
-        CorruptCheckpoint: it does not have the bytes that a save wrote, or belongs under another name.
-        ResumeMismatch: it is whole, and of a format that this version does not read.
+        CorruptCheckpoint: its bytes are not those that a save wrote, or the directory has another name.
+        ResumeMismatch: it is intact, but has a format that this version does not read.
         OSError: it cannot be read.
     """
     data = read_bounded(fs, directory / MANIFEST, MANIFEST_LIMIT_BYTES)
@@ -120,17 +122,17 @@ def read_manifest(fs: FileSystem, directory: Path) -> tuple[Manifest, str]:
     except (ValueError, TypeError) as error:
         raise CorruptCheckpoint("manifest", f"{MANIFEST}: {error}") from None
     if written != data:
-        raise CorruptCheckpoint("manifest", f"{MANIFEST} is not what was written")
+        raise CorruptCheckpoint("manifest", f"{MANIFEST} was changed after it was written")
     if manifest.name != directory.name:
-        raise CorruptCheckpoint("name", f"it is {manifest.name} and lies under {directory.name}")
+        raise CorruptCheckpoint("name", f"the manifest is that of {manifest.name}, the directory is {directory.name}")
     return manifest, hashlib.sha256(data).hexdigest()
 
 
 def write_hashed(fs: FileSystem, path: Path, size: int, data: Iterable[memoryview]) -> FileEntry:
-    """Write a new file of `size` bytes and make it durable; hashed on the way, so nothing is read back.
+    """Write a new file of `size` bytes and make it durable. It is hashed while it is written, so nothing is read back.
 
     Raises:
-        OSError: from the first call that failed; the file is of no use then.
+        OSError: from the first call that failed; the file is then unusable.
         ValueError: `data` does not have `size` bytes.
     """
     digest, written = hashlib.sha256(), 0
@@ -147,7 +149,7 @@ def write_hashed(fs: FileSystem, path: Path, size: int, data: Iterable[memoryvie
 
 
 def write_checkpoint(fs: FileSystem, directory: Path, draft: Manifest, layouts: dict[str, Layout], state: bytes) -> Manifest:
-    """Fill a new directory: tensor files, state, and the manifest last; durable on return, under a temporary name still.
+    """Write tensor files, state and, last, the manifest into the new directory `directory`; durable on return.
 
     Returns:
         `draft` with the files and their hashes.
@@ -169,7 +171,7 @@ def write_checkpoint(fs: FileSystem, directory: Path, draft: Manifest, layouts: 
 
 
 class HashedReader:
-    """Reads one file of a checkpoint from start to end and holds it against its manifest entry."""
+    """Reads one file of a checkpoint from start to end and compares it with its manifest entry."""
 
     def __init__(self, fs: FileSystem, file: OpenFile, entry: FileEntry):
         if file.size != entry.bytes:
@@ -177,7 +179,7 @@ class HashedReader:
         self._fs, self._file, self._entry, self._digest = fs, file, entry, hashlib.sha256()
 
     def fill(self, buffer: memoryview) -> None:
-        """Fill the whole buffer with the next bytes; CorruptCheckpoint when the file ends before."""
+        """Fill the whole buffer with the next bytes; CorruptCheckpoint at an early end of the file."""
         for start in range(0, len(buffer), CHUNK_BYTES):
             chunk = buffer[start : start + CHUNK_BYTES]
             if self._fs.read(self._file, chunk) != len(chunk):
@@ -185,37 +187,39 @@ class HashedReader:
             self._digest.update(chunk)
 
     def verify(self) -> None:
-        """Raise CorruptCheckpoint unless exactly the bytes that were written have been read."""
+        """Raise CorruptCheckpoint unless the bytes read so far have the sha256 of the entry."""
         if self._digest.hexdigest() != self._entry.sha256:
-            raise CorruptCheckpoint("sha256", f"{self._file.path.name} has other bytes than were written")
+            raise CorruptCheckpoint("sha256", f"{self._file.path.name} does not have the sha256 of its manifest")
 
 
 def _parse(data: bytes) -> Manifest:
     fields = strict_json.load(data)
     if not isinstance(fields, dict):
-        raise ValueError("is no object")
+        raise ValueError("not an object")
     if fields.pop("self_sha256", None) != hashlib.sha256(strict_json.dump(fields)).hexdigest():
-        raise ValueError("does not have its own sha256")
-    found = fields.pop("format", None)
-    if found != FORMAT:  # whole, but of another version of this program: nothing that may go into quarantine
+        raise ValueError("wrong self_sha256")
+    version = fields.pop("format", None)
+    if version != FORMAT:  # intact, but of another version of this program: it must not be quarantined
         raise ResumeMismatch(
-            f"the checkpoint has format {found}, this version reads format {FORMAT}",
+            f"the checkpoint has format {version}, this version reads format {FORMAT}",
             hint="Continue the run with the version of resilient_t5 that wrote it",
         )
     files = fields.pop("files", None)
     if not isinstance(files, dict) or STATE not in files:
-        raise ValueError("lists no files")
+        raise ValueError("no list of files")
     entries = {name: FileEntry(**entry) for name, entry in files.items()}
     for name, entry in entries.items():
         if not _is_file_name(name) or not _is_count(entry.bytes) or not SHA256.fullmatch(str(entry.sha256)):
-            raise ValueError(f"lists the unusable file {name!r}")
-    manifest = Manifest(files=entries, **fields)
-    if not _is_count(manifest.update) or not _is_count(manifest.q) or parse_name(manifest.name) is None:
-        raise ValueError("has no usable update or q")
+            raise ValueError(f"invalid entry of the file {name!r}")
+    names = {key: name for name, key in JSON_KEYS.items()}
+    values = {names.get(str(key), str(key)): value for key, value in fields.items()}
+    manifest = Manifest(files=entries, **values)
+    if not _is_count(manifest.update) or not _is_count(manifest.commit_number) or parse_name(manifest.name) is None:
+        raise ValueError("invalid update or q")
     if not isinstance(manifest.health, dict) or not isinstance(manifest.shared, dict):
-        raise ValueError("has no usable health or shared")
-    if not all(isinstance(names, dict) for names in manifest.shared.values()):
-        raise ValueError("has no usable shared")
+        raise ValueError("invalid health or shared")
+    if not all(isinstance(aliases, dict) for aliases in manifest.shared.values()):
+        raise ValueError("invalid shared")
     return manifest
 
 
@@ -229,18 +233,18 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Parts:
-    """What one checkpoint holds.
+    """The content of one checkpoint.
 
     Args:
-        update: applied updates; names the directory.
-        tensors: file stem ("model", "optimizer", "rng") -> tensor name -> tensor on any device. Names that share the same
-            memory within one file are written once and share it again after a load.
-        state: JSON values; floats that are not finite are kept exactly, keys must be strings.
+        update: applied updates; part of the directory name.
+        tensors: file stem ("model", "optimizer", "rng") -> tensor name -> tensor on any device. Names that share memory
+            within one file are written once and share memory again after a load.
+        state: JSON values; non-finite floats are kept exactly, keys must be strings.
         reason: periodic, best, signal, final or rollback.
-        health: what a rollback looks at; any False makes the checkpoint unhealthy.
-        fingerprints: hashes of configuration, data and tokenizer, to be compared on resume.
-        metric: what `best` judged by, for the pointers.
-        are_copies: nobody changes the tensors any more, so they need not be copied before the caller goes on.
+        health: any False makes the checkpoint unhealthy, so a rollback does not load it.
+        fingerprints: hashes of configuration, data and tokenizer, compared on resume.
+        metric: the value that decides `best`; written into the pointers.
+        are_copies: the tensors do not change any more, so they need not be copied for a background save.
     """
 
     update: int
@@ -255,13 +259,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint that is durable: `seconds` from the start of its save to the commit, `bytes` of its files.
+    """A durable checkpoint: `seconds` from the start of its save to the commit, `bytes` of its files.
 
-    `is_best` when it was the best of its run when it was saved.
+    `is_best` if it was the best of its run when it was saved.
     """
 
     name: str
-    q: int
+    commit_number: int
     update: int
     directory: Path
     seconds: float
@@ -271,10 +275,10 @@ class Committed:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint whose every byte was verified; tensors are on the CPU with their saved dtypes."""
+    """A verified checkpoint; tensors are on the CPU with their saved dtypes."""
 
     name: str
-    q: int
+    commit_number: int
     update: int
     tensors: dict[str, dict[str, torch.Tensor]]
     state: dict[str, Any]

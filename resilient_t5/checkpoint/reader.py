@@ -1,4 +1,4 @@
-"""Read one checkpoint directory, believing nothing: every size and every sha256 is checked before anything is returned."""
+"""Read one checkpoint directory; every size and every sha256 is checked before anything is returned."""
 
 import errno
 import os
@@ -22,11 +22,11 @@ from resilient_t5.checkpoint.manifest import (
     read_manifest,
 )
 from resilient_t5.checkpoint.tensors import read_tensors
-from resilient_t5.errors import DiskFull, NoValidCheckpoint, ResilientError, StorageError
+from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, closing
 
-# What the file system says when it is the checkpoint that is at fault. Anything else (no permission, too many open files,
-# a server that is away) says nothing about the checkpoint, and must not send a good one into quarantine.
+# Errors that prove damage of the checkpoint. Any other error (no permission, too many open files, an unreachable file server)
+# does not, and must not quarantine a valid checkpoint.
 DAMAGE = {
     errno.ENOENT: "missing",
     errno.EIO: "unreadable",
@@ -44,8 +44,8 @@ def read_directory(fs: FileSystem, directory: Path, run_id: str | None) -> Loade
     """Load and verify the checkpoint in `directory`; of any run when `run_id` is None.
 
     Raises:
-        CorruptCheckpoint: it is not exactly what a save of that run committed under that name.
-        OSError: the file system failed in a way that says nothing about the checkpoint.
+        CorruptCheckpoint: it differs from what a save of that run committed under that name.
+        OSError: an error that does not prove damage of the checkpoint.
     """
     try:
         manifest = read_stored(fs, directory, run_id)[0]
@@ -57,11 +57,11 @@ def read_directory(fs: FileSystem, directory: Path, run_id: str | None) -> Loade
         }
     except OSError as error:
         raise damage_of(error) from error
-    return Loaded(manifest.name, manifest.q, manifest.update, tensors, state, manifest)
+    return Loaded(manifest.name, manifest.commit_number, manifest.update, tensors, state, manifest)
 
 
 def read_stored(fs: FileSystem, directory: Path, run_id: str | None) -> tuple[Manifest, str]:
-    """The manifest of `directory` and its sha256, with all files there in the right sizes; contents are not read.
+    """The manifest of `directory` and its sha256; sizes of all files are checked, contents are not read.
 
     Raises:
         CorruptCheckpoint, OSError: as `read_directory`.
@@ -85,14 +85,14 @@ def load_checkpoint(directory: Path) -> Loaded:
     """Load a checkpoint of any run by its path, for a fork or an export; nothing is moved or written.
 
     Raises:
-        NoValidCheckpoint: it is damaged, or there is none.
+        NoValidCheckpoint: it is damaged or does not exist.
         StorageError: it cannot be read.
     """
     return read_or_refuse(FileSystem(), Path(os.path.abspath(directory)), None)
 
 
 def read_or_refuse(fs: FileSystem, directory: Path, run_id: str | None) -> Loaded:
-    """`read_directory` with errors for a user who named this checkpoint."""
+    """`read_directory` for a checkpoint that the user named; raises NoValidCheckpoint, DiskFull or StorageError."""
     try:
         with reporting(f"{directory} cannot be read"):
             return read_directory(fs, directory, run_id)
@@ -103,34 +103,26 @@ def read_or_refuse(fs: FileSystem, directory: Path, run_id: str | None) -> Loade
 
 
 def damage_of(error: OSError) -> Exception:
-    """`error` as CorruptCheckpoint when the checkpoint is at fault, unchanged otherwise."""
+    """Convert an error that proves damage to CorruptCheckpoint; return any other error unchanged."""
     reason = DAMAGE.get(error.errno or 0)
     return CorruptCheckpoint(reason, f"{Path(str(error.filename)).name}: {describe(error)}") if reason else error
 
 
 def describe(error: OSError) -> str:
-    """The errno by name and in words, with the call that failed."""
+    """Name and description of the errno, with the call that failed."""
     call = "".join(f" in {note}" for note in getattr(error, "__notes__", [])[:1])
     return f"{errno.errorcode.get(error.errno or 0, 'unknown')}, {error.strerror or 'no description'}{call}"
 
 
 @contextmanager
 def reporting(what: str) -> Iterator[None]:
-    """Turn an OSError into DiskFull or StorageError that says `what`, the first errno, the call and the file."""
+    """Convert an OSError to DiskFull or StorageError with the message `what`, the first errno, the call and the file."""
     try:
         yield
     except OSError as error:
-        raise storage_error(error, what) from error
-
-
-def storage_error(error: OSError, what: str) -> ResilientError:
-    """DiskFull or StorageError that names the first errno and the file it concerns."""
-    where = f"{error.filename}: {describe(error)}"
-    if error.errno in FULL:
-        return DiskFull(what, where=where, hint="Free some space, then start again: the run goes on where it was saved last")
-    return StorageError(
-        what, where=where, hint="Mend the file system, then start again: the run goes on where it was saved last"
-    )
+        kind, fix = (DiskFull, "Free some space") if error.errno in FULL else (StorageError, "Fix the file system")
+        hint = f"{fix}, then start again: the run resumes from its last checkpoint"
+        raise kind(what, where=f"{error.filename}: {describe(error)}", hint=hint) from error
 
 
 def _read_state(fs: FileSystem, directory: Path, entry: FileEntry) -> dict[str, Any]:
@@ -146,7 +138,7 @@ def _read_state(fs: FileSystem, directory: Path, entry: FileEntry) -> dict[str, 
     except ValueError as error:
         raise CorruptCheckpoint("state", f"{STATE}: {error}") from None
     if not isinstance(state, dict):
-        raise CorruptCheckpoint("state", f"{STATE} is no object")
+        raise CorruptCheckpoint("state", f"{STATE} is not an object")
     return state
 
 

@@ -1,9 +1,9 @@
-"""Which checkpoints stay, how the others are deleted, and the pointers to the best and the last.
+"""Which checkpoints are kept, how the others are deleted, and the pointers to the best and the last.
 
-Kept are the last `keep_last`, the best, the newest healthy one to roll back to, and the one this process resumed from for
-as long as it is pinned: a pure function of what is committed. Order is by commit number alone: clocks jump and copied files
-have new times. What is deleted is renamed away first, so that no half of one ever stands under a live name.
-`best.json` and `last.json` are small files for people and scripts. They are hints; the scan of checkpoints is the truth.
+Kept are the last `keep_last`, the best, the newest healthy one as a rollback target, and the one that this process resumed
+from while it is pinned: a pure function of the committed checkpoints. Order is by commit number alone, since clocks jump and
+copied files have new times. A directory is renamed before it is deleted, so no partial checkpoint has a live name.
+`best.json` and `last.json` are small files for people and scripts. The directory scan is authoritative, not they.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,90 +16,92 @@ from resilient_t5.checkpoint.manifest import CorruptCheckpoint, Manifest, parse_
 from resilient_t5.checkpoint.reader import describe
 from resilient_t5.files import FileSystem, make_directories, read_bounded, remove_tree, replace_file
 
-FEWEST = 2
-"""Newest checkpoints that stay even when the disk is full: one alone cannot fall back."""
+MIN_KEPT = 2
+"""Newest checkpoints that are kept even when the disk is full: a single one has no fallback."""
+TEMPORARY = ".tmp-"
+TRASH = ".trash-"
+QUARANTINE = "quarantine"
+BEST = "best.json"
+LAST = "last.json"
+TEMPORARY_PREFIXES = (f".tmp-{BEST}-", f".tmp-{LAST}-")
+POINTER_LIMIT_BYTES = 64 * 2**10
+Emit = Callable[..., None]
+"""Called as emit(kind, **fields)."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint on disk whose manifest is whole; `manifest_sha256` is the hash of MANIFEST.json."""
+    """A checkpoint on disk with a valid manifest; `manifest_sha256` is the hash of MANIFEST.json."""
 
     manifest: Manifest
     manifest_sha256: str
 
     @property
     def name(self) -> str:
-        """Its directory name."""
+        """Directory name."""
         return self.manifest.name
 
     @property
-    def q(self) -> int:
-        """Its commit number."""
-        return self.manifest.q
+    def commit_number(self) -> int:
+        """Commit number."""
+        return self.manifest.commit_number
 
 
-def surplus(stored: Sequence[Stored], keep_last: int, best_q: int | None, pinned_q: int | None) -> list[Stored]:
+def surplus(stored: Sequence[Stored], keep_last: int, best_commit: int | None, pinned_commit: int | None) -> list[Stored]:
     """The checkpoints to delete, oldest first."""
-    by_age = sorted(stored, key=lambda item: item.q)
-    kept = {item.q for item in by_age[-max(keep_last, FEWEST) :]} | {best_q, pinned_q}
-    kept |= {item.q for item in [item for item in by_age if item.manifest.healthy][-1:]}
-    return [item for item in by_age if item.q not in kept]
+    by_age = sorted(stored, key=lambda item: item.commit_number)
+    kept = {item.commit_number for item in by_age[-max(keep_last, MIN_KEPT) :]} | {best_commit, pinned_commit}
+    kept |= {item.commit_number for item in [item for item in by_age if item.manifest.healthy][-1:]}
+    return [item for item in by_age if item.commit_number not in kept]
 
 
-def find_best(stored: Sequence[Stored], named_q: int | None) -> Stored | None:
-    """The best checkpoint: the one named when it still exists, else the last that was the best when it was saved.
+def find_best(stored: Sequence[Stored], best_commit: int | None) -> Stored | None:
+    """The checkpoint `best_commit` if it still exists, else the last one that was the best when it was saved.
 
-    Each best is a strict improvement, so the last one committed is the next best that still exists. Without a name the
-    newest checkpoint tells which one was the best.
+    Each best is a strict improvement, so the last one committed is the next best that still exists. Without a
+    `best_commit`, that of the newest checkpoint is used.
     """
-    by_age = sorted(stored, key=lambda item: item.q)
-    if named_q is None and by_age:
-        named_q = by_age[-1].manifest.best_q
-    named = [item for item in by_age if item.q == named_q]
+    by_age = sorted(stored, key=lambda item: item.commit_number)
+    if best_commit is None and by_age:
+        best_commit = by_age[-1].manifest.best_commit
+    named = [item for item in by_age if item.commit_number == best_commit]
     return next(iter(named or [item for item in by_age if item.manifest.is_best][-1:]), None)
 
 
 def max_kept(keep_last: int) -> int:
-    """Most checkpoints that can stand on disk at once: kept, best, healthy, resumed from, and the one being written."""
-    return max(keep_last, FEWEST) + 4
+    """Most checkpoints on disk at once: the last ones, the best, the healthy, the resumed, and the one being written."""
+    return max(keep_last, MIN_KEPT) + 4
 
 
-TEMPORARY = ".tmp-"
-TRASH = ".trash-"
-QUARANTINE = "quarantine"
-Tell = Callable[..., None]
-"""Called as tell(kind, **fields)."""
-
-
-def delete(fs: FileSystem, parent: Path, names: Sequence[str], tell: Tell) -> None:
-    """Delete checkpoints of `parent`; a failure is told as `delete_failed`, and what is left over is swept later."""
+def delete(fs: FileSystem, parent: Path, names: Sequence[str], emit: Emit) -> None:
+    """Delete checkpoints of `parent`; a failure is logged as `delete_failed`, and a later sweep removes the rest."""
     try:
         for name in names:
             fs.rename(parent / name, parent / (TRASH + name))
-            tell("delete", name=name)
+            emit("delete", name=name)
         if names:
             fs.fsync_directory(parent)
     except OSError as error:
-        tell("delete_failed", file=Path(str(error.filename)).name, error=describe(error))
+        emit("delete_failed", file=Path(str(error.filename)).name, error=describe(error))
         return
     for name in names:
-        remove(fs, parent / (TRASH + name), tell)
+        remove(fs, parent / (TRASH + name), emit)
 
 
-def remove(fs: FileSystem, path: Path, tell: Tell) -> bool:
-    """Remove a tree that stands under no live name; False, and `delete_failed`, when the file system refuses."""
+def remove(fs: FileSystem, path: Path, emit: Emit) -> bool:
+    """Remove a tree that has no live name; on an error log `delete_failed` and return False."""
     try:
         remove_tree(fs, path)
     except OSError as error:
-        tell("delete_failed", file=path.name, error=describe(error))
+        emit("delete_failed", file=path.name, error=describe(error))
         return False
     return True
 
 
 def undo_commit(fs: FileSystem, temporary: Path, final: Path) -> None:
-    """Drop a save that failed, from memory's point of view it never was; what cannot be dropped now is swept later.
+    """Roll back a failed save; what cannot be removed now is removed by a later sweep.
 
-    One that was renamed already but may not be durable goes too: it was not acknowledged.
+    A directory that was renamed already but may not be durable is removed too: it was not acknowledged.
     """
     trash = final.with_name(TRASH + final.name)
     with suppress(OSError):
@@ -111,45 +113,39 @@ def undo_commit(fs: FileSystem, temporary: Path, final: Path) -> None:
                 remove_tree(fs, path)
 
 
-def quarantine(fs: FileSystem, parent: Path, name: str, damage: CorruptCheckpoint, tell: Tell) -> bool:
-    """Move a damaged checkpoint out of the way, under its name and the reason; False when it could not be moved."""
-    tell("quarantine", name=name, reason=damage.reason, error=str(damage))
+def quarantine(fs: FileSystem, parent: Path, name: str, damage: CorruptCheckpoint, emit: Emit) -> bool:
+    """Move a damaged checkpoint into quarantine, as NAME.REASON; False when it could not be moved."""
+    emit("quarantine", name=name, reason=damage.reason, error=str(damage))
     directory = parent / QUARANTINE
     try:
         make_directories(fs, directory)
-        taken = set(fs.names(directory))
-        wanted = f"{name}.{damage.reason}"
-        target = next(t for t in (wanted, *(f"{wanted}.{n}" for n in range(2, len(taken) + 3))) if t not in taken)
+        existing = set(fs.names(directory))
+        base = f"{name}.{damage.reason}"
+        target = next(t for t in (base, *(f"{base}.{n}" for n in range(2, len(existing) + 3))) if t not in existing)
         fs.rename(parent / name, directory / target)
         fs.fsync_directory(directory)
         fs.fsync_directory(parent)
     except OSError as error:
-        tell("quarantine_failed", name=name, error=describe(error))
+        emit("quarantine_failed", name=name, error=describe(error))
         return False
     return True
-
-
-BEST = "best.json"
-LAST = "last.json"
-TEMPORARY_PREFIXES = (f".tmp-{BEST}-", f".tmp-{LAST}-")
-LIMIT_BYTES = 64 * 2**10
 
 
 def write_pointer(fs: FileSystem, path: Path, item: Stored) -> None:
     """Point `path` at a committed checkpoint, atomically and durably."""
     manifest = item.manifest
-    fields = {"name": item.name, "q": item.q, "update": manifest.update, "metric": manifest.metric}
+    fields = {"name": item.name, "q": item.commit_number, "update": manifest.update, "metric": manifest.metric}
     replace_file(fs, path, strict_json.dump({**fields, "manifest_sha256": item.manifest_sha256}))
 
 
-def pointed_q(fs: FileSystem, path: Path) -> int:
-    """The commit number in a pointer, a lower bound of those ever used.
+def pointed_commit(fs: FileSystem, path: Path) -> int:
+    """The commit number in a pointer file, a lower bound of the numbers that were used.
 
     Returns:
         0 without a pointer; 1 for a damaged one, since it proves that something was committed.
     """
     try:
-        fields = strict_json.load(read_bounded(fs, path, LIMIT_BYTES))
+        fields = strict_json.load(read_bounded(fs, path, POINTER_LIMIT_BYTES))
         return (parse_name(str(fields["name"])) or (0, 1))[1]
     except FileNotFoundError:
         return 0

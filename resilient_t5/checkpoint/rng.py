@@ -1,6 +1,6 @@
 """The four global random states (python, numpy, torch on the CPU, torch on each CUDA device) as tensors and JSON.
 
-Nothing on the data path draws from them. They are saved so that a stray draw somewhere else is the same after a resume.
+The data pipeline does not draw from them. They are saved so that any other draw is the same after a resume.
 """
 
 import random
@@ -16,7 +16,7 @@ CUDA_PREFIX = "cuda:"
 
 
 def start(seed: int) -> None:
-    """Put all global random states of a new run where its seed says, so that two runs of one seed agree in them too."""
+    """Seed all global random states, so that two runs with the same seed have the same ones."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -26,10 +26,10 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All global random states as (tensors, JSON).
 
     Tensors: `python` int64 (625,), `numpy` int64 (624,), `torch` uint8, and `cuda:i` uint8 for each device, if CUDA is in
-    use. The rest, such as a pending half of a pair of normal draws, is in the JSON.
+    use. The JSON holds the rest, such as the cached second value of a pair of normal draws.
 
     Raises:
-        TypeError: numpy's global generator was replaced by one that is not MT19937.
+        TypeError: numpy's global generator is not MT19937.
     """
     version, words, pending = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=False)
@@ -53,15 +53,16 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> list[str]:
-    """Put back what `capture` returned.
+    """Restore the states that `capture` returned.
 
     Returns:
-        Names of states that do not exist on both sides, such as `cuda:1`; the run is then the same in distribution only.
+        Names of states that exist only in the checkpoint or only on this machine, such as `cuda:1`; the run is then not
+        bitwise the same.
 
     Raises:
         ResumeMismatch: a state is missing, or does not fit the generator of this version of python, numpy or torch.
     """
-    here = {f"{CUDA_PREFIX}{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
+    present = {f"{CUDA_PREFIX}{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
     saved = {name for name in tensors if name.startswith(CUDA_PREFIX)}
     try:
         words = tuple(tensors[PYTHON].tolist())
@@ -77,11 +78,11 @@ def restore(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> list[str]
             }
         )
         torch.set_rng_state(tensors[TORCH])
-        for name in sorted(saved & here):
+        for name in sorted(saved & present):
             torch.cuda.set_rng_state(tensors[name], int(name.removeprefix(CUDA_PREFIX)))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ResumeMismatch(
             f"a saved random state does not fit this version of python, numpy or torch ({error})",
             hint="Continue the run with the versions in its environment.json",
         ) from error
-    return sorted(saved ^ here)
+    return sorted(saved ^ present)

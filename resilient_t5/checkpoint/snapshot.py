@@ -1,4 +1,4 @@
-"""Copies of the parts in host memory, their size, and whether every number in them is finite."""
+"""Copies of the tensors of a checkpoint in host memory, and the check that all values are finite."""
 
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +21,7 @@ def snapshot_bytes(tensors: TensorFiles) -> int:
 
 
 def take_snapshot(tensors: TensorFiles) -> TensorFiles:
-    """Copy every tensor to new host memory, shared ones once; complete on return (one device sync per tensor)."""
+    """Copy every tensor to new host memory, shared ones once; synchronous (one device sync per tensor)."""
     return {stem: _copy(part) for stem, part in tensors.items()}
 
 
@@ -32,10 +32,10 @@ def _copy(part: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def refuse_non_finite(tensors: TensorFiles) -> None:
-    """Check all floating-point tensors; the sums of one device are read with one sync.
+    """Check all floating-point tensors, with one sync per device.
 
     Raises:
-        NonFiniteState: naming the first tensors that hold NaN or infinity.
+        NonFiniteState: names the first tensors that hold NaN or infinity.
     """
     bad = [f"{stem}/{name}" for stem, part in tensors.items() for name in _non_finite(part)]
     if bad:
@@ -54,7 +54,7 @@ def _non_finite(part: Mapping[str, torch.Tensor]) -> Iterator[str]:
             by_device.setdefault(tensor.device, []).append((name, _sum(tensor.detach())))
     for sums in by_device.values():
         finite = torch.stack([total for _, total in sums]).isfinite().tolist()
-        # A sum of finite numbers can overflow, so a suspect is looked at element by element.
+        # A sum of finite numbers can overflow, so these tensors are checked element by element.
         suspects = [name for (name, _), good in zip(sums, finite, strict=True) if not good]
         yield from (name for name in suspects if not _all_finite(part[name]))
 

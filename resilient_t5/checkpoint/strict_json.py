@@ -1,7 +1,7 @@
-"""JSON that reads back as exactly what was written, and refuses everything else.
+"""JSON with an exact round trip.
 
-Plain JSON loses a NaN, turns the key 1 into "1" and keeps the last of two equal keys. Here a float that is not finite is
-written as {"$float": "nan"}, keys must be strings, and equal keys, bare NaN and excessive depth are refused on reading.
+Python's json writes NaN as invalid JSON, turns the key 1 into "1" and keeps the last of two equal keys. Here a non-finite
+float is written as {"$float": "nan"}, keys must be strings, and equal keys, bare NaN and excessive depth are errors.
 """
 
 import json
@@ -18,14 +18,14 @@ def dump(value: Any) -> bytes:
 
     Raises:
         TypeError: a key is not a string, or a value is none of None, bool, int, float, str, list, tuple, dict.
-        ValueError: nested deeper than 64.
+        ValueError: nested deeper than DEPTH.
     """
     text = json.dumps(_plain(value, DEPTH), sort_keys=True, indent=1, allow_nan=False)
     return text.encode("ascii") + b"\n"
 
 
 def load(data: bytes) -> Any:
-    """The value that `dump` wrote.
+    """Parse the bytes that `dump` returned.
 
     Raises:
         ValueError: not UTF-8, not JSON, equal keys in one object, a bare NaN, or nested too deeply.
@@ -62,11 +62,11 @@ def _plain(value: Any, depth: int) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> Any:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("an object holds the same key twice")
+        raise ValueError("an object has the same key twice")
     if FLOAT_KEY in value:
         number = NOT_FINITE.get(str(value[FLOAT_KEY]))
         if len(value) != 1 or number is None:
-            raise ValueError(f"{FLOAT_KEY} holds no known number")
+            raise ValueError(f"{FLOAT_KEY} is not nan, inf or -inf")
         return number
     return value
 

@@ -1,8 +1,8 @@
-"""Tensors to and from the safetensors format, streamed: one pass that hashes what it writes or reads.
+"""Streaming reader and writer of the safetensors format, for hashing in the same pass.
 
-The format is 8 bytes of header length, a JSON header, and the raw buffers without gaps. The library that owns it cannot
-write through a hash, reads a file a second time to verify it, and accepts a flipped bit; the streams here do neither, and
-what was hashed is what is returned. Any safetensors reader opens the files.
+The format is 8 bytes of header length, a JSON header, and the raw buffers without gaps. The safetensors library cannot hash
+while it writes, would have to read a file twice to verify it, and does not detect a flipped bit. Any safetensors reader
+opens the files that are written here.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 from resilient_t5.checkpoint import strict_json
 
-# A chunk stays in the CPU's cache between hashing and writing, and bounds the host memory of a device tensor.
+# A chunk fits into the CPU cache between hashing and writing, and bounds the host memory of a device tensor.
 CHUNK_BYTES = 8 * 2**20
 HEADER_LIMIT_BYTES = 64 * 2**20
 MAX_DIMENSIONS = 16
@@ -41,7 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ByteSource(Protocol):
-    """What `read_tensors` reads from."""
+    """The input of `read_tensors`."""
 
     def fill(self, buffer: memoryview) -> None:
         """Fill the whole buffer, or raise."""
@@ -49,7 +49,7 @@ class ByteSource(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """A file before it is written: its header, the tensors in the order of their buffers, and names that share one."""
+    """The plan of a file: its header, the tensors in the order of their buffers, and {alias: name} of shared ones."""
 
     header: bytes
     tensors: list[torch.Tensor]
@@ -67,9 +67,9 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def split_shared(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors to write once each, and {alias: name} for those that are the same memory under another name.
+    """Split into tensors with memory of their own, and {alias: name} for further names of the same memory.
 
-    The first name in sorted order owns the memory, so that the same model always gives the same file.
+    The first name in sorted order is the owner, so that the same model always gives the same file.
     """
     owners: dict[tuple[Any, ...], str] = {}
     unique: dict[str, torch.Tensor] = {}
@@ -85,10 +85,10 @@ def split_shared(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.T
 
 
 def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
-    """Plan the file of `tensors` (any device, any shape, zero-dimensional and empty ones too).
+    """Plan the file of `tensors` (any device and shape, zero-dimensional and empty ones included).
 
     Raises:
-        TypeError: a tensor that is not dense, or of a dtype that the format does not know; an unusable name.
+        TypeError: a tensor that is not dense, a dtype that the format does not have, or an invalid name.
     """
     for name, tensor in tensors.items():
         if name in ("", METADATA, strict_json.FLOAT_KEY):
@@ -96,7 +96,7 @@ def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
             raise TypeError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be saved")
     unique, shared = split_shared(tensors)
-    # Wide elements first keeps every buffer aligned for readers that map the file.
+    # Wide elements come first, so that every buffer is aligned for readers that map the file.
     ordered = sorted(unique.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries: dict[str, Any] = {METADATA: {"format": "pt"}}
     offset = 0
@@ -107,16 +107,16 @@ def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
     text = json.dumps(entries, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT_BYTES:
-        raise TypeError(f"the names of {len(entries)} tensors do not fit into a header of {HEADER_LIMIT_BYTES} bytes")
+        raise TypeError(f"the header of {len(entries)} tensors exceeds {HEADER_LIMIT_BYTES} bytes")
     return Layout(len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered], shared)
 
 
 def chunks(layout: Layout) -> Iterator[memoryview]:
-    """The bytes of the file in order, at most CHUNK_BYTES at a time; a device tensor crosses to the host chunk by chunk."""
+    """The bytes of the file in order, at most CHUNK_BYTES at a time; device tensors are copied to the host in chunks."""
     yield memoryview(layout.header)
     for tensor in layout.tensors:
         flat = tensor.detach().reshape(-1)
-        if flat.stride(0) != 1:  # an expanded tensor, or one element of a strided one, has no bytes of its own to view
+        if flat.stride(0) != 1:  # an expanded tensor, or one element of a strided one, cannot be viewed as bytes
             flat = flat.clone(memory_format=torch.contiguous_format)
         data = flat.view(torch.uint8)
         for start in range(0, data.numel(), CHUNK_BYTES):
@@ -124,15 +124,15 @@ def chunks(layout: Layout) -> Iterator[memoryview]:
 
 
 def read_tensors(source: ByteSource, size: int, shared: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors of a file of `size` bytes, on the CPU, each in memory of its own so that it can be freed alone.
+    """Read the tensors of a file of `size` bytes to the CPU, each into its own allocation so that it can be freed alone.
 
     Args:
-        source: gives the bytes in order; it must refuse a wrong hash itself once all is read.
-        size: bytes of the file, which bounds every allocation.
-        shared: {alias: name}; an alias is the same tensor object as its owner.
+        source: the bytes in order; the caller verifies their hash afterwards.
+        size: bytes of the file; bounds every allocation.
+        shared: {alias: name}; an alias becomes the same tensor object as its owner.
 
     Raises:
-        ValueError: the bytes are no safetensors file of this size, or `shared` does not fit.
+        ValueError: the bytes are not a safetensors file of this size, or `shared` does not fit.
     """
     entries = _read_header(source, size)
     tensors: dict[str, torch.Tensor] = {}
@@ -162,12 +162,12 @@ def _read_header(source: ByteSource, size: int) -> list[Entry]:
     source.fill(memoryview(header))
     fields = strict_json.load(bytes(header))
     if not isinstance(fields, dict):
-        raise ValueError("the header is no object")
+        raise ValueError("the header is not an object")
     entries = sorted((_entry(name, value) for name, value in fields.items() if name != METADATA), key=lambda e: (e[3], e[4]))
     position = 0
     for name, _, _, start, end in entries:
         if start != position:
-            raise ValueError(f"tensor {name!r} begins at {start}, not at {position}")
+            raise ValueError(f"tensor {name!r} starts at {start}, not at {position}")
         position = end
     if len(prefix) + length + position != size:
         raise ValueError(f"the tensors end at {len(prefix) + length + position}, the file at {size}")
@@ -176,15 +176,15 @@ def _read_header(source: ByteSource, size: int) -> list[Entry]:
 
 def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} is not described as it must be")
+        raise ValueError(f"tensor {name!r} has a malformed header entry")
     dtype, shape, offsets = DTYPES.get(str(value["dtype"])), value["shape"], value["data_offsets"]
     if dtype is None or not _sizes(shape) or len(shape) > MAX_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has an unusable dtype, shape or place")
+        raise ValueError(f"tensor {name!r} has an invalid dtype, shape or offset")
     start, end = offsets
     if math.prod(max(length, 1) for length in shape) >= 2**48:
         raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name!r} of shape {shape} does not fill {start} to {end}")
+        raise ValueError(f"tensor {name!r} of shape {shape} does not have the bytes {start} to {end}")
     return name, dtype, shape, start, end
 
 

@@ -1,8 +1,8 @@
-"""The background writer: training stands still only for a copy to host memory, then a thread writes it.
+"""The background writer: training pauses only for a copy to host memory, which a thread then writes.
 
-One save is in flight and one copy in memory at a time. A periodic save that finds the writer busy is dropped, as the next
-one is near; the others wait. Saves that the process is about to end on (signal, final), and rollbacks, are written by the
-caller at once: nobody would gain from a copy. So is every save when memory is too short for one.
+At most one save is in flight and one copy in memory. A periodic save is dropped while another save is in flight; all others
+wait for it. Saves before the process exits (signal, final) and rollbacks are synchronous and need no copy. So is every
+save when host memory is too small for a copy.
 """
 
 import threading
@@ -17,26 +17,26 @@ from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
 from resilient_t5.errors import DiskFull, StorageError
 from resilient_t5.host_memory import available_bytes
 
-ENDING = ("signal", "final", "rollback")
-"""Reasons of saves that the caller cannot go on without."""
+SYNCHRONOUS = ("signal", "final", "rollback")
+"""Reasons of saves that the caller waits for."""
 MEMORY_FACTOR = 1.3
 MEMORY_SPARE_BYTES = 1.5 * 2**30
 MAX_DROPPED = 7
-"""Periodic requests that are dropped, at most, before a failing disk is tried again."""
+"""Most periodic saves that are dropped before a failing disk is tried again."""
 WAIT_S = 1.0
 POLL_S = 0.05
 
 
 class Writer:
-    """Saves through `vault`, in a thread where that helps. All methods belong to the thread that made it.
+    """Saves through `manager`, in a thread where possible. Call all methods from the thread that created it.
 
-    `vault.settings.on_disk_full` decides what a periodic or best save does that the disk refuses: `continue` tells
-    `save_failed` and goes on, with fewer tries the longer it lasts; `wait` tries again until there is room; `stop` raises.
-    A signal, final or rollback save that the disk refuses always raises, `wait` waits for all but a signal.
+    `checkpoint.on_disk_full` decides how a failed periodic or best save is handled: `continue` logs `save_failed` and
+    backs off exponentially; `wait` retries until there is disk space; `stop` raises. A failed signal, final or rollback
+    save always raises, except that `wait` retries a final save or a rollback.
 
     Args:
-        vault: where to save; nobody else may save or load while a save is in flight.
-        background: use a thread at all.
+        manager: no other thread may save or load through it while a save is in flight.
+        background: whether to use the thread.
         available_bytes: free host memory; None counts as too little.
     """
 
@@ -54,8 +54,8 @@ class Writer:
         self._errors: list[BaseException] = []
         self._failures = 0
         self._to_drop = 0
-        self._last_q = 0
-        self._give_up = threading.Event()
+        self._last_commit_number = 0
+        self._stop_retrying = threading.Event()
 
     @property
     def busy(self) -> bool:
@@ -63,16 +63,16 @@ class Writer:
         return self._in_flight is not None and not self._in_flight.done()
 
     def submit(self, parts: Parts, *, best: bool, must: bool, should_stop: Callable[[], bool] | None = None) -> bool:
-        """Save `parts` as they are now; the caller may change the tensors after the return.
+        """Save the present values of `parts`; the caller may change the tensors after the return.
 
         Args:
-            parts: what to save.
+            parts: the content of the checkpoint.
             best: this is the best model so far.
-            must: wait while another save is in flight; otherwise the request is dropped then.
-            should_stop: ends the waiting, for a slot or for room on the disk.
+            must: wait while another save is in flight, instead of dropping this one.
+            should_stop: ends the wait for the save in flight or for disk space.
 
         Returns:
-            False when the request was dropped.
+            False if the request was dropped.
         """
         if parts.reason == "signal":
             self.hurry()
@@ -81,14 +81,14 @@ class Writer:
         if not self._wait_for_slot(should_stop):
             return False
         self._collect()
-        self._give_up.clear()
+        self._stop_retrying.clear()
         newest = self._manager.newest
-        self._last_q = newest.q if newest else 0
-        at_once = parts.reason in ENDING or not self._has_room_for(parts)
-        if not at_once and not parts.are_copies:
+        self._last_commit_number = newest.commit_number if newest else 0
+        synchronous = parts.reason in SYNCHRONOUS or not self._fits_in_memory(parts)
+        if not synchronous and not parts.are_copies:
             parts = replace(parts, tensors=take_snapshot(parts.tensors))
         self._in_flight = self._executor.submit(self._save, parts, best, should_stop)
-        if at_once:  # the thread reads the caller's own tensors, so the caller stays here until it is done
+        if synchronous:  # the thread reads the caller's own tensors, so the caller waits for it
             self._wait_for_slot(None)
         return True
 
@@ -96,7 +96,7 @@ class Writer:
         """Checkpoints committed since the last poll.
 
         Raises:
-            Exception: what a save raised since the last poll, once.
+            Exception: the error of a save since the last poll, once.
         """
         self._collect()
         self._manager.emit_pending()
@@ -106,16 +106,16 @@ class Writer:
         return finished
 
     def drain(self, poll_s: float = POLL_S, should_stop: Callable[[], bool] | None = None) -> list[Committed]:
-        """Wait until nothing is in flight, or until `should_stop`; then `poll`."""
+        """Wait until no save is in flight, or until `should_stop`; then `poll`."""
         self._wait_for_slot(should_stop, poll_s)
         return self.poll()
 
     def hurry(self) -> None:
-        """A save that waits for room on the disk gives up; one that is being written goes on."""
-        self._give_up.set()
+        """Abort a save that waits for disk space; one that is being written continues."""
+        self._stop_retrying.set()
 
     def close(self) -> None:
-        """Let the save in flight end, stop waiting for room, and end the thread; raises what no poll has raised yet."""
+        """Finish the save in flight without waiting for disk space, end the thread, and raise any pending error."""
         self.hurry()
         self._executor.shutdown(wait=True)
         self.poll()
@@ -125,7 +125,7 @@ class Writer:
         self._to_drop -= 1
         return self._to_drop >= 0
 
-    def _has_room_for(self, parts: Parts) -> bool:
+    def _fits_in_memory(self, parts: Parts) -> bool:
         if not self._background or parts.are_copies:
             return self._background
         available = self._available_bytes()
@@ -153,32 +153,32 @@ class Writer:
             self._to_drop = min(2 ** (self._failures - 1) - 1, MAX_DROPPED)
         else:
             self._failures = self._to_drop = 0
-            if committed.q > self._last_q:  # a save that found its update saved already is no news
-                self._last_q = committed.q
+            if committed.commit_number > self._last_commit_number:  # not if the update had been saved before
+                self._last_commit_number = committed.commit_number
                 self._finished.append(committed)
 
     def _save(self, parts: Parts, best: bool, should_stop: Callable[[], bool] | None) -> Committed | None:
-        policy, told = self._manager.settings.on_disk_full, False
+        policy, logged = self._manager.settings.on_disk_full, False
         while True:
             try:
                 return self._manager.save(parts, best=best)
             except (DiskFull, StorageError) as error:
                 waits = policy == "wait" and isinstance(error, DiskFull) and parts.reason != "signal"
-                if not waits and (policy == "stop" or parts.reason in ENDING):
+                if not waits and (policy == "stop" or parts.reason in SYNCHRONOUS):
                     raise
-                if not told:
+                if not logged:
                     self._manager.emit("save_failed", update=parts.update, reason=parts.reason, error=str(error), waits=waits)
-                    told = True
-                if not waits or not self._wait_for_room(should_stop):
-                    if parts.reason in ENDING:
+                    logged = True
+                if not waits or not self._wait_before_retry(should_stop):
+                    if parts.reason in SYNCHRONOUS:
                         raise
                     return None
 
-    def _wait_for_room(self, should_stop: Callable[[], bool] | None) -> bool:
-        """Wait a little; False when the waiting has to end."""
+    def _wait_before_retry(self, should_stop: Callable[[], bool] | None) -> bool:
+        """Wait WAIT_S; return False when the save must not be tried again."""
         until_s = time.monotonic() + WAIT_S
         while time.monotonic() < until_s:
-            if self._give_up.is_set() or (should_stop is not None and should_stop()):
+            if self._stop_retrying.is_set() or (should_stop is not None and should_stop()):
                 return False
             time.sleep(POLL_S)
         return True

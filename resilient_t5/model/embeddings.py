@@ -1,7 +1,7 @@
 """The vocabulary tables of a T5 or mT5: the input embedding and the output head, tied or untied.
 
-Shapes: V vocabulary rows, D model width. transformers 5 declares every T5 and mT5 tied, so its own calls that tie, resize
-or load by name ruin an untied model without a word. The tables are therefore set by hand, here and nowhere else.
+Shapes: V vocabulary rows, D model width. transformers 5 declares every T5 and mT5 tied, so its methods that tie, resize or load
+by name silently break an untied model. The tables are therefore replaced by `set_tables` only.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids of a tokenizer that the model must know; a T5 decoder starts with the pad."""
+    """The ids of a tokenizer that the model needs; a T5 decoder starts with the pad."""
 
     pad_id: int
     eos_id: int
@@ -28,12 +28,10 @@ class SpecialIds:
 
 
 def special_ids(model: T5Model) -> SpecialIds:
-    """The special ids that the model's configuration holds, in its own (full or active) numbering."""
+    """The special ids of the model's configuration, in its own (full or active) numbering."""
     pad, eos, start = model.config.pad_token_id, model.config.eos_token_id, model.config.decoder_start_token_id
     if not isinstance(pad, int) or not isinstance(eos, int) or not isinstance(start, int):
-        raise DataError(
-            f"the model needs one pad, one end mark and one start: {pad}, {eos}, {start}", hint="set them as numbers"
-        )
+        raise DataError(f"the model needs one pad, one end and one start id: {pad}, {eos}, {start}", hint="Set them as numbers")
     return SpecialIds(pad, eos, start)
 
 
@@ -48,15 +46,10 @@ def scales_decoder_output(model: T5Model) -> bool:
 
 
 def set_tables(model: T5Model, shared_VD: nn.Parameter, head_VD: nn.Parameter | None) -> None:
-    """Put one embedding into both stacks, and the head beside it; `None` ties the head to the embedding.
+    """Replace the embedding of both stacks and the head; `None` ties the head to the embedding.
 
-    The row counts of modules and configurations follow. Afterwards `config.tie_word_embeddings` says what is true, so
-    that a later `tie_weights` by a library cannot tie an untied model.
-
-    Args:
-        model: T5ForConditionalGeneration or MT5ForConditionalGeneration.
-        shared_VD: the new input embedding.
-        head_VD: the new head of an untied model.
+    The row counts of modules and configurations are updated. `config.tie_word_embeddings` is set too, so that a later
+    `tie_weights` by a library cannot tie an untied model.
     """
     rows = shared_VD.shape[0]
     for module in (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens):

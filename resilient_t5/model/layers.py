@@ -1,20 +1,20 @@
-"""Layers of a T5 that keep for their backward pass only what it cannot make again.
+"""Memory-saving T5 layers: the forward pass saves only tensors that the backward pass cannot recompute cheaply.
 
-transformers' layers, run eagerly, keep every intermediate: eight feed-forward widths for a gated GELU, the normed input
-beside the input, a 16-bit copy of every weight under autocast, and a mask of B x heads x S x S in every layer. Here a
-norm keeps its input, a product keeps its input and the weight itself, and a feed-forward layer keeps what its first
-products gave; the rest is computed a second time. That costs element-wise work and no matrix product but the scores of
-attention on a CPU. What is computed is the same up to rounding, in forward and backward.
+The layers of transformers save every intermediate: eight feed-forward widths for a gated GELU, the normed input in addition to
+the input, a 16-bit copy of every weight under autocast, and a mask of B x heads x S x S in every layer. Here a norm saves its
+input, a product saves its input and the weight itself, and a feed-forward layer saves the results of its first products. The
+rest is recomputed: element-wise operations, and on a CPU the scores of attention. Forward and backward are the same up to
+rounding.
 
-Attention has one additive mask a stack. All layers of a stack share one position bias. transformers joins it with the
-padding in every layer anew, B x heads x S x S each time, and adds zeros of that size in every cross-attention. Here the
-first layer joins them, in the number format of the products, and hands the result on in the place of the bias; where
-nothing is padded it stays (1, heads, S, S), and cross-attention gets (B, 1, T, S) or nothing. On a GPU torch's own kernels
-do the rest (for them the gradient of the bias adds up over the layers in 16 bits); on a CPU they would keep scores, weights
-and dropout of every layer, so `RecomputedAttention` keeps the projections and one byte a score, and makes the weights
-again, as Dao et al. 2022 (arXiv 2205.14135) do, but without their blocks.
+All layers of a stack share one position bias and one additive mask. transformers adds the padding mask to the bias in every
+layer, B x heads x S x S each time, and adds zeros of that size in every cross-attention. Here the first layer adds them once,
+in the number format of the products, and passes the result on in place of the bias; without padding it stays
+(1, heads, S, S), and cross-attention gets (B, 1, T, S) or nothing. On a GPU torch's kernels do the rest (the gradient of the
+bias is then accumulated over the layers in 16 bits). On a CPU they would save scores, weights
+and dropout of every layer, so `RecomputedAttention` saves the projections and one byte per score, and recomputes the weights,
+like Dao et al. 2022 (arXiv 2205.14135) but without tiling.
 
-`model/memory.py` counts what these layers keep. Shapes: B examples, S tokens, D model width, F feed-forward width, H heads,
+`model/memory.py` counts the saved bytes. Shapes: B examples, S tokens, D model width, F feed-forward width, H heads,
 Q queries, K keys, W width of a head.
 """
 
@@ -33,7 +33,7 @@ from resilient_t5.model.vocabulary_gradients import wide_product
 
 
 class RecomputedAttention(torch.autograd.Function):
-    """softmax(q k^T + mask) v with dropout on the weights; float32 inside, keeps its inputs and the bits of dropout."""
+    """softmax(q k^T + mask) v with dropout on the weights; computes in float32, saves its inputs and the dropout mask."""
 
     @staticmethod
     def forward(
@@ -51,7 +51,7 @@ class RecomputedAttention(torch.autograd.Function):
                 keep_BHQK = torch.empty_like(weights_BHQK, dtype=torch.bool).bernoulli_(1.0 - probability)
                 weights_BHQK.mul_(keep_BHQK)
             ctx.save_for_backward(query_BHQW, key_BHKW, value_BHKW, mask, keep_BHQK)
-            # The scale of dropout goes into the values, which are far fewer than the weights.
+            # The scale of dropout is applied to the values, which are far fewer than the weights.
             ctx.factor = 1.0 / (1.0 - probability)
             wide_BHKW = _wide(value_BHKW) * ctx.factor if probability > 0 else _wide(value_BHKW)
             return (weights_BHQK @ wide_BHKW).to(query_BHQW.dtype)
@@ -88,10 +88,10 @@ def attend(
     mask: torch.Tensor | None,
     probability: float,
 ) -> torch.Tensor:
-    """Attention without a scale, as T5's is: (B, H, Q, W).
+    """T5 attention, which has no scale factor: (B, H, Q, W).
 
     Args:
-        mask: additive, in the dtype of the query, to be broadcast to (B, H, Q, K); None where every key is seen.
+        mask: additive, in the dtype of the query, broadcastable to (B, H, Q, K); None if every key is visible.
         probability: of dropout on the weights.
     """
     if query_BHQW.device.type == "cpu" and torch.is_grad_enabled():
@@ -102,11 +102,11 @@ def attend(
 
 
 def additive_mask(bias_1HQK: torch.Tensor | None, visible: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Bias and visibility as one mask to be added to the scores, of `dtype`.
+    """Combine bias and visibility into one additive mask of `dtype`.
 
     Args:
         bias_1HQK: the learned position bias; None in cross-attention.
-        visible: bool, or additive floats, to be broadcast to (B, H, Q, K); None where all keys are visible.
+        visible: bool, or additive floats, broadcastable to (B, H, Q, K); None if all keys are visible.
     """
     bias = None if bias_1HQK is None else bias_1HQK.to(dtype)
     if visible is None:
@@ -120,7 +120,7 @@ def additive_mask(bias_1HQK: torch.Tensor | None, visible: torch.Tensor | None, 
 
 
 class _LeanAttention(nn.Module):
-    """What the two classes below share: a forward over `attend`. With a cache, transformers' own forward runs."""
+    """Forward of the two classes below over `attend`. With a cache, the forward of transformers runs."""
 
     q: nn.Linear
     k: nn.Linear
@@ -163,7 +163,7 @@ class _LeanAttention(nn.Module):
         return states_BSI.view(rows, length, self.n_heads, self.key_value_proj_dim).transpose(1, 2)
 
     def _mask(self, visible: torch.Tensor | None, query_BHQW: torch.Tensor, keys: int) -> torch.Tensor | None:
-        """The first layer's mask, which the others are handed as their bias."""
+        """The mask of the first layer, which is passed to the others as their bias."""
         queries, device = query_BHQW.shape[2], query_BHQW.device
         if not self.has_relative_attention_bias:
             return additive_mask(None, visible, query_BHQW.dtype)
@@ -196,7 +196,7 @@ def _weights(query_BHQW: torch.Tensor, key_BHKW: torch.Tensor, mask: torch.Tenso
 
 aten = torch.ops.aten
 Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Name in a T5 configuration: the function, and the gradient of its input from that of its output.
+# Name in a T5 configuration -> the function, and its backward (grad of output, input) -> grad of input.
 ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derivative]] = {
     "relu": (torch.relu, lambda grad, gate: aten.threshold_backward(grad, gate, 0)),
     "gelu": (functional.gelu, lambda grad, gate: aten.gelu_backward(grad, gate)),
@@ -210,7 +210,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derivative]
 
 
 def working_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of a matrix product with this operand: autocast's where it is on, else the operand's own."""
+    """The dtype of a matrix product with this operand: that of autocast if enabled, else that of the operand."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -218,7 +218,7 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class RmsNorm(torch.autograd.Function):
-    """x / rms(x) * weight; keeps x and one number per token. Computes in float32 or wider, returns `dtype`."""
+    """x / rms(x) * weight; saves x and one number per token. Computes in float32 or wider, returns `dtype`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
@@ -242,9 +242,9 @@ class RmsNorm(torch.autograd.Function):
 
 
 class RecastProduct(torch.autograd.Function):
-    """x @ weight^T in the 16 bits of x; keeps x and the weight itself, and casts the weight a second time in backward.
+    """x @ weight^T in the 16-bit format of x; saves x and the weight itself, and casts the weight again in backward.
 
-    The gradient of the weight leaves the product in float32 where the device can do that.
+    The gradient of the weight is accumulated in float32 if the device supports it.
     """
 
     @staticmethod
@@ -266,7 +266,7 @@ class RecastProduct(torch.autograd.Function):
 
 
 class FeedForward(torch.autograd.Function):
-    """keep * activation(gate) * linear @ weight^T; keeps gate, linear and the bits of dropout, makes the product again."""
+    """keep * activation(gate) * linear @ weight^T; saves gate, linear and the dropout mask, recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -306,7 +306,7 @@ class FeedForward(torch.autograd.Function):
 
 
 def _hidden(activated: torch.Tensor, linear: torch.Tensor | None, keep: torch.Tensor | None, factor: float) -> torch.Tensor:
-    """What the second product sees, made in the place of `activated`."""
+    """The input of the second product, computed in place of `activated`."""
     if linear is not None:
         activated.mul_(linear)
     return activated if keep is None else activated.mul_(keep).mul_(factor)
@@ -320,7 +320,7 @@ FEED_FORWARDS = (T5DenseActDense, T5DenseGatedActDense, MT5DenseActDense, MT5Den
 
 
 class LeanNorm(nn.Module):
-    """A norm inside a block: its output feeds matrix products only, so under autocast it leaves in 16 bits, once."""
+    """A norm inside a block: its output feeds matrix products only, so under autocast it is cast to 16 bits once."""
 
     weight: torch.Tensor
     variance_epsilon: float
@@ -330,21 +330,21 @@ class LeanNorm(nn.Module):
 
 
 class LeanLastNorm(LeanNorm):
-    """The decoder's last norm: float32 whatever autocast says, since the loss begins with it."""
+    """The decoder's last norm: float32 regardless of autocast, since it is the input of the loss."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
 
 
 class LeanDropout(nn.Dropout):
-    """Dropout that keeps one byte a value, on a CPU too."""
+    """Dropout that saves one byte per value, on a CPU too."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(input, self.p, True)[0] if self.training and self.p > 0 else input
 
 
 class LeanLinear(nn.Linear):
-    """A linear layer that under autocast keeps no 16-bit copy of its weight."""
+    """A linear layer that saves no 16-bit copy of its weight under autocast."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = working_dtype(input)
@@ -368,20 +368,20 @@ class LeanFeedForward(nn.Module):
         probability = self.dropout.p if self.training else 0.0
         keep = torch.empty_like(gate, dtype=torch.bool).bernoulli_(1.0 - probability) if probability > 0 else None
         factor = 1.0 / (1.0 - probability)
-        # In the number format of the gate: a float32 island (`precision.py`) wants its second product in float32 too.
+        # In the number format of the gate: a float32 island (`precision.py`) needs its second product in float32 too.
         return FeedForward.apply(gate, linear, self.wo.weight, keep, (self.activation_name, factor, gate.dtype))
 
 
 def install_lean_layers(model: T5Model) -> None:
-    """Let the layers of `model` keep less; parameters, names and hooks stay what they are. Twice changes nothing.
+    """Replace the classes of the layers of `model`; parameters, names and hooks are kept. Idempotent.
 
-    Works with and without autocast, checkpointing, float32 islands (before or after), evaluation and generation.
+    Compatible with autocast, checkpointing, float32 islands (before or after), evaluation and generation.
     """
     modules: list[Any] = list(model.modules())
     for module in modules:
         kind = type(module)
         if kind in LEAN_ATTENTION:
-            # The class alone differs, so parameter, name and hooks stay what they are.
+            # Only the class changes, so parameters, names and hooks are kept.
             module.__class__ = LEAN_ATTENTION[kind]
         elif kind in (T5LayerNorm, MT5LayerNorm):
             module.__class__ = LeanNorm

@@ -1,8 +1,8 @@
-"""Build a T5 or mT5 from scratch, load one, save one: float32, and what is untied stays untied.
+"""Build a T5 or mT5 from scratch, load one, save one: always float32; an untied head stays untied.
 
-transformers' own loading is not used: it takes the dtype of the file, ties what the file keeps apart when asked in the
-wrong order, and reads a missing embedding from the head. Here a skeleton without memory is made from the configuration,
-and every parameter is put into it from the file, by name, after its shape was compared.
+`from_pretrained` is not used: it takes the dtype of the file, can tie tables that are separate in the file, and reads a
+missing embedding from the head. Here the model is created on the meta device from its configuration, and every parameter is
+read from the file by name after its shape was compared.
 """
 
 import re
@@ -22,21 +22,12 @@ from resilient_t5.model.embeddings import ALIASES, HEAD, SHARED, SpecialIds, T5M
 from resilient_t5.model.initial_weights import fill_with_first_weights
 from resilient_t5.model.weights import WeightFiles, find_weights, write_directory
 
-__all__ = [
-    "SpecialIds",
-    "build_model",
-    "check_checkpoint",
-    "config_of",
-    "generation_of",
-    "load_model",
-    "read_tables",
-    "save_model",
-]
+__all__ = ["SpecialIds", "build_model", "check_checkpoint", "load_model", "save_model"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a T5: width, feed-forward width, layers in each stack, heads and their width."""
+    """The sizes of a T5: width, feed-forward width, layers per stack, heads and their width."""
 
     d_model: int
     d_ff: int
@@ -44,7 +35,7 @@ class Shape:
     num_heads: int
     d_kv: int = 64
     mt5: bool = False
-    """mT5: gated GELU, head apart from the embedding. Otherwise T5 1.0: ReLU, head tied to the embedding."""
+    """mT5: gated GELU, untied head. Otherwise T5 1.0: ReLU, head tied to the embedding."""
 
     def config(self, dropout: float | None) -> dict[str, Any]:
         """The arguments of T5Config or MT5Config."""
@@ -65,7 +56,7 @@ PRESETS = {
 
 
 def shape_of(settings: ModelConfig) -> Shape:
-    """The preset of `settings` with the sizes that `settings` gives instead.
+    """The preset of `settings`, with the sizes that `settings` overrides.
 
     Raises:
         ConfigError: no preset is set.
@@ -77,7 +68,7 @@ def shape_of(settings: ModelConfig) -> Shape:
 
 
 CLASSES = {"t5": (T5Config, T5ForConditionalGeneration), "mt5": (MT5Config, MT5ForConditionalGeneration)}
-# Old T5 files hold it; no T5 ever used it.
+# Contained in old T5 files; no T5 uses it.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 SIZES = (
     "vocab_size",
@@ -99,13 +90,13 @@ FUNCTIONS = r"(relu|gelu|gelu_new|silu|swish)"
 
 
 def build_model(settings: ModelConfig, *, vocabulary_rows: int, special: SpecialIds, seed: int) -> T5Model:
-    """A model from scratch, in float32 on the CPU, whose loss starts near ln(vocabulary_rows).
+    """Build a model from scratch, in float32 on the CPU; its loss starts near ln(vocabulary_rows).
 
     Args:
-        settings: `preset`, the sizes that replace the preset's, `dropout`.
+        settings: `preset`, sizes that override those of the preset, `dropout`.
         vocabulary_rows: rows of the embedding; every id of the tokenizer is below.
         special: ids of the tokenizer.
-        seed: the weights are a function of it and of the sizes; no global random stream is read or moved.
+        seed: the weights are a function of it and of the sizes; no global random stream is used.
 
     Raises:
         ConfigError: no preset is set.
@@ -131,15 +122,15 @@ def build_model(settings: ModelConfig, *, vocabulary_rows: int, special: Special
 
 
 def load_model(name_or_path: str, settings: ModelConfig) -> T5Model:
-    """A T5 or mT5 checkpoint as a float32 model on the CPU, tied or untied as its file is.
+    """Load a T5 or mT5 checkpoint as a float32 model on the CPU, tied or untied as in its file.
 
     Args:
         name_or_path: a directory with config.json and model.safetensors or pytorch_model.bin (one file or shards), else
             a hub name.
-        settings: `dropout` replaces the checkpoint's.
+        settings: `dropout` overrides that of the checkpoint.
 
     Raises:
-        DataError: the directory is not a whole, undamaged T5 or mT5 checkpoint; the message says what it lacks.
+        DataError: the directory is not a complete, undamaged T5 or mT5 checkpoint.
     """
     model, files, declared_untied = _opened(name_or_path, settings.dropout)
     for name, _ in list(model.named_parameters()):
@@ -151,7 +142,7 @@ def load_model(name_or_path: str, settings: ModelConfig) -> T5Model:
 
 
 def check_checkpoint(name_or_path: str) -> None:
-    """Fetch a checkpoint where it is not on this machine, and check all of it that needs no weights to be read.
+    """Download a checkpoint if necessary and check everything except the values of the weights.
 
     Raises:
         DataError: as `load_model`.
@@ -160,7 +151,7 @@ def check_checkpoint(name_or_path: str) -> None:
 
 
 def _opened(name_or_path: str, dropout: float | None) -> tuple[T5Model, WeightFiles, bool]:
-    """A checkpoint's skeleton without memory, its files, and whether config.json declares the tables untied; all checked."""
+    """Check a checkpoint; return its model on the meta device, its files, and whether config.json declares it untied."""
     directory = hub.resolve(name_or_path, "model", setting="model.name_or_path")
     hub.refuse_unsupported(directory)
     config, declared_untied = read_config(directory)
@@ -174,10 +165,10 @@ def _opened(name_or_path: str, dropout: float | None) -> tuple[T5Model, WeightFi
 
 
 def read_tables(files: WeightFiles, declared_untied: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The input embedding (V, D) and the head (V, D) in float32; the head is None where it is the embedding.
+    """Read the input embedding (V, D) and the head (V, D) in float32; the head is None if it is tied.
 
     Old tied files hold the same matrix under several names, files of `safetensors.torch.save_model` under any one of them.
-    A file whose embeddings of the two stacks differ is refused: it has no single input embedding.
+    A file with different embeddings for encoder and decoder is refused.
 
     Raises:
         DataError: no input embedding, or two.
@@ -197,15 +188,15 @@ def read_tables(files: WeightFiles, declared_untied: bool) -> tuple[torch.Tensor
 
 
 def _embedding_name(files: WeightFiles, declared_untied: bool) -> str | None:
-    """The name under which the weights hold the input embedding; that of the head only where the two are one."""
+    """The name of the input embedding in the weight files; that of the head only if the tables are tied."""
     names = (SHARED, *ALIASES) if declared_untied else (SHARED, *ALIASES, HEAD)
     return next((name for name in names if name in files.file_of), None)
 
 
 def config_of(model: T5Model) -> dict[str, Any]:
-    """The content of config.json that every transformers version reads as this model is.
+    """The content of config.json with which transformers 4 and 5 load this model correctly.
 
-    transformers 5 writes `tie_word_embeddings: true` for every T5, and 4 believes it and drops the head.
+    transformers 5 writes `tie_word_embeddings: true` for every T5; transformers 4 then drops an untied head.
     """
     config = model.config.to_dict() | {"tie_word_embeddings": is_tied(model), "architectures": [type(model).__name__]}
     if model.config.model_type == "t5":
@@ -214,15 +205,15 @@ def config_of(model: T5Model) -> dict[str, Any]:
 
 
 def save_model(model: T5Model, directory: Path) -> None:
-    """Write an export that `from_pretrained` of transformers 4 and 5 loads as this model is, weights in float32.
+    """Write a float32 export for `from_pretrained` of transformers 4 and 5.
 
     Args:
-        model: with all rows of its vocabulary; a cut model goes through `vocabulary.write_back`.
-        directory: holds no model yet; the caller publishes it by a rename.
+        model: with all rows of its vocabulary; for a model with an active vocabulary use `vocabulary.write_back`.
+        directory: has no model yet; the caller publishes it by a rename.
 
     Raises:
-        RunDirectoryError: a model already lies there.
-        DiskFull, StorageError: the file system refuses.
+        RunDirectoryError: the directory has a model already.
+        DiskFull, StorageError: a write failed.
     """
     write_directory(directory, config_of(model), generation_of(model), dict(model.named_parameters()))
 
@@ -233,7 +224,7 @@ def generation_of(model: T5Model) -> dict[str, Any]:
 
 
 def _skeleton(config: T5Config | MT5Config) -> T5Model:
-    # On the meta device nothing is allocated, nothing is drawn, and no weight is initialised twice.
+    # The meta device allocates and initialises nothing.
     with torch.device("meta"):
         return CLASSES[config.model_type][1](config)
 
@@ -244,12 +235,12 @@ def _put(model: T5Model, name: str, parameter: nn.Parameter) -> None:
 
 
 def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
-    """The configuration from the keys that are known and checked, and whether the file declares the tables untied.
+    """Read known and checked keys of config.json; return the configuration and whether it declares the tables untied.
 
-    Files of every age are read: without `model_type` or `feed_forward_proj`, with special ids in lists of one.
+    Old files are supported: without `model_type` or `feed_forward_proj`, or with special ids in lists of one.
 
     Raises:
-        DataError: no configuration of a T5 or mT5.
+        DataError: not a configuration of a T5 or mT5.
     """
     raw, where = read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE)
     kind = hub.model_kind(raw)
@@ -259,7 +250,7 @@ def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
     numbers = {key: raw[key] for key in NUMBERS if raw.get(key) is not None}
     ids = {key: _single(raw[key]) for key in SPECIAL_IDS if raw.get(key) is not None}
     gate = raw.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
-    # Written since transformers 4.21 beside `feed_forward_proj`, and believed over it.
+    # Written since transformers 4.21 in addition to `feed_forward_proj`; these take precedence.
     written = {key: raw[key] for key in ("dense_act_fn", "is_gated_act") if raw.get(key) is not None}
     rows = sizes.get("vocab_size", 0)
     sizes_in_layers = [key for key in ("num_layers", "num_decoder_layers") if type(sizes.get(key)) is int]
@@ -281,7 +272,7 @@ def read_config(directory: Path) -> tuple[T5Config | MT5Config, bool]:
     for key, value in written.items():
         setattr(config, key, value)
     if kind == "t5":
-        # A file that transformers 5 wrote says so itself; an older one only by whether it is tied.
+        # transformers 5 writes the key; in older files it follows from whether the tables are tied.
         config.scale_decoder_outputs = bool(raw.get("scale_decoder_outputs", not untied))
     return config, untied
 
@@ -291,13 +282,13 @@ def _single(value: Any) -> Any:
 
 
 def _check_layers(files: WeightFiles, config: T5Config | MT5Config) -> None:
-    # Before the skeleton is built: a configuration that promises a million layers must not cost their memory.
+    # Before the model is built: a configuration with a million layers must not cost their memory.
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers or config.num_layers)):
         last = f"{stack}.block.{layers - 1}.layer.0.SelfAttention.q.weight"
         beyond = f"{stack}.block.{layers}.layer.0.SelfAttention.q.weight"
         if last not in files.file_of or beyond in files.file_of:
             raise DataError(
-                f"the weights do not have the {layers} {stack} layers that {CONFIG_FILE} promises",
+                f"the weights do not have the {layers} {stack} layers of {CONFIG_FILE}",
                 where=str(files.directory),
                 hint="Take config.json and weights from one checkpoint",
             )
@@ -308,8 +299,8 @@ def _check_names_and_shapes(files: WeightFiles, model: T5Model, declared_untied:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     table = expected.pop(SHARED)
     if declared_untied and HEAD not in files.file_of:
-        raise DataError(f"{CONFIG_FILE} says that the head is untied, but the weights lack {HEAD}", where=where, hint=hint)
-    # A missing embedding too is an error here; transformers 5 would take an untied head for it without a word.
+        raise DataError(f"{CONFIG_FILE} declares an untied head, but the weights lack {HEAD}", where=where, hint=hint)
+    # A missing embedding is an error too; transformers 5 would silently use an untied head for it.
     embedding = _embedding_name(files, declared_untied) or SHARED
     absent = sorted({embedding, *expected} - set(files.file_of))
     if absent:
@@ -322,8 +313,8 @@ def _check_names_and_shapes(files: WeightFiles, model: T5Model, declared_untied:
         what = f"the weights hold {len(unknown)} tensors that no T5 has, {unknown[0]} first"
         raise DataError(what, where=where, hint=hint)
     for name, shape in expected.items():
-        found = files.shape_of[name]
-        if found != shape:
-            short = name in tables and found[1:] == shape[1:] and found[0] < shape[0]
+        actual = files.shape_of[name]
+        if actual != shape:
+            short = name in tables and actual[1:] == shape[1:] and actual[0] < shape[0]
             rows = f": fewer rows than the vocab_size {shape[0]}" if short else ""
-            raise DataError(f"{name} has shape {found}, {CONFIG_FILE} promises {shape}{rows}", where=where, hint=hint)
+            raise DataError(f"{name} has shape {actual}, {CONFIG_FILE} requires {shape}{rows}", where=where, hint=hint)

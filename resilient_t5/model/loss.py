@@ -1,8 +1,8 @@
-"""The loss of a T5 or mT5 as a sum over target tokens, with the gradients of the vocabulary tables added in place.
+"""The loss of a T5 or mT5 as a sum over target tokens; gradients of the vocabulary tables are accumulated in place.
 
-Encoder and decoder are called with embedded inputs, and the head only on the positions that have a label: no padding
-position and no whole matrix of logits ever exists. A sum divided once by the tokens of the whole update makes the
-gradient independent of how the update is cut into micro-batches.
+Encoder and decoder are called with embedded inputs, and the head only on positions with a label, by blocks of the vocabulary,
+so the full matrix of logits is never allocated. The sum is divided once by the target tokens of the whole update, so the
+gradient does not depend on how the update is split into micro-batches.
 
 Shapes: B examples, S source tokens, T target tokens, N labels that are not -100, V vocabulary rows, D model width.
 """
@@ -20,14 +20,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LossParts:
-    """What one micro-batch adds to its update."""
+    """The contribution of one micro-batch to its update."""
 
     loss: torch.Tensor
     """Scalar with a gradient: the sum of all loss terms over the labels, divided by the divisor."""
     nll_sum: torch.Tensor
     """Scalar, detached, float64: negative log-likelihood in nats, summed over the labels; no smoothing, no z-loss."""
     correct_tokens: torch.Tensor | None
-    """Scalar, detached, int64: labels that are the argmax; only where gradients are off."""
+    """Scalar, detached, int64: labels that are the argmax; only with gradients disabled."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ExampleNll:
     correct_B: torch.Tensor
     """int64, labels that are the argmax."""
     part: "ExampleNll | None" = None
-    """The same over a part of the labels, where one was asked for."""
+    """The same over a subset of the labels, if requested."""
 
 
 def forward_loss(
@@ -54,16 +54,16 @@ def forward_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossParts:
-    """The loss of one micro-batch; its backward adds into `.grad` of both vocabulary tables.
+    """The loss of one micro-batch; its backward adds to `.grad` of both vocabulary tables.
 
-    A micro-batch without labels gives 0 and zero gradients. Works under autocast, with a scaled backward, with gradient
-    checkpointing, with tied and untied tables, and with frozen ones.
+    A micro-batch without labels gives 0 and zero gradients. Compatible with autocast, loss scaling, gradient checkpointing,
+    and tied, untied and frozen tables.
 
     Args:
-        model: T5ForConditionalGeneration or MT5ForConditionalGeneration; the wrapped full forward is never called.
+        model: T5ForConditionalGeneration or MT5ForConditionalGeneration; its own forward is not called.
         source_BS: encoder ids, padded.
-        source_mask_BS: 1 for a token, 0 for padding; None when nothing is padded.
-        labels_BT: decoder targets, -100 where there is none; the decoder's inputs are these, shifted right.
+        source_mask_BS: 1 for a token, 0 for padding; None without padding.
+        labels_BT: decoder targets, -100 for no target; shifted right, they are the decoder's inputs.
         divisor: target tokens of the whole update, on all ranks.
         label_smoothing: share of the target probability spread over the V rows.
         z_loss: weight of the squared log-partition of each label.
@@ -72,9 +72,7 @@ def forward_loss(
         DataError: the divisor is not above 0: the update has no target token.
     """
     if not divisor > 0:
-        raise DataError(
-            "an update without a single target token", hint="check the prepared corpus; every example needs a target"
-        )
+        raise DataError("an update without any target token", hint="Check the prepared corpus; every example needs a target")
     terms = _terms(model, 1.0 / divisor, label_smoothing=label_smoothing, z_loss=z_loss)
     hidden_ND, labels_N, _ = _label_states(model, source_BS, source_mask_BS, labels_BT)
     loss, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
@@ -91,12 +89,12 @@ def token_nll(
     *,
     part_BT: torch.Tensor | None = None,
 ) -> ExampleNll:
-    """Negative log-likelihood and correct tokens of each example, under teacher forcing; no gradient, no logits kept.
+    """Negative log-likelihood and correct tokens of each example with teacher forcing, without gradients.
 
     Args:
-        model: in evaluation mode, unless dropout is wanted.
+        model: in evaluation mode for a result without dropout.
         source_BS, source_mask_BS, labels_BT: as in `forward_loss`.
-        part_BT: bool; labels to count apart as well, such as those of terms, from the same forward pass.
+        part_BT: bool; a subset of the labels, such as terms, to be evaluated separately in the same forward pass.
     """
     hidden_ND, labels_N, positions_N = _label_states(model, source_BS, source_mask_BS, labels_BT)
     _, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, _terms(model, 1.0))
@@ -118,7 +116,7 @@ def token_nll(
 
 
 def shift_right(labels_BT: torch.Tensor, special: SpecialIds) -> torch.Tensor:
-    """Decoder inputs: the start id, then the labels without their last; -100 becomes the pad."""
+    """Decoder inputs: the start id, then the labels without the last one; -100 becomes the pad."""
     inputs_BT = labels_BT.new_full(labels_BT.shape, special.decoder_start_id)
     inputs_BT[:, 1:] = labels_BT[:, :-1]
     return inputs_BT.masked_fill_(inputs_BT == IGNORED, special.pad_id)
@@ -128,22 +126,21 @@ def _terms(model: T5Model, scale: float, *, label_smoothing: float = 0.0, z_loss
     weight = model.lm_head.weight
     kind, dtype = weight.device.type, weight.dtype
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
-        # float16 would overflow in the logits and flush small probabilities to zero: the loss is a float32 island there.
-        asked = torch.get_autocast_dtype(kind)
-        dtype = torch.bfloat16 if asked == torch.bfloat16 else torch.float32
+        # With float16 the logits would overflow and small probabilities become zero: then the loss uses float32.
+        dtype = torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else torch.float32
     return LossTerms(scale, label_smoothing, z_loss, dtype, count_correct=not torch.is_grad_enabled())
 
 
 def _label_states(
     model: T5Model, source_BS: torch.Tensor, source_mask_BS: torch.Tensor | None, labels_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the head sees at the N labels (N, D), the labels (N,), and their flat positions (N,) in labels_BT."""
+    """The inputs of the head at the N labels (N, D), the labels (N,), and their flat positions (N,) in labels_BT."""
     embedding_VD, config = model.shared.weight, model.config
     inputs_BT = shift_right(labels_BT, special_ids(model))
     encoded_BSD = model.encoder(
         inputs_embeds=EmbeddingInPlace.apply(embedding_VD, source_BS), attention_mask=source_mask_BS
     ).last_hidden_state
-    # The decoder needs no mask of its own: padding stands at the end, and attention is causal.
+    # The decoder needs no padding mask: padding is at the end, and attention is causal.
     decoded_BTD = model.decoder(
         inputs_embeds=EmbeddingInPlace.apply(embedding_VD, inputs_BT),
         encoder_hidden_states=encoded_BSD,

@@ -1,15 +1,15 @@
-"""The planner: what fits into this much memory, in plain numbers and before anything is allocated.
+"""The memory planner: predict peak memory and choose a configuration that fits, before anything is allocated.
 
-A peak is the sum of what stands all the time (weights, gradients, optimizer state) and of the largest moment of a pass,
-or of the optimizer. On a GPU a twentieth is kept free, since an allocator never fills a card, and the context of the
-process is counted. Candidates are tried in the order of exactness; the first that fits is chosen: AdamW in float32, with
-checkpointing, 8-bit states, Adafactor, Adafactor stepped inside the backward pass.
+A peak is the sum of the constant part (weights, gradients, optimizer state) and the largest temporary part of a pass or of
+the optimizer. On a GPU 5 % is kept free for fragmentation, and the CUDA context is counted. Candidates are tried in the
+order of exactness and the first that fits is chosen: AdamW in float32, with checkpointing, 8-bit states, Adafactor,
+Adafactor inside the backward pass.
 
-What a forward and backward pass of our layers holds is counted from the layers and not fitted to a curve. `walk` lists the
-parts of a pass in the order of the forward pass. Each keeps bytes until its own backward, and needs further bytes while
-that backward runs. The peak is the largest sum of all that is still kept and of what the part in work needs. The counts
-follow `model/layers.py` and `model/vocabulary_gradients.py` line by line; a test compares them with the tensors that
-autograd saved, byte for byte, and `benchmarks/plan.py` with measured peaks.
+The memory of a forward and backward pass is counted from the layers, not fitted to measurements. `walk` lists the parts of a
+pass in forward order. Each part keeps bytes until its own backward, and needs further bytes while that backward runs. The
+peak is the largest sum of all bytes still kept and the bytes that the current part needs. The counts follow
+`model/layers.py` and `model/vocabulary_gradients.py`; a test compares them with the tensors that autograd saves, and
+`benchmarks/plan.py` with measured peaks.
 
 Symbols: B examples (may be a fraction: a budget of tokens over the longest example), S and T source and target tokens,
 d model width, f feed-forward width, i width of all heads, h heads, N = B T labels, w bytes of a value in the products.
@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from resilient_t5.model import muon
-from resilient_t5.model.adafactor import BLOCK_VALUES
+from resilient_t5.model.optimizer import BLOCK_VALUES, MUON_STEP_BYTES
 from resilient_t5.model.shapes import Sizes
 from resilient_t5.model.vocabulary_gradients import rows_of_block
 
@@ -36,15 +35,15 @@ class Execution:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpointing: bool = False
     on_gpu: bool = False
-    """A GPU's attention keeps no scores; a CPU's keeps a byte a score where there is dropout."""
+    """On a GPU attention keeps no scores; on a CPU it keeps one byte per score if there is dropout."""
     padded: bool = True
     """Whether some example of the micro-batch is shorter than the longest."""
     processes: int = 1
-    """Processes that the layers, their gradients and their optimizer state are cut over; the vocabulary tables are whole."""
+    """Processes over which layers, their gradients and optimizer state are sharded; the vocabulary tables are replicated."""
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of a value that goes into a matrix product."""
+        """Bytes of an operand of a matrix product."""
         return WIDE if self.precision == "fp32" else 2
 
     @property
@@ -63,13 +62,13 @@ class MicroBatchShape:
 
     @classmethod
     def within(cls, micro_tokens: int, source_tokens: int, target_tokens: int) -> "MicroBatchShape":
-        """As many examples of this length as the budget holds, not rounded down: shorter ones may fill it whole."""
+        """As many examples of this length as the budget allows, not rounded down: shorter ones may fill it completely."""
         return cls(max(1.0, micro_tokens / (source_tokens + target_tokens)), source_tokens, target_tokens)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a pass: what it keeps until its backward, and what its backward needs besides, in bytes."""
+    """One part of a pass: bytes kept until its backward, and further bytes that its backward needs."""
 
     name: str
     kept: float
@@ -98,7 +97,7 @@ def walk(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> Iterator[Part]
         cross = _attention("decoder", sizes, run, (examples, target, source), own_bias=False)
         parts = [
             _attention("decoder", sizes, run, (examples, target, target), own_bias=True),
-            # Gradients of the encoder's output: the sum so far, and those of keys and of values.
+            # Gradients of the encoder's output: the sum so far, and those from keys and values.
             Part(cross.name, cross.kept, cross.needed + encoded, "decoder"),
             _feed_forward("decoder", sizes, run, examples * target, encoded),
         ]
@@ -108,11 +107,11 @@ def walk(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> Iterator[Part]
 
 
 def peak_bytes(parts: list[Part], gradients: dict[str, float] | None = None) -> float:
-    """Most bytes that stand at once in a pass, parameters and their gradients not counted.
+    """Peak bytes of a pass without parameters and their gradients.
 
     Args:
         parts: from `walk`.
-        gradients: bytes of parameters' gradients that stand while a phase is in work, where they do not stand all the time.
+        gradients: bytes of parameter gradients that exist during a phase only.
     """
     kept, peak = 0.0, 0.0
     for part in parts:
@@ -122,12 +121,12 @@ def peak_bytes(parts: list[Part], gradients: dict[str, float] | None = None) -> 
 
 
 def kept_bytes(parts: list[Part]) -> float:
-    """Bytes that autograd keeps at the end of the forward pass."""
+    """Bytes that autograd has saved at the end of the forward pass."""
     return sum(part.kept for part in parts)
 
 
 def evaluation_bytes(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> float:
-    """Most bytes of the loss of a micro-batch without gradients, parameters not counted."""
+    """Peak bytes of the loss of a micro-batch without gradients, parameters not counted."""
     examples, source, target = shape.examples, shape.source_tokens, shape.target_tokens
     longest = examples * max(source, target)
     stream = longest * (2 * sizes.d_model * WIDE + max(3 * sizes.inner, 3 * sizes.d_ff) * run.gate_bytes)
@@ -136,7 +135,7 @@ def evaluation_bytes(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> fl
 
 
 def generation_bytes(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> float:
-    """Most bytes of greedy generation: the caches of all decoder layers, and the logits of one position."""
+    """Peak bytes of greedy generation: the caches of all decoder layers, and the logits of one position."""
     examples, source, target = shape.examples, shape.source_tokens, shape.target_tokens
     caches = 2 * sizes.decoder_layers * examples * (source + target) * sizes.inner * run.value_bytes
     return caches + 3 * examples * sizes.rows * WIDE + sizes.heads * target**2 * WIDE
@@ -145,15 +144,15 @@ def generation_bytes(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> fl
 def _attention(
     phase: Literal["encoder", "decoder"], sizes: Sizes, run: Execution, lengths: tuple[float, int, int], *, own_bias: bool
 ) -> Part:
-    """Norm, attention, output product and dropout of one sublayer; B, queries and keys."""
+    """Norm, attention, output product and dropout of one sublayer; `lengths` is (B, queries, keys)."""
     examples, queries, keys = lengths
     w, d, i = run.value_bytes, sizes.d_model, sizes.inner
     q, k, scores = examples * queries, examples * keys, examples * sizes.heads * queries * keys
     normed = q * (d * WIDE + WIDE + d * w)
-    projections = (2 * q + 2 * k) * i * w  # query, keys, values, and what goes into the output product
+    projections = (2 * q + 2 * k) * i * w  # queries, keys, values, and the input of the output product
     bits = q * d if sizes.dropout > 0 else 0.0
     stream = 2 * q * d * WIDE
-    # The gradient of the mask adds up over the layers of a stack: B x h x S x S where it holds padding.
+    # The gradient of the mask is accumulated over the layers of a stack: B x h x S x S if the mask contains padding.
     mask_sum = (scores if run.padded and phase == "encoder" else sizes.heads * queries * keys) * w if own_bias else 0.0
     if run.on_gpu:
         log_sums = examples * sizes.heads * queries * WIDE
@@ -166,58 +165,57 @@ def _attention(
 
 
 def _feed_forward(
-    phase: Literal["encoder", "decoder"], sizes: Sizes, run: Execution, tokens: float, waiting: float = 0.0
+    phase: Literal["encoder", "decoder"], sizes: Sizes, run: Execution, tokens: float, other_gradients: float = 0.0
 ) -> Part:
-    """Norm, feed-forward products and dropout of one sublayer; `waiting`: gradients of others that stand meanwhile."""
+    """Norm, feed-forward products and dropout of one sublayer; `other_gradients`: bytes that exist at the same time."""
     w, d, f = run.value_bytes, sizes.d_model, sizes.d_ff
     hidden = tokens * f * run.gate_bytes
     bits = tokens * (d + f) if sizes.dropout > 0 else 0.0
     kept = tokens * (d * WIDE + WIDE + d * w) + (2 if sizes.gated else 1) * hidden + bits
     weight = d * f * WIDE + (0 if run.gate_bytes == WIDE else 2 * d * f * 2)
-    return Part("feed-forward", kept, 2 * tokens * d * WIDE + 3 * hidden + weight + waiting, phase)
+    return Part("feed-forward", kept, 2 * tokens * d * WIDE + 3 * hidden + weight + other_gradients, phase)
 
 
 def _block(parts: list[Part], run: Execution, entry: float, first: float) -> Iterator[Part]:
-    """The sublayers of a block; with checkpointing its input is kept, and all the rest made again in its backward.
+    """The sublayers of a block; with checkpointing only its input is kept, and the rest is recomputed in its backward.
 
     Args:
         entry: bytes of the block's input.
-        first: bytes that the first block of a stack keeps for all: masks.
+        first: bytes of the masks, which the first block of a stack keeps for all.
     """
     if not run.checkpointing:
         yield Part("masks", first, 0.0, parts[0].phase)
         yield from parts
         return
-    again = first + peak_bytes(parts)
-    yield Part("block", entry + first, again, parts[0].phase)
+    yield Part("block", entry + first, first + peak_bytes(parts), parts[0].phase)
 
 
 def _stack_begin(phase: Literal["encoder", "decoder"], sizes: Sizes, run: Execution, lengths: tuple[float, int]) -> Part:
-    """Embedding: the bits of its dropout; ids belong to the micro-batch."""
+    """Embedding: its dropout mask; ids are counted in the micro-batch."""
     tokens = lengths[0] * lengths[1]
     bits = tokens * sizes.d_model if sizes.dropout > 0 else 0.0
     return Part("embedding", bits, 2 * tokens * sizes.d_model * WIDE, phase)
 
 
 def _mask_bytes(sizes: Sizes, run: Execution, examples: float, source: int) -> float:
-    """The encoder's mask, the padding that it was made from, and the buckets of the position bias."""
+    """The encoder's mask, the padding mask that it is made from, and the buckets of the position bias."""
     padding = examples * source**2 if run.padded else 0.0
     return (examples if run.padded else 1) * sizes.heads * source**2 * run.value_bytes + padding + 8 * source**2
 
 
 def _stack_end(sizes: Sizes, tokens: float) -> float:
-    """The last norm keeps its input, its dropout a bit a value."""
+    """The last norm keeps its input, its dropout one byte per value."""
     return tokens * (sizes.d_model * WIDE + WIDE) + (tokens * sizes.d_model if sizes.dropout > 0 else 0.0)
 
 
 def _loss(sizes: Sizes, run: Execution, labels: float) -> Part:
-    """The states at the labels and one block of logits, which stays until the backward pass."""
+    """The states at the labels and one block of logits, which is kept until the backward pass."""
     block = rows_of_block(math.ceil(labels), sizes.rows)
     d = sizes.d_model
     kept = labels * d * WIDE + labels * block * WIDE + labels * (3 * WIDE + 16)
     needed = labels * d * WIDE * 2
     if run.precision == "bf16":
-        # A CPU rounds a block of logits to 16 bits before it widens them; both copies stand beside the buffer.
+        # On a CPU a block of logits is computed in 16 bits and then widened; both copies exist in addition to the buffer.
         logits = labels * block * (WIDE if run.on_gpu else WIDE + 2)
         needed = logits + 2 * d * (block + labels) + (labels * d * WIDE if sizes.rows > block else 0.0)
     return Part("loss", kept, needed, "loss")
@@ -225,36 +223,36 @@ def _loss(sizes: Sizes, run: Execution, labels: float) -> Part:
 
 GIB = 1 << 30
 CONTEXT_BYTES = 0.45 * GIB
-"""CUDA context, kernels and the workspace of the matrix library; 0.3 to 0.5 GiB are reported."""
+"""CUDA context, kernels and cuBLAS workspace; 0.3 to 0.5 GiB are reported."""
 FREE_SHARE = 0.05
 MIN_MICRO_TOKENS = 256
 MAX_MICRO_TOKENS = {False: 2048, True: 16384}
-"""Larger micro-batches than these bring no speed: on a CPU, on a GPU."""
+"""Larger micro-batches are not faster; key: on a GPU."""
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "adafactor_in_backward")
 """In the order of exactness."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest moment of training by item, in bytes."""
+    """Peak memory of training by item, in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    """What the forward pass keeps for the backward pass, the last block of logits included."""
+    """Saved by the forward pass for the backward pass, including the last block of logits."""
     workspace: float
-    """What the largest moment needs on top: gradients of activations, recomputed values, casts, logits."""
+    """Needed in addition at the peak: gradients of activations, recomputed values, casts, logits."""
 
     @property
     def total(self) -> float:
-        """All of it; no context, nothing kept free."""
+        """The sum, without CUDA context and free share."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be planned for: the longest example, and the examples of an update."""
+    """The workload: lengths of the longest example, and examples per update."""
 
     source_tokens: int
     target_tokens: int
@@ -268,23 +266,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that is planned for, in bytes."""
+    """The available memory in bytes."""
 
     total: float
     on_gpu: bool = True
     context_counted: bool = True
-    """Whether the context of the process still has to find room in `total`; not in what a running process finds free."""
+    """Whether `total` must also hold the CUDA context; False for the free memory that a running process measured."""
 
     @property
     def usable(self) -> float:
-        """What peaks may reach."""
+        """Upper limit for a peak."""
         context = CONTEXT_BYTES if self.on_gpu and self.context_counted else 0.0
         return (self.total - context) * (1 - FREE_SHARE)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train, what it needs and what it costs."""
+    """One training configuration with its memory and cost."""
 
     optimizer: str
     checkpointing: bool
@@ -292,71 +290,71 @@ class Choice:
     precision: str
     peak: Peak
     evaluation: float
-    """Bytes of an evaluation or a generation at its largest moment, weights and optimizer state included."""
+    """Peak bytes of an evaluation or a generation, weights and optimizer state included."""
     cost: float
-    """Counted floating-point operations of an update over those without checkpointing."""
+    """Floating-point operations of an update, relative to those without checkpointing."""
     fits: bool
 
     @property
     def needed(self) -> float:
-        """Bytes at the largest moment of all."""
+        """Peak bytes of training and evaluation."""
         return max(self.peak.total, self.evaluation)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; bytes as GiB."""
+        """Plain values; memory in GiB."""
         items = {f"{name}_gib": value / GIB for name, value in asdict(self.peak).items()}
         plain = {key: getattr(self, key) for key in ("optimizer", "checkpointing", "micro_tokens", "precision", "cost", "fits")}
         return {**plain, "needed_gib": self.needed / GIB, "evaluation_gib": self.evaluation / GIB, **items}
 
 
 def optimizer_bytes(sizes: Sizes, name: str, processes: int = 1) -> float:
-    """Bytes of the optimizer's state, with layers cut over so many processes, which AdamW alone allows."""
+    """Bytes of the optimizer's state, with layers sharded over `processes`, which only AdamW supports."""
     if name == "adamw":
-        return 2 * WIDE * sizes.held(processes)
-    if name == "muon":  # one moment of what is inside the layers, two of the rest
+        return 2 * WIDE * sizes.per_process(processes)
+    if name == "muon":  # one moment of the matrices inside the layers, two of the rest
         return WIDE * (sizes.parameters + (1 if sizes.tied else 2) * sizes.table)
-    if name == "adamw8bit":  # two bytes a value, and two float32 scales for every 256 of them
+    if name == "adamw8bit":  # two bytes per value, and two float32 scales for every 256 of them
         return (2 + 2 * WIDE / 256) * sizes.parameters
     vectors = 2 * sizes.table / min(sizes.rows, sizes.d_model) + 2 * sizes.parameters / min(sizes.d_model, sizes.inner)
     return WIDE * vectors
 
 
 def training_peak(sizes: Sizes, optimizer: str, run: Execution, shape: MicroBatchShape) -> Peak:
-    """The largest moment of an update, by item.
+    """Peak memory of an update, by item.
 
-    Gradients of parameters stand all the time, as they do from the second micro-batch on; stepped inside the backward
-    pass, only those of the vocabulary tables stand, each for its part of the pass.
+    Gradients of all parameters exist throughout, as they do from the second micro-batch on. With an optimizer inside the
+    backward pass only those of the vocabulary tables exist, each during its part of the pass.
     """
     parts = list(walk(sizes, run, shape))
     kept = kept_bytes(parts)
-    table, weights = WIDE * sizes.table, WIDE * sizes.held(run.processes)
+    table, weights = WIDE * sizes.table, WIDE * sizes.per_process(run.processes)
     state = optimizer_bytes(sizes, optimizer, run.processes)
-    # Adafactor works through a matrix by blocks, two of which stand at once.
+    # Adafactor processes a matrix by blocks, two of which exist at once.
     block, own_block = (2 * WIDE * min(BLOCK_VALUES, values) for values in (sizes.table, sizes.largest_matrix))
     if optimizer == "adafactor_in_backward":
-        # The head is stepped when the loss has let go of its logits, before the decoder's backward begins, and the
-        # embedding when the encoder's is over.
+        # The head is updated after the loss has freed its logits and before the decoder's backward, the embedding after the
+        # encoder's backward.
         steps = {"loss": table, "decoder": (table if sizes.tied else 0.0) + own_block, "encoder": table + own_block}
         head_step = kept_bytes(parts[:-1]) + table + block
         whole = max(peak_bytes(parts, steps), head_step)
-        held = min(table, whole)
-        return Peak(weights, held, state, min(kept, whole - held), max(0.0, whole - held - kept))
-    moved = max(min(muon.BLOCK_VALUES, sizes.encoder + sizes.decoder), sizes.largest_matrix)
-    moving = {"adafactor": block, "muon": muon.MOVE_BYTES * moved}.get(optimizer, 0.0)
-    # Of layers that are cut, a block is gathered while the next one is, and its whole gradient stands until it is added up.
-    passing = 4 * WIDE * sizes.largest_block if run.processes > 1 else 0.0
-    return Peak(weights, weights, state, kept, max(peak_bytes(parts) + passing, moving) - kept)
+        gradients = min(table, whole)
+        return Peak(weights, gradients, state, min(kept, whole - gradients), max(0.0, whole - gradients - kept))
+    muon_values = max(min(BLOCK_VALUES, sizes.encoder + sizes.decoder), sizes.largest_matrix)
+    stepping = {"adafactor": block, "muon": MUON_STEP_BYTES * muon_values}.get(optimizer, 0.0)
+    # A block of sharded layers is gathered while the next one is prefetched, and has its full gradient until it is reduced.
+    gathered = 4 * WIDE * sizes.largest_block if run.processes > 1 else 0.0
+    return Peak(weights, weights, state, kept, max(peak_bytes(parts) + gathered, stepping) - kept)
 
 
 def counted_flops(sizes: Sizes, source: int, target: int, checkpointing: bool) -> float:
-    """Floating-point operations of forward and backward of one example, a multiply-add as two."""
+    """Floating-point operations of forward and backward of one example; a multiply-add counts as two."""
     d, i = sizes.d_model, sizes.inner
     feed_forward = (3 if sizes.gated else 2) * d * sizes.d_ff
     encoder = sizes.encoder_layers * (source * 2 * (4 * d * i + feed_forward) + 4 * source**2 * i)
     decoder = sizes.decoder_layers * (
         target * 2 * (6 * d * i + feed_forward) + source * 2 * 2 * d * i + 4 * target**2 * i + 4 * target * source * i
     )
-    # The head makes its logits a second time in the backward pass, unless one block holds them all.
+    # The head computes its logits again in the backward pass, unless they fit into one block.
     head = 2 * target * d * sizes.rows * 4
     return (4 if checkpointing else 3) * (encoder + decoder) + head
 
@@ -364,11 +362,11 @@ def counted_flops(sizes: Sizes, source: int, target: int, checkpointing: bool) -
 def choices(
     sizes: Sizes, task: Task, memory: Memory, precision: str, optimizers: tuple[str, ...], processes: int = 1
 ) -> Iterator[Choice]:
-    """Every way that is worth a look, in the order of exactness, with the largest micro-batch that fits.
+    """Every candidate in the order of exactness, each with the largest micro-batch that fits.
 
     Args:
-        optimizers: the ones to consider, out of `OPTIMIZERS`.
-        processes: those that the layers are cut over.
+        optimizers: those to consider, out of `OPTIMIZERS`.
+        processes: over which the layers are sharded.
     """
     for optimizer in optimizers:
         for checkpointing in (False, True):
@@ -377,43 +375,38 @@ def choices(
 
 
 def choose_micro_tokens(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str) -> Choice:
-    """One optimizer with or without checkpointing, at the largest budget of tokens that fits.
+    """One optimizer with or without checkpointing, at the largest token budget that fits, else at the smallest.
 
-    Budgets are powers of two, or one longest example where that is more. Stepped inside the backward pass, all examples
-    of an update make one micro-batch.
+    Budgets are powers of two, but at least one longest example. With an optimizer inside the backward pass one micro-batch
+    holds all examples of an update.
     """
     most = MAX_MICRO_TOKENS[memory.on_gpu]
     ladder = [2**k for k in range(int(math.log2(MIN_MICRO_TOKENS)), int(math.log2(most)) + 1)]
     budgets = sorted({max(tokens, task.longest) for tokens in ladder})
     if optimizer == "adafactor_in_backward":
         budgets = [task.longest * task.examples_per_update]
-    tried = [_choice(sizes, task, memory, run, optimizer, tokens) for tokens in budgets]
+    tried = [choice_at(sizes, task, memory, run, optimizer, tokens) for tokens in budgets]
     fitting = [choice for choice in tried if choice.fits]
     return fitting[-1] if fitting else tried[0]
 
 
-def choice_at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, micro_tokens: int) -> Choice:
-    """What one given way needs."""
-    return _choice(sizes, task, memory, run, optimizer, micro_tokens)
-
-
-def first_fit(found: list[Choice]) -> Choice | None:
-    """The most exact choice that fits; None where none does."""
-    return next((choice for choice in found if choice.fits), None)
+def first_fit(candidates: list[Choice]) -> Choice | None:
+    """The most exact choice that fits; None if none does."""
+    return next((choice for choice in candidates if choice.fits), None)
 
 
 def smallest_card_gib(sizes: Sizes, task: Task, precision: str, optimizers: tuple[str, ...], processes: int = 1) -> float:
-    """Memory of the smallest GPU that one of these optimizers can train on, one example at a time, in GiB."""
-    nothing = Memory(0.0)
-    least = min(choice.needed for choice in choices(sizes, task, nothing, precision, optimizers, processes))
-    return (least / (1 - FREE_SHARE) + CONTEXT_BYTES) / GIB
+    """Memory in GiB of the smallest GPU that one of these optimizers can train on, one example at a time."""
+    candidates = choices(sizes, task, Memory(0.0), precision, optimizers, processes)
+    return (min(choice.needed for choice in candidates) / (1 - FREE_SHARE) + CONTEXT_BYTES) / GIB
 
 
-def _choice(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, micro_tokens: int) -> Choice:
+def choice_at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, micro_tokens: int) -> Choice:
+    """Memory and cost of one optimizer at one token budget."""
     shape = MicroBatchShape.within(micro_tokens, task.source_tokens, task.target_tokens)
     peak = training_peak(sizes, optimizer, run, shape)
-    reading = max(evaluation_bytes(sizes, run, shape), generation_bytes(sizes, run, shape))
-    evaluation = WIDE * sizes.parameters + peak.optimizer + reading  # layers that are cut are gathered for it
+    inference = max(evaluation_bytes(sizes, run, shape), generation_bytes(sizes, run, shape))
+    evaluation = WIDE * sizes.parameters + peak.optimizer + inference  # sharded layers are gathered for it
     lengths = (task.source_tokens, task.target_tokens)
     cost = counted_flops(sizes, *lengths, run.checkpointing) / counted_flops(sizes, *lengths, False)
     fits = max(peak.total, evaluation) <= memory.usable

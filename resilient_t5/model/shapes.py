@@ -1,7 +1,4 @@
-"""The sizes of a T5 or mT5 as plain numbers, and how many parameters they make. Nothing is allocated.
-
-Exact: tests hold the counts to the models themselves.
-"""
+"""The sizes of a T5 or mT5 as plain numbers, and its exact parameter counts. Nothing is allocated."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +11,13 @@ from resilient_t5.model.load import PRESETS, Shape, read_config, shape_of
 from resilient_t5.model.weights import find_weights
 
 MT5_ROWS = 250_112
-# Hub names whose sizes are known, so that they can be planned for before they are fetched.
+# Hub names whose sizes are known without a download.
 KNOWN_NAMES = {f"google/{name}": PRESETS[name] for name in ("mt5-small", "mt5-base", "mt5-large", "mt5-xl")}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that parameters and activations are counted from."""
+    """The numbers that parameter and activation counts depend on."""
 
     d_model: int
     d_ff: int
@@ -29,7 +26,7 @@ class Sizes:
     encoder_layers: int
     decoder_layers: int
     rows: int
-    """Vocabulary rows that are trained."""
+    """Trained vocabulary rows."""
     gated: bool
     tied: bool
     dropout: float = 0.1
@@ -62,8 +59,8 @@ class Sizes:
         """All parameters; a tied table counts once."""
         return self.encoder + self.decoder + self.table * (1 if self.tied else 2)
 
-    def held(self, processes: int) -> float:
-        """Parameters that each of the processes holds whose layers are cut over so many."""
+    def per_process(self, processes: int) -> float:
+        """Parameters per process with layers sharded over `processes`."""
         layers = self.encoder + self.decoder
         return self.parameters - layers + layers / processes
 
@@ -74,7 +71,7 @@ class Sizes:
 
     @property
     def largest_matrix(self) -> int:
-        """Parameters of the largest matrix that is no vocabulary table."""
+        """Parameters of the largest matrix other than a vocabulary table."""
         return self.d_model * max(self.d_ff, self.inner)
 
     @property
@@ -82,12 +79,12 @@ class Sizes:
         return (3 if self.gated else 2) * self.d_model * self.d_ff
 
     def with_rows(self, rows: int) -> "Sizes":
-        """The same model over another number of vocabulary rows."""
+        """The same model with another number of vocabulary rows."""
         return replace(self, rows=rows)
 
 
 def sizes_of_shape(shape: Shape, rows: int, dropout: float | None = None) -> Sizes:
-    """The sizes of a preset's shape over `rows` vocabulary rows."""
+    """The sizes of a preset with `rows` vocabulary rows."""
     layers = (shape.num_layers, shape.num_layers)
     rate = 0.1 if dropout is None else dropout
     return Sizes(
@@ -96,12 +93,12 @@ def sizes_of_shape(shape: Shape, rows: int, dropout: float | None = None) -> Siz
 
 
 def sizes_of_checkpoint(directory: Path, dropout: float | None = None) -> Sizes:
-    """The sizes that a checkpoint's config.json states, with all its rows; the weights are not read.
+    """The sizes in a checkpoint's config.json, with all its rows; the weights are not read.
 
-    Whether the head is tied is seen in the names of the weights where they are there, else in the configuration.
+    Whether the head is tied is decided by the names of the weights if present, else by the configuration.
 
     Raises:
-        DataError: no T5 or mT5; the message is that of the loader.
+        DataError: not a T5 or mT5; the message is that of the loader.
     """
     hub.refuse_unsupported(directory)
     config, declared_untied = read_config(directory)
@@ -125,10 +122,10 @@ def sizes_of_checkpoint(directory: Path, dropout: float | None = None) -> Sizes:
 
 
 def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
-    """The sizes of the model that `settings` name: a preset, a checkpoint that lies on this machine, or a published mT5.
+    """The sizes of the model in `settings`: a preset, a checkpoint on this machine, or a published mT5.
 
     Args:
-        rows: vocabulary rows that are trained; None takes the checkpoint's own, or mT5's.
+        rows: trained vocabulary rows; None takes those of the checkpoint or of mT5.
 
     Raises:
         ConfigError: no model is set, or a hub name that is not in the local cache.
@@ -141,8 +138,8 @@ def sizes_of_settings(settings: ModelConfig, rows: int | None) -> Sizes:
         return sizes_of_shape(KNOWN_NAMES[settings.name_or_path], rows or MT5_ROWS, settings.dropout)
     if directory is None:
         raise ConfigError(
-            f"model.name_or_path: {settings.name_or_path} is not on this machine, and a plan fetches nothing; "
-            "name a directory, or the shape of the model with --model.preset"
+            f"model.name_or_path: {settings.name_or_path} is not on this machine, and a plan downloads nothing; "
+            "give a directory, or the shape of the model with --model.preset"
         )
     sizes = sizes_of_checkpoint(directory, settings.dropout)
     return sizes if rows is None else sizes.with_rows(rows)

@@ -1,8 +1,8 @@
-"""The active vocabulary: cut a model to the rows that a corpus can use, and write them back into the full model.
+"""The active vocabulary: reduce a model to the rows that a corpus can use, and merge them back into the full model.
 
-mT5 has 250,112 rows, a corpus uses some 15 to 30 thousand. Training over the active rows alone is AdamW over those rows:
-an embedding row that never occurs has no gradient anyway, and the softmax goes over the active rows. An export is the
-full model again: the trained rows in their places, all other rows as they were.
+mT5 has 250,112 rows, a corpus uses 15 to 30 thousand. An embedding row that never occurs has no gradient, so training the
+active rows is equivalent, except that the softmax is over the active rows. An export has the full vocabulary again: trained
+rows replaced, all others unchanged.
 
 Shapes: V rows of the full vocabulary, A active rows, D model width.
 """
@@ -10,7 +10,6 @@ Shapes: V rows of the full vocabulary, A active rows, D model width.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +25,13 @@ from resilient_t5.model.weights import find_weights, write_directory
 
 @dataclass(frozen=True)
 class FullTables:
-    """Both vocabulary tables of the model that a run started from, float32; `head_VD` is None when tied."""
+    """Both vocabulary tables of the model before training, float32; `head_VD` is None when tied."""
 
     shared_VD: torch.Tensor
     head_VD: torch.Tensor | None
 
     def sha256(self) -> str:
-        """Hash of every value: a resumed run must write back into the tables it was cut from."""
+        """Hash of all values: a resumed run must be merged into the tables that it started from."""
         digest = hashlib.sha256()
         for table_VD in (self.shared_VD, self.head_VD):
             if table_VD is not None:
@@ -50,7 +49,7 @@ def tables_from(name_or_path: str) -> FullTables:
     """The tables of a checkpoint, without loading the rest of it.
 
     Raises:
-        DataError: no whole checkpoint there.
+        DataError: not a complete checkpoint.
     """
     directory = hub.resolve(name_or_path, "model", setting="model.name_or_path")
     return FullTables(
@@ -59,43 +58,46 @@ def tables_from(name_or_path: str) -> FullTables:
 
 
 def cut_vocabulary(model: T5Model, active_to_full: np.ndarray) -> None:
-    """Keep only the active rows of both tables, in place; afterwards the model speaks active ids.
+    """Reduce both tables to the active rows, in place; afterwards the model uses active ids.
 
-    Tied stays tied and untied stays untied. Pad, end mark and decoder start are renamed in the configuration. The
-    parameters of the tables are new: build the optimizer afterwards. With all rows active nothing is changed.
+    Tied stays tied and untied stays untied. Pad, end and decoder start are renumbered in the configuration. The tables are new
+    parameters: build the optimizer afterwards. If all rows are active nothing is changed.
 
     Args:
         model: with its full vocabulary.
         active_to_full: (A,) ascending full ids; position k is active id k.
 
     Raises:
-        DataError: the ids are not ascending, reach beyond the model's rows, or lack a special id of the model.
+        DataError: the ids are not ascending, exceed the model's rows, or lack a special id of the model.
     """
     rows = model.shared.weight.shape[0]
     _check_active(active_to_full, rows)
     if len(active_to_full) == rows:
         return
-    renamed = {key: _active_id(active_to_full, key, getattr(model.config, key)) for key in SPECIAL_IDS}
+    special_ids = {key: _active_id(active_to_full, key, getattr(model.config, key)) for key in SPECIAL_IDS}
     index_A = torch.from_numpy(np.asarray(active_to_full, dtype=np.int64)).to(model.shared.weight.device)
     head_AD = None if is_tied(model) else nn.Parameter(model.lm_head.weight.detach()[index_A])
     set_tables(model, nn.Parameter(model.shared.weight.detach()[index_A]), head_AD)
-    _rename_special_ids(model, renamed)
+    # transformers generates from generation_config, and computes from the configurations.
+    for config in (model.config, model.encoder.config, model.decoder.config, model.generation_config):
+        for key, value in special_ids.items():
+            setattr(config, key, value)
 
 
 def write_back(model: T5Model, original: FullTables, active_to_full: np.ndarray, directory: Path) -> None:
-    """Write an export with the full vocabulary: trained rows in their places, all others as in `original`.
+    """Write an export with the full vocabulary: trained rows replaced, all others as in `original`.
 
-    Rows that were not active keep their bits, where the original is stored in float32; a 16-bit original keeps its
-    values. The model itself is not changed. Needs memory for one more pair of full tables.
+    Rows that were not active are bitwise unchanged if the original is stored in float32, and equal in value if in 16 bits.
+    The model itself is not changed. Needs memory for one more pair of full tables.
 
     Args:
-        model: cut by `cut_vocabulary` with the same `active_to_full`, or full.
+        model: after `cut_vocabulary` with the same `active_to_full`, or full.
         original: tables of the model before the cut, from `tables_from` or `tables_of`.
         active_to_full: (A,) ascending full ids.
-        directory: holds no model yet; the caller publishes it by a rename.
+        directory: has no model yet; the caller publishes it by a rename.
 
     Raises:
-        DataError: model, original and ids do not belong together.
+        DataError: model, original and ids do not match.
         RunDirectoryError, DiskFull, StorageError: as in `load.save_model`.
     """
     rows = original.shared_VD.shape[0]
@@ -104,7 +106,7 @@ def write_back(model: T5Model, original: FullTables, active_to_full: np.ndarray,
         raise DataError(
             f"the model has {model.shared.weight.shape[0]} rows and is {'tied' if is_tied(model) else 'untied'}; "
             f"{len(active_to_full)} active ids and {'tied' if original.head_VD is None else 'untied'} tables were given",
-            hint="write back into the checkpoint that the run started from",
+            hint="Use the checkpoint that the run started from",
         )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors[SHARED] = _merge(original.shared_VD, tensors[SHARED], active_to_full)
@@ -129,19 +131,12 @@ def _check_active(active_to_full: np.ndarray, rows: int) -> None:
     if not usable or bool((np.diff(ids.astype(np.int64)) <= 0).any()) or int(ids[0]) < 0 or int(ids[-1]) >= rows:
         raise DataError(
             f"the active vocabulary does not fit a model of {rows} rows",
-            hint="prepare the corpus again with the tokenizer of this model",
+            hint="Prepare the corpus again with the tokenizer of this model",
         )
 
 
 def _active_id(active_to_full: np.ndarray, key: str, full_id: int) -> int:
     position = int(np.searchsorted(active_to_full, full_id))
     if position == len(active_to_full) or int(active_to_full[position]) != full_id:
-        raise DataError(f"the active vocabulary lacks the {key} {full_id}", hint="prepare the corpus again")
+        raise DataError(f"the active vocabulary lacks the {key} {full_id}", hint="Prepare the corpus again")
     return position
-
-
-def _rename_special_ids(model: T5Model, ids: dict[str, Any]) -> None:
-    # transformers generates from generation_config, and computes from the configurations.
-    for holder in (model.config, model.encoder.config, model.decoder.config, model.generation_config):
-        for key, value in ids.items():
-            setattr(holder, key, value)

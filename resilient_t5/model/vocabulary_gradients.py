@@ -1,11 +1,11 @@
-"""Two autograd Functions that add the gradients of the vocabulary tables straight into `weight.grad`.
+"""Two autograd Functions that accumulate the gradients of the vocabulary tables directly in `weight.grad`.
 
-The input embedding and the head of a T5 have V x D gradients: for mT5 half a gigabyte each. Autograd would make a new
-one for every use and then add them up. Here they are added where they belong, block by block, and None is returned for
-the weight. The weight is still an input: the output requires a gradient without any dummy, and hooks on the parameter
-still fire. Adding is what accumulation over micro-batches and the two uses of a tied table need.
+The input embedding and the head of a T5 have V x D gradients: for mT5 half a gigabyte each. Autograd would allocate a new one
+for every use and then add them. Here they are added to `weight.grad` block by block, and None is returned for the weight. The
+weight is still an input, so the output requires a gradient and hooks on the parameter still fire. Adding also gives the right
+result for several micro-batches and for the two uses of a tied table.
 
-After an exception `grad` may hold part of a micro-batch: drop all gradients and redo the whole update.
+After an exception `grad` may contain part of a micro-batch: drop all gradients and redo the whole update.
 
 Shapes: N target tokens, V vocabulary rows, D model width, R rows of a block.
 """
@@ -17,13 +17,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK_ROWS = 4096
-# 8 MiB in float32: few tokens take more rows at once, since the last block is the one that is not computed twice.
+# 8 MiB in float32: with few tokens a block has more rows, since the last block is not computed twice.
 BLOCK_VALUES = 512 * BLOCK_ROWS
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What is summed over the target tokens, all multiplied by `scale`.
+    """The loss terms, summed over the target tokens and multiplied by `scale`:
 
     (1 - label_smoothing) * nll + label_smoothing * mean over V of -log p + z_loss * (log sum exp z)**2
     """
@@ -32,11 +32,11 @@ class LossTerms:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     product_dtype: torch.dtype = torch.float32
-    """Number format of the operands of the matrix products; their results are added up in float32 or wider."""
+    """Number format of the operands of the matrix products; results are accumulated in float32 or wider."""
     count_correct: bool = False
-    """Keep a running argmax; costs a pass over the logits, so only for evaluation."""
+    """Compute the argmax; costs a pass over the logits, so only for evaluation."""
     block_rows: int | None = None
-    """Rows of a block; without it `rows_of_block` of the tokens."""
+    """Rows of a block; None: `rows_of_block` of the tokens."""
 
 
 class EmbeddingInPlace(torch.autograd.Function):
@@ -59,13 +59,13 @@ class EmbeddingInPlace(torch.autograd.Function):
 
 
 class HeadLossInPlace(torch.autograd.Function):
-    """Cross-entropy summed over N tokens by blocks of vocabulary rows; the N x V logits never stand in memory at once.
+    """Cross-entropy summed over N tokens by blocks of vocabulary rows; the N x V logits are never in memory at once.
 
-    Forward keeps a running maximum and sum of exponentials per token; backward makes each block's logits again. The last
-    block is still in the buffer when backward begins, so with one block alone nothing is computed twice. Time: four
-    products of N x V x D with many blocks, three with one; buffer: N x R values.
+    Forward computes a running maximum and sum of exponentials per token; backward computes the logits of each block again.
+    The last block is still in the buffer when backward begins, so with a single block nothing is computed twice. Time: four
+    products of N x V x D with several blocks, three with one. Buffer: N x R values.
 
-    Returns (loss, nll_N, correct_N); only the loss has a gradient. correct_N is empty unless it is asked for.
+    Returns (loss, nll_N, correct_N); only the loss has a gradient. correct_N is empty without `count_correct`.
     """
 
     @staticmethod
@@ -92,7 +92,7 @@ class HeadLossInPlace(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         hidden_ND, labels_N, log_sum_N = ctx.saved_tensors
         buffer, max_N = ctx.last
-        ctx.last = (None, None)  # used up here; a second backward makes the last block again
+        ctx.last = (None, None)  # overwritten below; a second backward computes the last block again
         with torch.autocast(hidden_ND.device.type, enabled=False):
             grad_ND = _backward_pass(ctx, hidden_ND, labels_N, log_sum_N, (upstream, buffer, max_N))
         return grad_ND, None, None, None
@@ -110,19 +110,19 @@ class _Pass:
 
 
 def gradient_of(weight: torch.Tensor) -> torch.Tensor:
-    """`weight.grad`, made of zeros where there is none yet."""
+    """`weight.grad`, created as zeros if it is None."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
 
 
 def rows_of_block(tokens: int, rows: int) -> int:
-    """Rows of the largest block of a vocabulary of `rows` for this many target tokens."""
+    """Rows of a block of the vocabulary for this many target tokens."""
     return min(rows, max(BLOCK_ROWS, BLOCK_VALUES // max(1, tokens)))
 
 
 def _blocks(rows: int, tokens: int, terms: LossTerms) -> list[tuple[int, int]]:
-    """First row and row behind the last of each block; what does not divide evenly is the first, so the last is whole."""
+    """(first row, end row) of each block; a smaller block is the first one, so the last has full size."""
     size = rows_of_block(tokens, rows) if terms.block_rows is None else min(rows, terms.block_rows)
     ends = range(rows % size or size, rows + 1, size)
     return [(max(0, end - size), end) for end in ends]
@@ -137,7 +137,7 @@ def _logits(operand_ND: torch.Tensor, weight_RD: torch.Tensor, buffer: torch.Ten
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of 16-bit operands in float32; only CUDA can return the unrounded sum."""
+    """a @ b of 16-bit operands in float32; only CUDA returns the unrounded sum."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
 
 
@@ -192,9 +192,8 @@ def _backward_pass(
             share_NR = buffer[: hidden_ND.shape[0] * (last - first)].view(-1, last - first)
             share_NR.mul_(((max_N - log_sum_N).exp() * factor_N)[:, None])
         else:
-            share_NR = (
-                _logits(operand_ND, weight_VD[first:last], buffer).sub_(log_sum_N[:, None]).exp_().mul_(factor_N[:, None])
-            )
+            share_NR = _logits(operand_ND, weight_VD[first:last], buffer)
+            share_NR.sub_(log_sum_N[:, None]).exp_().mul_(factor_N[:, None])
         ready = False
         if terms.label_smoothing > 0:
             share_NR.sub_(on_all)

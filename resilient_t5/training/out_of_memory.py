@@ -14,8 +14,8 @@ import torch
 
 from resilient_t5.data.batches import Batches, MicroBatch, Prefetcher
 from resilient_t5.errors import OutOfMemory
-from resilient_t5.model.adafactor import AdafactorInBackward
 from resilient_t5.model.memory import GIB, Choice, Execution, choice_at
+from resilient_t5.model.optimizer import AdafactorInBackward
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.training.hardware.machine import is_out_of_memory
 from resilient_t5.training.hardware.memory_fit import Fit

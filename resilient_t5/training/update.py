@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from resilient_t5.config.schema import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
 from resilient_t5.errors import ConfigError, OutOfMemory
-from resilient_t5.model.adafactor import AdafactorInBackward
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import LossParts, forward_loss
+from resilient_t5.model.optimizer import AdafactorInBackward
 from resilient_t5.model.precision import seed_dropout
 from resilient_t5.model.vocabulary_gradients import gradient_of
 from resilient_t5.training.hardware.machine import is_out_of_memory

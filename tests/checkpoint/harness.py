@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose content follows from their update, and processes that die where they are told to."""
+"""Tiny checkpoints whose content is a function of their update, and processes that are killed at a given call."""
 
 import os
 import signal
@@ -39,8 +39,8 @@ def make_parts(update, *, reason="periodic", metric=None, health=None):
 
 def is_exactly(loaded, update):
     """Whether a loaded checkpoint holds every value and dtype of `make_parts(update)`."""
-    wanted = make_parts(update)
-    return loaded.update == update and loaded.state == wanted.state and same_tensors(loaded.tensors, wanted.tensors)
+    expected = make_parts(update)
+    return loaded.update == update and loaded.state == expected.state and same_tensors(loaded.tensors, expected.tensors)
 
 
 def same_tensors(one, other):
@@ -57,12 +57,12 @@ def same_tensors(one, other):
     )
 
 
-def make_vault(directory, *, keep_last=2, fs=None, events=None, kind=CheckpointManager, **options):
-    """A vault whose audit goes to the list `events` as (kind, fields)."""
+def make_manager(directory, *, keep_last=2, fs=None, events=None, kind=CheckpointManager, **options):
+    """A manager that appends its events to the list `events` as (kind, fields)."""
     settings = CheckpointConfig(keep_last=keep_last, **options)
-    told = [] if events is None else events
+    log = [] if events is None else events
     return kind(
-        Path(directory), run_id=RUN_ID, settings=settings, fs=fs, audit=lambda *event: told.append(event), reserve_bytes=0
+        Path(directory), run_id=RUN_ID, settings=settings, fs=fs, audit=lambda *event: log.append(event), reserve_bytes=0
     )
 
 
@@ -79,13 +79,13 @@ def live_names(directory):
 
 
 def valid_updates(directory):
-    """{q: update} of the live directories that verify; a wrong content under a valid hash fails at once."""
-    found = {}
+    """{commit number: update} of the live directories; fails at a wrong content under a valid hash."""
+    updates = {}
     for name in live_names(directory):
         loaded = read_directory(FileSystem(), Path(directory) / "checkpoints" / name, RUN_ID)
         assert is_exactly(loaded, loaded.update), f"{name} verifies and holds something else"
-        found[loaded.q] = loaded.update
-    return found
+        updates[loaded.commit_number] = loaded.update
+    return updates
 
 
 def leftovers(directory):
@@ -94,7 +94,7 @@ def leftovers(directory):
 
 
 class CountingHook:
-    """Counts moments; at number `at` it calls `action`. It also keeps the names of the operations."""
+    """Counts calls of the hook and calls `action` at number `at`; also records the names of the operations."""
 
     def __init__(self, at=None, action=None, moments=("before", "after")):
         self.at, self.action, self.moments = at, action, moments

@@ -14,7 +14,7 @@ import pytest
 
 from resilient_t5.checkpoint.reader import load_checkpoint
 from resilient_t5.errors import NoValidCheckpoint, ResumeMismatch
-from tests.checkpoint.harness import commit, is_exactly, live_names, make_parts, make_vault
+from tests.checkpoint.harness import commit, is_exactly, live_names, make_manager, make_parts
 
 DAMAGES = int(os.environ.get("RESILIENT_T5_DAMAGES", "200"))
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json")
@@ -109,7 +109,7 @@ DAMAGE = (
 @pytest.fixture
 def base(scratch):
     """A run with three checkpoints."""
-    commit(make_vault(scratch / "base", keep_last=3), 1, 2, 3)
+    commit(make_manager(scratch / "base", keep_last=3), 1, 2, 3)
     return scratch / "base"
 
 
@@ -122,7 +122,7 @@ def test_every_damage_to_the_newest_checkpoint_is_found_and_the_older_one_loads(
         shutil.copytree(base, directory)
         name = FILES[number // len(DAMAGE) % len(FILES)]
         damage(directory / "checkpoints" / live_names(directory)[-1] / name, draw)
-        loaded = make_vault(directory, events=events).load_newest()
+        loaded = make_manager(directory, events=events).load_newest()
         assert is_exactly(loaded, 2), f"{damage.__name__} of {name} passed"
         assert [kind for kind, _ in events] == ["quarantine", "fallback"]
         quarantined = list((directory / "checkpoints" / "quarantine").iterdir())
@@ -153,7 +153,7 @@ def test_when_all_checkpoints_are_damaged_the_run_refuses_to_start_and_deletes_n
         flip_a_bit(base / "checkpoints" / name / "model.safetensors", random.Random(1))
     for _ in range(2):
         with pytest.raises(NoValidCheckpoint) as caught:
-            make_vault(base).load_newest()
+            make_manager(base).load_newest()
         assert caught.value.exit_code == 66
     assert len(list(base.rglob("model.safetensors"))) == 3
 
@@ -162,14 +162,14 @@ def test_a_run_whose_checkpoints_were_removed_by_hand_does_not_start_from_scratc
     """The pointer remembers that there was something."""
     shutil.rmtree(base / "checkpoints")
     with pytest.raises(NoValidCheckpoint):
-        make_vault(base).load_newest()
+        make_manager(base).load_newest()
 
 
 def test_a_run_that_never_committed_starts_fresh(scratch):
     """An empty directory, and one with a dead half-written save only."""
-    assert make_vault(scratch).load_newest() is None
+    assert make_manager(scratch).load_newest() is None
     (scratch / "checkpoints" / ".tmp-0001-1-dead").mkdir(parents=True)
-    manager = make_vault(scratch)
+    manager = make_manager(scratch)
     manager.sweep()
     assert manager.load_newest() is None
     assert list((scratch / "checkpoints").iterdir()) == []
@@ -177,13 +177,13 @@ def test_a_run_that_never_committed_starts_fresh(scratch):
 
 def test_a_checkpoint_of_another_run_is_refused_but_may_be_forked_from(base, scratch):
     """Copied into this run it goes into quarantine; named by path it loads."""
-    other = make_vault(scratch / "other")
+    other = make_manager(scratch / "other")
     other._run_id = "another"
     commit(other, 1, 2, 3, 4, 5)
     name = live_names(scratch / "other")[-1]
     shutil.copytree(scratch / "other" / "checkpoints" / name, base / "checkpoints" / name)
     events = []
-    assert is_exactly(make_vault(base, events=events).load_newest(), 3)
+    assert is_exactly(make_manager(base, events=events).load_newest(), 3)
     assert events[0][1]["reason"] == "run"
     assert is_exactly(load_checkpoint(scratch / "other" / "checkpoints" / name), 5)
 
@@ -191,8 +191,8 @@ def test_a_checkpoint_of_another_run_is_refused_but_may_be_forked_from(base, scr
 def test_a_whole_checkpoint_of_another_format_is_refused_without_being_moved(base, monkeypatch):
     """An older program must not condemn what a newer one wrote."""
     monkeypatch.setattr("resilient_t5.checkpoint.manifest.FORMAT", 2)
-    make_vault(base)  # a newer version of this program writes
-    manager = make_vault(base)
+    make_manager(base)  # a newer version of this program writes
+    manager = make_manager(base)
     with pytest.raises(ResumeMismatch) as caught:
         manager.load_newest()
     assert caught.value.exit_code == 78
@@ -203,7 +203,7 @@ def test_a_whole_checkpoint_of_another_format_is_refused_without_being_moved(bas
 def test_a_name_that_no_save_gave_is_refused(base, name):
     """No path leads out of the checkpoints, and no second spelling leads in."""
     with pytest.raises(NoValidCheckpoint):
-        make_vault(base).load(name)
+        make_manager(base).load(name)
 
 
 def test_a_link_in_the_place_of_a_checkpoint_is_not_followed(base, scratch):
@@ -211,7 +211,7 @@ def test_a_link_in_the_place_of_a_checkpoint_is_not_followed(base, scratch):
     newest = base / "checkpoints" / live_names(base)[-1]
     shutil.move(newest, scratch / "moved")
     newest.symlink_to(scratch / "moved")
-    assert is_exactly(make_vault(base).load_newest(), 2)
+    assert is_exactly(make_manager(base).load_newest(), 2)
     assert (scratch / "moved" / "MANIFEST.json").exists()
 
 
@@ -220,14 +220,14 @@ def test_pointers_are_hints_whatever_they_say(base):
     for text in (b"", b"{", b"[]", b'{"name": "../x"}', b'{"name": "u00000001-0001"}', b"\xff" * 10, b" " * 100_000):
         for pointer in ("last.json", "best.json"):
             (base / pointer).write_bytes(text)
-        manager = make_vault(base, keep_last=3)
+        manager = make_manager(base, keep_last=3)
         assert is_exactly(manager.load_newest(), 3)
-        assert manager._next_q() == 4
+        assert manager._next_commit_number() == 4
 
 
 def test_the_best_that_is_damaged_is_replaced_by_the_next_best_that_exists(scratch):
     """Both the export and the following saves see the next best."""
-    manager = make_vault(scratch, keep_last=4)
+    manager = make_manager(scratch, keep_last=4)
     for update, best in ((1, True), (2, False), (3, True), (4, False)):
         manager.save(make_parts(update, metric=1 / update), best=best)
     assert is_exactly(manager.load_best(), 3)
@@ -237,15 +237,15 @@ def test_the_best_that_is_damaged_is_replaced_by_the_next_best_that_exists(scrat
     assert is_exactly(manager.load_best(), 1)
     assert [kind for kind, _ in events] == ["quarantine", "best_lost"]
     manager.save(make_parts(5), best=False)
-    assert manager.committed()[0].manifest.best_q == 1
+    assert manager.committed()[0].manifest.best_commit == 1
     assert '"update": 1' in (scratch / "best.json").read_text()
 
 
 def test_a_start_puts_every_visibly_damaged_checkpoint_into_quarantine(base):
-    """An older one with a missing file would otherwise stand there for ever, as retention does not see it."""
+    """Retention ignores a damaged checkpoint, so without quarantine it would never be removed."""
     remove(base / "checkpoints" / live_names(base)[0] / "state.json", None)
     events = []
-    assert is_exactly(make_vault(base, keep_last=3, events=events).load_newest(), 3)
+    assert is_exactly(make_manager(base, keep_last=3, events=events).load_newest(), 3)
     assert [kind for kind, _ in events] == ["quarantine"]
     assert len(live_names(base)) == 2
 
@@ -253,4 +253,4 @@ def test_a_start_puts_every_visibly_damaged_checkpoint_into_quarantine(base):
 def test_a_trailing_file_that_nobody_listed_is_ignored(base):
     """A file manager's remains are no damage."""
     (base / "checkpoints" / live_names(base)[-1] / ".DS_Store").write_bytes(b"x")
-    assert is_exactly(make_vault(base).load_newest(), 3)
+    assert is_exactly(make_manager(base).load_newest(), 3)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from resilient_t5.checkpoint.manager import NoValidCheckpoint
 from resilient_t5.checkpoint.retention import max_kept
 from resilient_t5.files import FileSystem
-from tests.checkpoint.harness import CountingHook, leftovers, live_names, make_parts, make_vault, valid_updates
+from tests.checkpoint.harness import CountingHook, leftovers, live_names, make_manager, make_parts, valid_updates
 
 EXAMPLES = int(os.environ.get("RESILIENT_T5_EXAMPLES", "300"))
 METRICS = st.sampled_from([0.5, 0.9, 1.0, 1.0, 2.0, math.nan, math.inf, None])
@@ -32,7 +32,7 @@ ACTIONS = st.one_of(
 
 
 class Crash(BaseException):
-    """The process dies here; nothing of the vault may run after it."""
+    """The process dies here; no further code of the manager may run."""
 
 
 class Run:
@@ -46,23 +46,23 @@ class Run:
         self.open()
 
     def open(self):
-        self.manager = make_vault(self.directory, keep_last=self.keep_last, fs=self.fs)
+        self.manager = make_manager(self.directory, keep_last=self.keep_last, fs=self.fs)
 
     def save(self, metric, healthy, hook=None, reason="periodic"):
         self.update += reason != "rollback"
         improves = metric is not None and math.isfinite(metric) and (self.best is None or metric < self.best[1])
         parts = make_parts(self.update, metric=metric, health={"finite": healthy}, reason=reason)
-        # A loop that compares carelessly may call a NaN the best: the vault must know better.
+        # A careless comparison in the loop may pass a NaN as the best: the manager must reject it.
         careless = improves or (metric is not None and math.isnan(metric))
         self.fs._hook = hook
         try:
             saved = self.manager.save(parts, best=careless)
         finally:
             self.fs._hook = None
-        self.committed[saved.q] = healthy
+        self.committed[saved.commit_number] = healthy
         self.commits += 1
         if improves:
-            self.best = (saved.q, metric)
+            self.best = (saved.commit_number, metric)
 
     def crash(self, at, healthy):
         def dies():
@@ -80,16 +80,16 @@ class Run:
             self.manager.sweep()
             assert leftovers(self.directory) == []
         loaded = self.manager.load_newest(healthy=rollback)
-        self.resumed_q, self.commits = (loaded.q, 0) if loaded else (None, 0)
+        self.resumed_q, self.commits = (loaded.commit_number, 0) if loaded else (None, 0)
         self.update = loaded.update if loaded else 0
         if loaded:
-            assert rollback or loaded.q >= max([0, *self.committed])
-            self.committed.setdefault(loaded.q, loaded.manifest.health["finite"])
-            best = {q: m for q, m in self.metrics().items() if q == loaded.manifest.best_q}
+            assert rollback or loaded.commit_number >= max([0, *self.committed])
+            self.committed.setdefault(loaded.commit_number, loaded.manifest.health["finite"])
+            best = {q: m for q, m in self.metrics().items() if q == loaded.manifest.best_commit}
             self.best = next(iter(best.items()), None)
 
     def metrics(self):
-        return {item.q: item.manifest.metric for item in self.manager.committed()}
+        return {item.commit_number: item.manifest.metric for item in self.manager.committed()}
 
     def whole(self):
         return valid_updates(self.directory)
@@ -159,7 +159,7 @@ def test_retention_keeps_what_it_promises_whatever_happens(tried, keep_last, act
     """Best on disk, enough whole ones, newest and newest healthy never deleted, the count bounded; after every action."""
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place) as directory:
-        run = Run(type(make_vault(directory).directory)(directory), keep_last)
+        run = Run(type(make_manager(directory).directory)(directory), keep_last)
         for action in actions:
             act(run, *action)
             run.check()
@@ -168,10 +168,10 @@ def test_retention_keeps_what_it_promises_whatever_happens(tried, keep_last, act
 
 def test_the_checkpoint_that_was_resumed_from_stays_until_two_newer_are_committed(scratch):
     """It is the only one that is known to load on this machine."""
-    manager = make_vault(scratch, keep_last=2)
+    manager = make_manager(scratch, keep_last=2)
     for update in range(1, 4):
         manager.save(make_parts(update), best=False)
-    manager = make_vault(scratch, keep_last=2)
+    manager = make_manager(scratch, keep_last=2)
     manager.load("u00000002-0002")
     manager.save(make_parts(4), best=False)
     assert 2 in valid_updates(scratch).values()
@@ -181,7 +181,7 @@ def test_the_checkpoint_that_was_resumed_from_stays_until_two_newer_are_committe
 
 def test_an_unhealthy_series_does_not_push_the_last_healthy_checkpoint_out(scratch):
     """A rollback needs somewhere to go."""
-    manager = make_vault(scratch, keep_last=2)
+    manager = make_manager(scratch, keep_last=2)
     manager.save(make_parts(1), best=False)
     for update in range(2, 8):
         manager.save(make_parts(update, health={"finite": True, "in_band": False}), best=False)
@@ -193,7 +193,7 @@ def test_an_unhealthy_series_does_not_push_the_last_healthy_checkpoint_out(scrat
 
 def test_a_best_that_is_not_a_number_is_no_best(scratch):
     """NaN and infinity never replace a figure."""
-    manager = make_vault(scratch, keep_last=2)
+    manager = make_manager(scratch, keep_last=2)
     manager.save(make_parts(1, metric=3.0), best=True)
     for update, metric in ((2, math.nan), (3, math.inf), (4, -math.inf), (5, math.nan)):
         manager.save(make_parts(update, metric=metric), best=True)
@@ -203,7 +203,7 @@ def test_a_best_that_is_not_a_number_is_no_best(scratch):
 
 def test_a_rollback_finds_no_healthy_checkpoint(scratch):
     """The caller learns it from an error, not from an unhealthy load."""
-    manager = make_vault(scratch)
+    manager = make_manager(scratch)
     manager.save(make_parts(1, health={"finite": False}), best=False)
     with pytest.raises(NoValidCheckpoint, match="healthy"):
         manager.load_newest(healthy=True)

@@ -12,7 +12,7 @@ import torch
 
 from resilient_t5.checkpoint import rng
 from resilient_t5.errors import ResumeMismatch
-from tests.checkpoint.harness import make_parts, make_vault
+from tests.checkpoint.harness import make_manager, make_parts
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,11 @@ def test_the_draws_after_a_resume_are_the_draws_without_one(scratch, draws_befor
     for _ in range(draws_before):
         random.gauss(0, 1), np.random.randn(1), torch.randn(1)
     tensors, rest = rng.capture()
-    manager = make_vault(scratch)
+    manager = make_manager(scratch)
     manager.save(replace(make_parts(1), tensors={"rng": tensors}, state={"rng": rest}), best=False)
     wanted = [draw() for _ in range(3)]
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
-    loaded = make_vault(scratch).load_newest()
+    loaded = make_manager(scratch).load_newest()
     rng.restore(loaded.tensors["rng"], loaded.state["rng"])
     assert [draw() for _ in range(3)] == wanted
 
@@ -78,7 +78,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name_of_the_problem(name, damag
 
 
 def test_a_device_that_is_missing_here_is_named():
-    """A run of two devices that goes on without one is the same in distribution only, and says so."""
+    """A run of two devices that resumes on one is not bitwise the same, and the missing state is reported."""
     tensors, rest = rng.capture()
     assert rng.restore(tensors, rest) == []
     tensors["cuda:7"] = torch.zeros(16, dtype=torch.uint8)

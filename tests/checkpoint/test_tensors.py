@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from resilient_t5.checkpoint import manifest, strict_json, tensors
 from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
 from resilient_t5.files import FileSystem, make_directories, read_bounded, remove_tree, replace_file
-from tests.checkpoint.harness import commit, live_names, make_parts, make_vault, same_tensors
+from tests.checkpoint.harness import commit, live_names, make_manager, make_parts, same_tensors
 
 
 class Bytes:
@@ -216,8 +216,8 @@ def test_json_that_no_save_wrote_is_refused(data):
 
 
 def test_a_manifest_holds_the_sha256_and_size_of_every_other_file(scratch):
-    """As an independent hash of the files says."""
-    commit(make_vault(scratch), 1)
+    """Compared with an independent hash of the files."""
+    commit(make_manager(scratch), 1)
     directory = scratch / "checkpoints" / live_names(scratch)[0]
     found, _ = manifest.read_manifest(FileSystem(), directory)
     others = {path for path in directory.iterdir() if path.name != "MANIFEST.json"}
@@ -247,7 +247,7 @@ def test_a_manifest_holds_the_sha256_and_size_of_every_other_file(scratch):
 )
 def test_a_manifest_with_a_right_hash_and_wrong_content_is_refused(scratch, key, value):
     """The hash proves that nothing rotted, not that the writer was a friend."""
-    commit(make_vault(scratch), 1)
+    commit(make_manager(scratch), 1)
     directory = scratch / "checkpoints" / live_names(scratch)[0]
     fields = strict_json.load((directory / "MANIFEST.json").read_bytes())
     del fields["self_sha256"]
@@ -288,7 +288,7 @@ def test_removing_a_tree_follows_no_link(tmp_path):
 
 
 def test_a_small_file_is_replaced_whole_and_read_within_bounds(tmp_path):
-    """A stale temporary of a dead process with the same number is in nobody's way."""
+    """A stale temporary file of a dead process with the same pid does no harm."""
     fs = FileSystem()
     make_directories(fs, tmp_path / "a" / "b")
     path = tmp_path / "a" / "b" / "last.json"

@@ -15,7 +15,7 @@ from resilient_t5.checkpoint.snapshot import NonFiniteState
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import StorageError
 from resilient_t5.files import FileSystem
-from tests.checkpoint.harness import is_exactly, live_names, make_parts, make_vault
+from tests.checkpoint.harness import is_exactly, live_names, make_manager, make_parts
 
 PLENTY = 2**40
 
@@ -35,9 +35,9 @@ class SlowDisk(FileSystem):
 
 @pytest.fixture
 def slow(scratch):
-    """(disk, writer, vault, events) with a writer that is held up until `disk.go` is set."""
+    """(disk, writer, manager, events) with a writer that is blocked until `disk.go` is set."""
     disk, events = SlowDisk(), []
-    manager = make_vault(scratch, fs=disk, events=events)
+    manager = make_manager(scratch, fs=disk, events=events)
     writer = Writer(manager, background=True, available_bytes=lambda: PLENTY)
     yield disk, writer, manager, events
     disk.go.set()
@@ -60,13 +60,13 @@ def test_what_is_saved_is_the_state_at_the_request(slow, scratch):
     spoil(parts)
     disk.go.set()
     assert [item.update for item in writer.drain()] == [7]
-    assert is_exactly(make_vault(scratch).load_newest(), 7)
+    assert is_exactly(make_manager(scratch).load_newest(), 7)
 
 
-def test_parts_that_are_copies_already_are_written_behind_without_another(scratch):
-    """Where memory has no room for a copy the caller waits, but not with parts that nobody changes any more."""
+def test_parts_that_are_copies_already_are_written_in_the_background_without_another_copy(scratch):
+    """With too little memory for a copy the caller waits, except for parts that do not change any more."""
     disk = SlowDisk()
-    writer = Writer(make_vault(scratch, fs=disk), background=True, available_bytes=lambda: 0)
+    writer = Writer(make_manager(scratch, fs=disk), background=True, available_bytes=lambda: 0)
     assert writer.submit(replace(make_parts(7), are_copies=True), best=False, must=False)
     assert writer.busy and disk.reached.wait(20)
     disk.go.set()
@@ -81,7 +81,7 @@ def test_shared_tensors_are_copied_once_and_stay_shared(slow, scratch):
     writer.submit(make_parts(1), best=False, must=False)
     writer.drain()
     assert manager.committed()[0].manifest.shared == {"model": {"shared": "lm_head"}}
-    model = make_vault(scratch).load_newest().tensors["model"]
+    model = make_manager(scratch).load_newest().tensors["model"]
     assert model["shared"].data_ptr() == model["lm_head"].data_ptr()
 
 
@@ -107,9 +107,9 @@ def test_the_wait_for_a_slot_ends_when_the_run_must_stop(slow):
 @pytest.mark.parametrize("reason", ["signal", "final", "rollback"])
 def test_a_save_that_the_run_ends_on_is_on_disk_when_submit_returns(scratch, reason):
     """No snapshot, no thread to wait for, however much memory there is."""
-    writer = Writer(make_vault(scratch), background=True, available_bytes=lambda: PLENTY)
+    writer = Writer(make_manager(scratch), background=True, available_bytes=lambda: PLENTY)
     writer.submit(make_parts(5, reason=reason), best=False, must=True)
-    assert is_exactly(make_vault(scratch).load_newest(), 5)
+    assert is_exactly(make_manager(scratch).load_newest(), 5)
     assert [item.update for item in writer.poll()] == [5]
     writer.close()
 
@@ -118,7 +118,7 @@ def test_a_save_that_the_run_ends_on_is_on_disk_when_submit_returns(scratch, rea
 def test_when_memory_is_short_the_save_is_synchronous_and_makes_no_copy(scratch, monkeypatch, available):
     """It is on disk when submit returns."""
     monkeypatch.setattr("resilient_t5.checkpoint.writer.take_snapshot", lambda tensors: pytest.fail("made a copy"))
-    writer = Writer(make_vault(scratch), background=True, available_bytes=lambda: available)
+    writer = Writer(make_manager(scratch), background=True, available_bytes=lambda: available)
     assert writer.submit(make_parts(5), best=False, must=False)
     assert live_names(scratch) == ["u00000005-0001"]
     writer.close()
@@ -127,12 +127,11 @@ def test_when_memory_is_short_the_save_is_synchronous_and_makes_no_copy(scratch,
 def test_the_stall_does_not_depend_on_the_speed_of_the_disk(scratch):
     """With 30 ms per call of a disk that takes seconds per save, submit returns after the copy."""
 
-    class Sluggish(FileSystem):
-        def _call(self, *arguments):
+    def sleep_before(moment, operation, arguments):
+        if moment == "before":
             time.sleep(0.03)
-            return super()._call(*arguments)
 
-    writer = Writer(make_vault(scratch, fs=Sluggish()), background=True, available_bytes=lambda: PLENTY)
+    writer = Writer(make_manager(scratch, fs=FileSystem(sleep_before)), background=True, available_bytes=lambda: PLENTY)
     started_s = time.monotonic()
     writer.submit(make_parts(1), best=False, must=False)
     stall_s = time.monotonic() - started_s
@@ -154,7 +153,7 @@ def test_an_exception_of_the_writer_is_raised_once_at_the_next_poll(scratch):
             super().rename(source, target)
 
     disk = Broken()
-    manager = make_vault(scratch, fs=disk, on_disk_full="stop")
+    manager = make_manager(scratch, fs=disk, on_disk_full="stop")
     writer = Writer(manager, background=True, available_bytes=lambda: PLENTY)
     writer.submit(make_parts(1), best=False, must=False)
     with pytest.raises(StorageError, match="EIO"):
@@ -168,7 +167,7 @@ def test_an_exception_of_the_writer_is_raised_once_at_the_next_poll(scratch):
 
 def test_an_error_that_nobody_polled_is_raised_by_close(scratch):
     """The last chance to learn of it."""
-    writer = Writer(make_vault(scratch), background=True, available_bytes=lambda: PLENTY)
+    writer = Writer(make_manager(scratch), background=True, available_bytes=lambda: PLENTY)
     bad = make_parts(1)
     bad.tensors["model"]["scale"].fill_(float("nan"))
     writer.submit(bad, best=False, must=False)
@@ -179,8 +178,8 @@ def test_an_error_that_nobody_polled_is_raised_by_close(scratch):
 @pytest.mark.parametrize("place", [("model", "scale"), ("optimizer", "shared/exp_avg"), ("model", "lm_head")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_state_that_is_not_finite_is_never_committed(scratch, place, value):
-    """One bad element anywhere, whatever the health says; the older checkpoint stays."""
-    manager = make_vault(scratch)
+    """One bad element anywhere, regardless of the health fields; the older checkpoint stays."""
+    manager = make_manager(scratch)
     manager.save(make_parts(1), best=False)
     bad = make_parts(2)
     bad.tensors[place[0]][place[1]].reshape(-1)[-1] = value
@@ -200,11 +199,11 @@ def test_finite_numbers_whose_sum_overflows_are_committed(scratch):
         "d": torch.full((5,), 3e38, dtype=torch.bfloat16),
     }
     parts = replace(make_parts(1), tensors={"model": huge})
-    make_vault(scratch).save(parts, best=False)
+    make_manager(scratch).save(parts, best=False)
     assert live_names(scratch) == ["u00000001-0001"]
 
 
-def test_the_audit_is_told_in_the_thread_of_the_run_only(slow):
+def test_the_audit_is_called_in_the_thread_of_the_run_only(slow):
     """Log files need no lock; the order is that of the events."""
     disk, writer, manager, _ = slow
     threads = []
@@ -231,7 +230,7 @@ def test_the_pointers_never_name_what_is_not_committed(slow, scratch):
 
 def test_nothing_is_saved_twice_at_one_update(scratch):
     """The final save after a periodic one is no news; a new best and a rollback are saved all the same."""
-    manager = make_vault(scratch)
+    manager = make_manager(scratch)
     writer = Writer(manager, background=False)
     for parts, best in (
         (make_parts(3), False),
@@ -241,9 +240,9 @@ def test_nothing_is_saved_twice_at_one_update(scratch):
         (make_parts(3, reason="rollback"), False),
     ):
         writer.submit(parts, best=best, must=True)
-    assert [item.q for item in writer.drain()] == [1, 2, 3]
+    assert [item.commit_number for item in writer.drain()] == [1, 2, 3]
     writer.close()
-    manager = make_vault(scratch)
+    manager = make_manager(scratch)
     manager.load_newest()
     writer = Writer(manager, background=False)
     writer.submit(make_parts(3, reason="signal"), best=False, must=True)
@@ -251,7 +250,7 @@ def test_nothing_is_saved_twice_at_one_update(scratch):
     writer.close()
 
 
-def test_a_signal_save_does_not_wait_behind_a_writer_that_waits_for_room(scratch):
+def test_a_signal_save_does_not_wait_for_a_writer_that_waits_for_disk_space(scratch):
     """The waiting save gives up, so that the process can leave within its deadline."""
 
     class Full(FileSystem):
@@ -259,11 +258,11 @@ def test_a_signal_save_does_not_wait_behind_a_writer_that_waits_for_room(scratch
             return 0
 
     events = []
-    manager = make_vault(scratch, fs=Full(), events=events, on_disk_full="wait")
+    manager = make_manager(scratch, fs=Full(), events=events, on_disk_full="wait")
     writer = Writer(manager, background=True, available_bytes=lambda: PLENTY)
     writer.submit(make_parts(1), best=False, must=False)
     started_s = time.monotonic()
     writer.submit(make_parts(1, reason="signal"), best=False, must=True, should_stop=lambda: time.monotonic() > started_s + 5)
     assert time.monotonic() - started_s < 2.0
-    with pytest.raises(Exception, match="no room"):
+    with pytest.raises(Exception, match="no space"):
         writer.close()

@@ -1,12 +1,12 @@
 """bin/checkpoints. Run: python -m pytest tests/commands/test_checkpoints.py"""
 
 from resilient_t5.commands.checkpoints import main
-from tests.checkpoint.harness import commit, live_names, make_vault
+from tests.checkpoint.harness import commit, live_names, make_manager
 
 
 def test_it_lists_what_is_there_and_finds_one_flipped_bit_only_when_it_reads(tmp_path, capsys):
     """Sizes alone do not show it; --verify does, with 66; nothing is moved or written."""
-    commit(make_vault(tmp_path), 1, 2)
+    commit(make_manager(tmp_path), 1, 2)
     assert main([str(tmp_path)]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == live_names(tmp_path)[::-1]
     assert main([str(tmp_path), "--verify"]) == 0

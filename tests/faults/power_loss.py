@@ -1,8 +1,8 @@
 """Which directories a power loss can leave, enumerated from the recorded calls of a real save.
 
 Two models of a file system. `journal`: changes of names become durable in the order they were made, and any fsync makes
-all earlier ones durable, as ext4 does. `weak`: every change of a name stands or falls alone until its directory is fsynced,
-which is all that POSIX promises. In both, a file that was not fsynced may have any of seven contents: what was written,
+all earlier ones durable, as ext4 does. `weak`: until its directory is fsynced, every change of a name is durable or lost on its
+own, which is all that POSIX guarantees. In both, a file that was not fsynced may have any of seven contents: what was written,
 nothing, zeros, a half, all but the last byte, a tail of zeros, or garbage.
 """
 

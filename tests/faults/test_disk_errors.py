@@ -14,7 +14,7 @@ import pytest
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem
-from tests.checkpoint.harness import CountingHook, commit, in_child, is_exactly, make_parts, make_vault, valid_updates
+from tests.checkpoint.harness import CountingHook, commit, in_child, is_exactly, make_manager, make_parts, valid_updates
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
@@ -38,14 +38,14 @@ class FailingHook(CountingHook):
 @pytest.fixture
 def base(scratch):
     """A run with three commits, two of them on disk."""
-    commit(make_vault(scratch / "base"), 1, 2, 3)
+    commit(make_manager(scratch / "base"), 1, 2, 3)
     return scratch / "base"
 
 
 def saving_with(directory, hook):
-    """A vault that went on from the newest checkpoint, its hook silent until then."""
+    """A manager that resumed from the newest checkpoint; the hook is active only afterwards."""
     fs = FileSystem()
-    manager = make_vault(directory, fs=fs, events=[])
+    manager = make_manager(directory, fs=fs, events=[])
     manager.load_newest()
     fs._hook = hook
     return manager, fs
@@ -71,7 +71,7 @@ def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_
             try:
                 saved = manager.save(make_parts(4, metric=1.0), best=True)
                 committed += 1
-                assert valid_updates(directory)[saved.q] == 4
+                assert valid_updates(directory)[saved.commit_number] == 4
             except (DiskFull, StorageError) as error:
                 refused += 1
                 assert errno.errorcode[code] in str(error), operation
@@ -81,7 +81,7 @@ def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_
             assert len(valid_updates(directory)) >= 2
             fs._hook = None
             assert manager.save(make_parts(5), best=False).update == 5
-            assert is_exactly(make_vault(directory).load_newest(), 5)
+            assert is_exactly(make_manager(directory).load_newest(), 5)
             shutil.rmtree(directory)
     assert refused > 80
     assert committed > 40
@@ -89,17 +89,17 @@ def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_
 
 
 def test_no_error_at_any_call_of_a_start_deletes_anything(base, scratch, record_property):
-    """A start loads a checkpoint or says why not; what it could not read is at most in quarantine."""
+    """A start loads a checkpoint or raises a clear error; an unreadable checkpoint is moved to quarantine at most."""
     shutil.copytree(base, scratch / "work")
     counted = FailingHook(None, 0)
-    make_vault(scratch / "work", fs=FileSystem(counted)).load_newest()
+    make_manager(scratch / "work", fs=FileSystem(counted)).load_newest()
     codes = (*CODES, errno.EACCES, errno.EMFILE)
     for at in range(len(counted.operations)):
         for code in codes:
             directory = scratch / "run"
             shutil.copytree(base, directory)
             try:
-                loaded = make_vault(directory, fs=FileSystem(FailingHook(at, code))).load_newest()
+                loaded = make_manager(directory, fs=FileSystem(FailingHook(at, code))).load_newest()
                 assert is_exactly(loaded, loaded.update)
             except (DiskFull, StorageError) as error:
                 assert errno.errorcode[code] in str(error)
@@ -130,7 +130,7 @@ def test_a_real_limit_of_the_file_size_is_named_and_survived(base):
 
     def save(write):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-        manager = make_vault(base)
+        manager = make_manager(base)
         try:
             manager.save(make_parts(4), best=False)
         except StorageError as error:
@@ -148,31 +148,28 @@ def test_a_real_limit_of_the_file_size_is_named_and_survived(base):
 def test_a_failed_fsync_is_never_repeated_on_the_same_file(base, operation):
     """The kernel reports an error once; the save is written again from memory under a new temporary."""
 
-    class Once(FileSystem):
-        failed, paths = None, []
+    paths = []
 
-        def _call(self, name, function, *arguments):
-            path = Path(getattr(arguments[0], "path", arguments[0]))
-            if name == operation and ".tmp-" in str(path):
-                self.paths.append(path)
-                if self.failed is None:
-                    Once.failed = path
-                    raise OSError(errno.EIO, "injected", str(path))
-            return super()._call(name, function, *arguments)
+    def fail_once(moment, name, arguments):
+        path = Path(getattr(arguments[0], "path", arguments[0]))
+        if moment == "before" and name == operation and ".tmp-" in str(path):
+            paths.append(path)
+            if len(paths) == 1:
+                raise OSError(errno.EIO, "injected", str(path))
 
-    manager = make_vault(base, fs=Once())
+    manager = make_manager(base, fs=FileSystem(fail_once))
     with pytest.raises(StorageError, match="EIO"):
         manager.save(make_parts(4), best=False)
     manager.save(make_parts(4), best=False)
-    tries = [path for path in Once.paths if path == Once.failed]
+    tries = [path for path in paths if path == paths[0]]
     assert len(tries) <= (2 if operation == "close" else 1)
-    assert is_exactly(make_vault(base).load_newest(), 4)
+    assert is_exactly(make_manager(base).load_newest(), 4)
 
 
 def run_writer(base, policy, reason, hook, **options):
     fs = FileSystem()
     events = []
-    manager = make_vault(base, fs=fs, events=events, on_disk_full=policy)
+    manager = make_manager(base, fs=fs, events=events, on_disk_full=policy)
     manager.load_newest()
     fs._hook = hook
     writer = Writer(manager, background=False)
@@ -181,12 +178,12 @@ def run_writer(base, policy, reason, hook, **options):
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_the_policy_continue_tells_and_goes_on(base, code):
+def test_the_policy_continue_logs_and_continues(base, code):
     """A periodic save that fails does not end the run; the next one is on disk."""
     writer, fs, events = run_writer(base, "continue", "periodic", FailingHook(0, code, goes_on=True))
     assert writer.poll() == []
-    told = [fields for kind, fields in events if kind == "save_failed"]
-    assert len(told) == 1 and errno.errorcode[code] in told[0]["error"]
+    failures = [fields for kind, fields in events if kind == "save_failed"]
+    assert len(failures) == 1 and errno.errorcode[code] in failures[0]["error"]
     fs._hook = None
     assert writer.submit(make_parts(5), best=False, must=False)
     assert [item.update for item in writer.poll()] == [5]
@@ -257,13 +254,13 @@ def test_too_little_room_is_seen_before_the_first_byte(base):
 
     before = sorted(base.rglob("*"))
     with pytest.raises(DiskFull, match="MiB are needed"):
-        make_vault(base, fs=Small()).save(make_parts(4), best=False)
+        make_manager(base, fs=Small()).save(make_parts(4), best=False)
     assert sorted(base.rglob("*")) == before
 
 
 def test_room_is_made_from_what_may_go_and_only_when_it_is_enough(scratch):
     """Half-deleted remains and the surplus above two go; the two newest and the best never do."""
-    manager = make_vault(scratch, keep_last=5)
+    manager = make_manager(scratch, keep_last=5)
     for update in range(1, 6):
         manager.save(make_parts(update, metric=1.0), best=update == 2)
     size = manager.committed()[0].manifest.bytes
@@ -275,7 +272,7 @@ def test_room_is_made_from_what_may_go_and_only_when_it_is_enough(scratch):
             return self.room + size * (5 - len(list((scratch / "checkpoints").glob("u*"))))
 
     fs = Small()
-    manager = make_vault(scratch, keep_last=5, fs=fs)
+    manager = make_manager(scratch, keep_last=5, fs=fs)
     with pytest.raises(DiskFull):
         fs.room = -size
         manager.save(make_parts(6), best=False)

@@ -17,15 +17,15 @@ from tests.checkpoint.harness import (
     is_exactly,
     leftovers,
     live_names,
+    make_manager,
     make_parts,
-    make_vault,
     valid_updates,
 )
 
 
 def save_the_next(directory, hook, write):
     """The fourth save, with a victim of retention, a new best and both pointers."""
-    manager = make_vault(directory, fs=FileSystem(hook))
+    manager = make_manager(directory, fs=FileSystem(hook))
     manager.load_newest()
     manager.save(make_parts(4, metric=1.0), best=True)
     write(b"4")
@@ -33,13 +33,13 @@ def save_the_next(directory, hook, write):
 
 def save_the_first(directory, hook, write):
     """The first save of a run whose directory does not exist yet."""
-    make_vault(directory / "new" / "run", fs=FileSystem(hook)).save(make_parts(1), best=True)
+    make_manager(directory / "new" / "run", fs=FileSystem(hook)).save(make_parts(1), best=True)
     write(b"1")
 
 
 def recover(directory, hook, write):
     """What a start does: sweep, quarantine the damaged newest one, load the next."""
-    manager = make_vault(directory, fs=FileSystem(hook))
+    manager = make_manager(directory, fs=FileSystem(hook))
     manager.sweep()
     assert manager.load_newest().update == 2
     write(b"2")
@@ -52,7 +52,7 @@ def count_moments(action, directory):
 
 
 def three_committed(directory):
-    commit(make_vault(directory), 1, 2, 3)
+    commit(make_manager(directory), 1, 2, 3)
     (directory / "checkpoints" / ".tmp-0009-1-dead").mkdir()
     (directory / "checkpoints" / ".tmp-0009-1-dead" / "model.safetensors").write_bytes(b"half")
     return directory
@@ -74,19 +74,19 @@ def kill_at_each(action, base, scratch, record_property):
 
 
 def test_a_kill_at_any_call_of_a_save_leaves_only_whole_checkpoints(scratch, record_property):
-    """No live name holds a part, no older checkpoint that retention keeps is lost, and the run goes on."""
+    """No live name has a partial checkpoint, no older checkpoint that retention keeps is lost, and the run resumes."""
     base = three_committed(scratch / "base")
     for at, directory, acknowledged in kill_at_each(save_the_next, base, scratch, record_property):
         assert set(valid_updates(directory).values()) >= {3}, f"moment {at}"
         assert len(valid_updates(directory)) >= 2
-        manager = make_vault(directory)
+        manager = make_manager(directory)
         manager.sweep()
         assert leftovers(directory) == []
         loaded = manager.load_newest()
         assert loaded.update == 4 or (loaded.update == 3 and acknowledged == b"")
         assert is_exactly(loaded, loaded.update)
         manager.save(make_parts(5), best=False)
-        assert is_exactly(make_vault(directory).load_newest(), 5)
+        assert is_exactly(make_manager(directory).load_newest(), 5)
 
 
 def test_a_kill_at_any_call_of_the_first_save_leaves_a_run_that_can_start(scratch, record_property):
@@ -94,14 +94,14 @@ def test_a_kill_at_any_call_of_the_first_save_leaves_a_run_that_can_start(scratc
     (scratch / "base").mkdir()
     outcomes = set()
     for _, directory, acknowledged in kill_at_each(save_the_first, scratch / "base", scratch, record_property):
-        manager = make_vault(directory / "new" / "run")
+        manager = make_manager(directory / "new" / "run")
         manager.sweep()
         loaded = manager.load_newest()
         outcomes.add(loaded is None)
         assert loaded is None or is_exactly(loaded, 1)
         assert acknowledged == b""
         manager.save(make_parts(2), best=False)
-        assert is_exactly(make_vault(directory / "new" / "run").load_newest(), 2)
+        assert is_exactly(make_manager(directory / "new" / "run").load_newest(), 2)
     assert outcomes == {True, False}
 
 
@@ -112,7 +112,7 @@ def test_a_kill_at_any_call_of_a_recovery_leaves_a_run_that_recovers(scratch, da
     newest = base / "checkpoints" / live_names(base)[-1] / damaged_file
     newest.write_bytes(newest.read_bytes()[:-1])
     for _, directory, acknowledged in kill_at_each(recover, base, scratch, record_property):
-        manager = make_vault(directory)
+        manager = make_manager(directory)
         manager.sweep()
         assert leftovers(directory) == []
         assert is_exactly(manager.load_newest(), 2)

@@ -12,7 +12,7 @@ import time
 
 from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.writer import Writer
-from tests.checkpoint.harness import is_exactly, leftovers, make_parts, make_vault, valid_updates
+from tests.checkpoint.harness import is_exactly, leftovers, make_manager, make_parts, valid_updates
 
 KILLS = int(os.environ.get("RESILIENT_T5_KILLS", "100"))
 MAX_S = 0.05
@@ -21,7 +21,7 @@ MAX_S = 0.05
 def save_after_every_update(directory, background, acknowledge):
     """What a training process does, without the training."""
     with RunLock(directory):
-        manager = make_vault(directory, keep_last=3)
+        manager = make_manager(directory, keep_last=3)
         manager.sweep()
         loaded = manager.load_newest()
         assert loaded is None or is_exactly(loaded, loaded.update)
@@ -49,7 +49,7 @@ def start(directory, background):
 
 
 def test_no_kill_loses_an_acknowledged_save_or_leaves_a_part(scratch, record_property):
-    """After each kill every live checkpoint is whole, none that was acknowledged is lost, and the next process goes on."""
+    """After each kill every live checkpoint is complete, no acknowledged one is lost, and the next process resumes."""
     draw, acknowledged, saves = random.Random(5), 0, 0
     for kill in range(KILLS):
         pid, acknowledgements = start(scratch / "run", background=kill % 2 == 1)
@@ -57,18 +57,18 @@ def test_no_kill_loses_an_acknowledged_save_or_leaves_a_part(scratch, record_pro
             first = [stream.readline() for _ in range(2)]
             time.sleep(draw.random() * MAX_S)
             os.kill(pid, signal.SIGKILL)
-            told = [int(line) for line in first + stream.readlines() if line.endswith(b"\n")]
+            commits = [int(line) for line in first + stream.readlines() if line.endswith(b"\n")]
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        assert len(told) >= 2, "the child died by itself"
-        assert told[0] >= acknowledged + 1
-        assert told == list(range(told[0], told[0] + len(told)))
-        acknowledged, saves = told[-1], saves + len(told)
+        assert len(commits) >= 2, "the child died by itself"
+        assert commits[0] >= acknowledged + 1
+        assert commits == list(range(commits[0], commits[0] + len(commits)))
+        acknowledged, saves = commits[-1], saves + len(commits)
         found = valid_updates(scratch / "run")
         assert max(found.values()) in (acknowledged, acknowledged + 1)
         assert len(found) >= 3
         best = max(found.values()) // 3 * 3
         assert best in found.values() or best == 0, "the best is gone"
-    make_vault(scratch / "run").sweep()
+    make_manager(scratch / "run").sweep()
     assert leftovers(scratch / "run") == []
     record_property("trials", KILLS)
     record_property("saves_acknowledged", saves)

@@ -15,7 +15,7 @@ from resilient_t5.checkpoint import manager, manifest
 from resilient_t5.checkpoint.manager import CheckpointManager, CorruptCheckpoint, NoValidCheckpoint
 from resilient_t5.checkpoint.reader import read_directory
 from resilient_t5.files import FileSystem, remove_tree, replace_file
-from tests.checkpoint.harness import RUN_ID, commit, is_exactly, leftovers, live_names, make_parts, make_vault
+from tests.checkpoint.harness import RUN_ID, commit, is_exactly, leftovers, live_names, make_manager, make_parts
 from tests.faults.power_loss import Recorder, materialise, states
 
 MODELS = ("journal", "weak")
@@ -44,7 +44,7 @@ def recorded(base, work, kind=CheckpointManager, kind_of_fs=FileSystem, action=s
     """The calls of `action` on a copy of `base`, with the moments of acknowledgement among them."""
     shutil.copytree(base, work)
     recorder = Recorder(work)
-    recording = make_vault(work, fs=kind_of_fs(recorder), keep_last=KEEP_LAST, kind=kind)
+    recording = make_manager(work, fs=kind_of_fs(recorder), keep_last=KEEP_LAST, kind=kind)
     if action is not start_and_save:
         recording.load_newest()
     recorder.calls.clear()
@@ -68,12 +68,12 @@ def violations(directory, acknowledged):
         if (directory / pointer).exists():
             found += pointer_violations(directory, pointer)
     try:
-        starting = make_vault(directory, keep_last=KEEP_LAST)
+        starting = make_manager(directory, keep_last=KEEP_LAST)
         starting.sweep()
         loaded = starting.load_newest()
     except NoValidCheckpoint as error:
         return [*found, str(error)]
-    if (loaded.q if loaded else 0) < acknowledged:
+    if (loaded.commit_number if loaded else 0) < acknowledged:
         found.append("an acknowledged save is lost")
     if loaded and not is_exactly(loaded, loaded.update):
         found.append("silently wrong")
@@ -113,7 +113,7 @@ def three_saved(scratch):
     """A run with three commits, of which retention kept the last two."""
     base = scratch / "base"
     base.mkdir()
-    commit(make_vault(base, keep_last=KEEP_LAST), 1, 2, 3)
+    commit(make_manager(base, keep_last=KEEP_LAST), 1, 2, 3)
     return base
 
 
@@ -139,9 +139,9 @@ def test_no_power_loss_during_a_start_with_quarantine_loses_anything(three_saved
         directory.mkdir()
         materialise(tree, directory)
         events = []
-        loaded = make_vault(directory, events=events).load_newest()
+        loaded = make_manager(directory, events=events).load_newest()
         total += 1
-        if loaded.q < acknowledged or loaded.q == 3 or not is_exactly(loaded, loaded.update):
+        if loaded.commit_number < acknowledged or loaded.commit_number == 3 or not is_exactly(loaded, loaded.update):
             bad.append(acknowledged)
         shutil.rmtree(directory)
     assert bad == []
@@ -182,7 +182,7 @@ class WithoutDirectoryFsync(FileSystem):
         self.last_rename = target.name
 
     def is_left_out(self, path):
-        raise AssertionError("a mutant says which")
+        raise NotImplementedError
 
     def fsync_directory(self, path):
         if not self.is_left_out(path):
@@ -229,7 +229,7 @@ def no_fsync_between_trash_and_removal(monkeypatch):
 
 
 def delete_without_renaming_first(monkeypatch):
-    def delete(fs, parent, names, tell):
+    def delete(fs, parent, names, emit):
         for name in names:
             remove_tree(fs, parent / name)
 
@@ -256,7 +256,7 @@ def delete_before_the_commit(monkeypatch):
     class Mutant(CheckpointManager):
         def _commit(self, parts, is_best):
             oldest = [item.name for item in self._scan()][KEEP_LAST - 1 :]
-            manager.delete(self._fs, self.directory, oldest, self.tell)
+            manager.delete(self._fs, self.directory, oldest, self.emit)
             return super()._commit(parts, is_best)
 
     return Mutant, FileSystem
@@ -266,7 +266,7 @@ def move_the_pointer_before_the_commit(monkeypatch):
     class Mutant(CheckpointManager):
         def _draft(self, parts, is_best, shared):
             draft = super()._draft(parts, is_best, shared)
-            data = json.dumps({"name": draft.name, "q": draft.q}).encode()
+            data = json.dumps({"name": draft.name, "q": draft.commit_number}).encode()
             replace_file(self._fs, self.run_directory / "last.json", data)
             return draft
 

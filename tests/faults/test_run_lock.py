@@ -69,7 +69,7 @@ def test_a_forked_worker_does_not_keep_the_run_held(scratch):
     if holder == 0:
         with RunLock(scratch):
             if os.fork() == 0:
-                # Told by the worker itself: until it has run for the first time its copy of the lock counts.
+                # Reported by the worker itself: until it has run for the first time its copy of the lock counts.
                 os.write(writing, b"%d" % os.getpid())
                 time.sleep(30)
                 os._exit(0)
@@ -102,7 +102,7 @@ def test_a_lock_that_was_given_up_can_be_taken_again(scratch):
 
 @pytest.mark.parametrize("body", [b"", b"\xff\x00", b"[]", b'{"pid": "x"}', b'{"pid": NaN}', b"{" * 5000])
 def test_a_damaged_lock_file_is_only_a_worse_message(scratch, body):
-    """What the file says is for people; the lock is the kernel's."""
+    """The content of the file is informative only; the lock is the kernel's."""
     with RunLock(scratch):
         (scratch / "run.lock").write_bytes(body)
         with pytest.raises(RunHeld, match="another process"), RunLock(scratch):

@@ -13,7 +13,7 @@ from resilient_t5.training.hardware.device import compile_layers
 
 
 def test_nothing_is_compiled_unless_asked_for():
-    """The default is false, and checkpointing beside it is refused."""
+    """The default is false, and a combination with checkpointing is refused."""
     assert HardwareConfig().compile is False
     with pytest.raises(ConfigError, match="exclude each other"):
         Config(model=ModelConfig(preset="tiny", gradient_checkpointing=True), hardware=HardwareConfig(compile=True))

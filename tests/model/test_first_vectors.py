@@ -59,7 +59,7 @@ def test_vectors_keep_their_angles_and_the_length_of_first_weights_and_other_row
 
 
 def test_rounding_noise_about_an_id_is_no_vector():
-    """An id without telling neighbours comes out of the factoring a little beside zero, and keeps its drawn row."""
+    """An id without informative neighbours gets a vector of nearly zero, and keeps its random row."""
     model = build_model(ModelConfig(preset="tiny"), vocabulary_rows=50, special=SpecialIds(0, 1, 0), seed=1)
     before_D = model.shared.weight[9].detach().clone()
     vectors_2R = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))

@@ -55,14 +55,14 @@ def test_some_heads_see_one_neighbour_and_the_others_everything(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_token_knows_its_neighbours_from_the_start(preset):
-    """The encoder writes what it sees: its output is nearest to the token itself, then to the tokens beside it."""
+    """The encoder writes what it sees: its output is nearest to the token itself, then to its neighbours."""
     model = build_model(ModelConfig(preset=preset, dropout=0.0), vocabulary_rows=400, special=SPECIAL, seed=3).eval()
     source_BS = distinct_ids(40)
     with torch.no_grad():
         found_SD = model.encoder(input_ids=source_BS).last_hidden_state[0]
-        told_SS = torch.cosine_similarity(found_SD[:, None], model.shared.weight[source_BS[0]][None], dim=-1)
+        seen_SS = torch.cosine_similarity(found_SD[:, None], model.shared.weight[source_BS[0]][None], dim=-1)
     inside = torch.arange(10, 30)
-    itself, beside = told_SS[inside, inside].mean(), (told_SS[inside, inside - 1] + told_SS[inside, inside + 1]).mean() / 2
-    apart = told_SS[inside][:, [0, 1, 2, 37, 38, 39]].mean()
-    assert itself > beside + 0.1
-    assert beside > apart + 0.1
+    itself, neighbours = seen_SS[inside, inside].mean(), (seen_SS[inside, inside - 1] + seen_SS[inside, inside + 1]).mean() / 2
+    apart = seen_SS[inside][:, [0, 1, 2, 37, 38, 39]].mean()
+    assert itself > neighbours + 0.1
+    assert neighbours > apart + 0.1

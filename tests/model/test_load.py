@@ -104,7 +104,7 @@ def test_an_untied_checkpoint_stays_untied_and_both_tables_equal_the_file(kind, 
 
 @pytest.mark.parametrize("kind", ["mt5", "t5"])
 def test_an_export_loads_untied_and_gives_equal_logits_in_transformers(kind, tmp_path):
-    """X3, X13: config.json says tie_word_embeddings false, both tables lie in the file, T5 1.1 is not scaled."""
+    """X3, X13: config.json has tie_word_embeddings false, both tables are in the file, T5 1.1 is not scaled."""
     path, _ = untied_checkpoint(tmp_path / "m", kind)
     model = load_model(path, ANY).eval()
     save_model(model, tmp_path / "out")
@@ -120,7 +120,7 @@ def test_an_export_loads_untied_and_gives_equal_logits_in_transformers(kind, tmp
 
 
 def test_a_tied_model_is_exported_tied_and_scaled(tmp_path):
-    """X13: T5 1.0 multiplies by d**-0.5 before the head, and its export says so to both transformers versions."""
+    """X13: T5 1.0 multiplies by d**-0.5 before the head, and its export does so in both transformers versions."""
     model = build_model(ModelConfig(preset="tiny"), vocabulary_rows=96, special=SPECIAL, seed=1).eval()
     save_model(model, tmp_path / "out")
     raw = json.loads((tmp_path / "out/config.json").read_text())
@@ -134,7 +134,7 @@ def test_a_tied_model_is_exported_tied_and_scaled(tmp_path):
 
 
 def test_a_file_that_transformers_5_wrote_is_believed_over_its_own_configuration(tmp_path):
-    """save_pretrained says tied although the file is not: the file counts, and T5 1.1 stays unscaled."""
+    """save_pretrained writes tied although the file is untied: the file counts, and T5 1.1 stays unscaled."""
     path, tensors = untied_checkpoint(tmp_path / "m", "t5")
     T5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32).save_pretrained(tmp_path / "resaved")
     assert json.loads((tmp_path / "resaved/config.json").read_text())["tie_word_embeddings"] is True
@@ -184,7 +184,7 @@ def test_an_index_that_leads_outside_the_directory_is_refused(tmp_path):
     (tmp_path / "m/model.safetensors").rename(tmp_path / "x.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "../x.safetensors")}
     (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match="no shard beside it"):
+    with pytest.raises(DataError, match="not a shard in its directory"):
         load_model(path, ANY)
 
 
@@ -221,7 +221,7 @@ def spoil(raw, tensors):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "expected"),
     [
         (lambda raw, tensors: (raw, None), "no weights"),
         (drop("shared.weight"), "shared.weight"),
@@ -247,7 +247,7 @@ def spoil(raw, tensors):
         (spoil, "NaN"),
     ],
 )
-def test_a_damaged_or_foreign_checkpoint_is_refused_with_what_it_lacks(damage, says, tmp_path):
+def test_a_damaged_or_foreign_checkpoint_is_refused_with_what_it_lacks(damage, expected, tmp_path):
     """X4 among them: exit 65, the culprit in the message, and a way to fix it."""
     path, tensors = untied_checkpoint(tmp_path / "m")
     raw = json.loads((tmp_path / "m/config.json").read_text())
@@ -256,7 +256,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_what_it_lacks(damage, s
     write(tmp_path / "m", raw, tensors)
     with pytest.raises(DataError) as caught:
         load_model(path, ANY)
-    assert says in caught.value.what
+    assert expected in caught.value.what
     assert str(tmp_path / "m") in caught.value.where
     assert caught.value.hint
     assert caught.value.exit_code == 65

@@ -94,7 +94,7 @@ def test_a_micro_batch_without_labels_adds_nothing(make_model, make_examples, co
 
 
 def test_an_update_without_any_target_token_is_an_error_in_the_data(make_model, make_examples, collate):
-    """Zero tokens to divide by is said, not divided."""
+    """A divisor of zero tokens raises an error."""
     with pytest.raises(DataError, match="target token"):
         forward_loss(make_model("t5"), *collate(make_examples(1)), divisor=0.0)
 

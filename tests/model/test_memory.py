@@ -31,8 +31,7 @@ from resilient_t5.model.memory import (
     training_peak,
     walk,
 )
-from resilient_t5.model.muon import BLOCK_VALUES, MOVE_BYTES, Muon
-from resilient_t5.model.optimizer import build_optimizer, named_state
+from resilient_t5.model.optimizer import BLOCK_VALUES, MUON_STEP_BYTES, Muon, build_optimizer, named_state
 from resilient_t5.model.shapes import sizes_of_checkpoint, sizes_of_settings, sizes_of_shape
 
 SHAPES = {"t5": Shape(40, 72, 3, 2), "mt5": Shape(40, 72, 3, 2, mt5=True)}
@@ -96,7 +95,7 @@ def test_what_a_move_of_muon_takes_is_what_was_counted(shape):
         optimizer.step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-    assert 0.75 * MOVE_BYTES * BLOCK_VALUES < peak <= 1.02 * MOVE_BYTES * BLOCK_VALUES
+    assert 0.75 * MUON_STEP_BYTES * BLOCK_VALUES < peak <= 1.02 * MUON_STEP_BYTES * BLOCK_VALUES
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
@@ -184,6 +183,6 @@ def test_every_item_is_lower_where_it_was_meant_to_be():
 
 
 def test_a_hub_name_that_is_not_here_is_refused_without_a_network():
-    """A plan fetches nothing."""
+    """A plan downloads nothing."""
     with pytest.raises(ConfigError, match="not on this machine"):
-        sizes_of_settings(ModelConfig(name_or_path="nobody/never-there"), None)
+        sizes_of_settings(ModelConfig(name_or_path="owner/missing"), None)

@@ -9,10 +9,8 @@ from transformers.optimization import Adafactor as TheirAdafactor
 
 from resilient_t5.config.training import OptimConfig
 from resilient_t5.errors import ConfigError, ResumeMismatch
-from resilient_t5.model.adafactor import Adafactor, adafactor_update
 from resilient_t5.model.loss import forward_loss
-from resilient_t5.model.muon import orthogonal
-from resilient_t5.model.optimizer import build_optimizer, load_named_state, named_state
+from resilient_t5.model.optimizer import Adafactor, adafactor_update, build_optimizer, load_named_state, named_state, orthogonal
 
 CPU = torch.device("cpu")
 NAMES = ["adamw", "adafactor", "muon"]
@@ -30,7 +28,7 @@ def train(model, optimizer, batch, updates):
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
 def test_norms_and_position_biases_are_never_decayed_and_every_parameter_stands_once(kind, make_model):
-    """Matrices in the decayed group, the rest beside it, all in the model's own order, a tied table once."""
+    """Matrices in the group with decay, the rest in the other, in the order of the model, a tied table once."""
     model = make_model(kind)
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1), CPU)
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -96,7 +94,7 @@ def test_the_state_keeps_its_dtype_when_parameters_are_bf16(name, make_model, ma
 
 
 def test_names_of_the_state_are_those_of_the_parameters(make_model, make_examples, collate):
-    """<parameter>/<key>, for every parameter, with plain JSON beside it; empty before the first update."""
+    """<parameter>/<key> for every parameter, with a description in plain JSON; empty before the first update."""
     model = make_model("mt5")
     optimizer = build_optimizer(model, OptimConfig(), CPU)
     assert named_state(optimizer, model)[0] == {}
@@ -132,7 +130,7 @@ def test_a_state_of_another_optimizer_or_model_is_refused(make_model, make_examp
 @pytest.mark.parametrize("block_values", [2**22, 32])
 def test_adafactor_is_that_of_transformers_with_an_absolute_rate(shape, block_values, monkeypatch):
     """Vectors, matrices and stacks of matrices, whole and by blocks of rows, with clipped and unclipped updates."""
-    monkeypatch.setattr("resilient_t5.model.adafactor.BLOCK_VALUES", block_values)
+    monkeypatch.setattr("resilient_t5.model.optimizer.BLOCK_VALUES", block_values)
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(shape, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
@@ -193,8 +191,8 @@ def test_adafactor_in_the_backward_pass_is_adafactor_after_it(kind, make_model, 
         assert torch.equal(a, b), name
 
 
-def test_in_the_backward_pass_nothing_moves_behind_a_gradient_that_is_not_finite(make_model, make_examples, collate):
-    """What came before has moved, and the optimizer says so; what comes after stays bit for bit."""
+def test_in_the_backward_pass_nothing_moves_after_a_gradient_that_is_not_finite(make_model, make_examples, collate):
+    """Parameters before it were updated and are counted; those after it stay bitwise the same."""
     model, batch = make_model("mt5"), collate(make_examples(5))
     optimizer = build_optimizer(model, OptimConfig(name="adafactor_in_backward", clip_norm=0.0), CPU)
     broken = model.encoder.block[1].layer[1].DenseReluDense.wo.weight
@@ -209,7 +207,7 @@ def test_in_the_backward_pass_nothing_moves_behind_a_gradient_that_is_not_finite
     assert not any(name.startswith("encoder.block.0") or name == "shared.weight" for name in moved)
 
 
-def test_adamw8bit_without_bitsandbytes_says_how_to_get_it(make_model, monkeypatch):
+def test_adamw8bit_without_bitsandbytes_names_the_command_to_install_it(make_model, monkeypatch):
     """A ConfigError with the command, not an ImportError."""
     import sys
 
@@ -218,8 +216,8 @@ def test_adamw8bit_without_bitsandbytes_says_how_to_get_it(make_model, monkeypat
         build_optimizer(make_model("mt5"), OptimConfig(name="adamw8bit"), CPU)
 
 
-def test_adamw8bit_goes_on_bit_for_bit_after_a_resume(make_model, make_examples, collate):
-    """With bitsandbytes: its bytes, scales and counts come back, its tables are made anew; most moments take one byte."""
+def test_adamw8bit_continues_bit_for_bit_after_a_resume(make_model, make_examples, collate):
+    """With bitsandbytes: bytes, scales and counts are restored, lookup tables rebuilt; most moments take one byte."""
     pytest.importorskip("bitsandbytes")
     test_a_restored_optimizer_goes_on_bit_for_bit("adamw8bit", lambda kind: make_model(kind, rows=600), make_examples, collate)
     model = make_model("mt5", rows=600)
@@ -248,7 +246,7 @@ def test_muon_moves_what_is_inside_the_layers_and_adamw_the_rest(make_model, mak
 @pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16])
 def test_muon_is_that_of_torch_with_the_rate_of_adamw(product_dtype, make_model, monkeypatch):
     """Three updates of every matrix, in blocks of two and more, within what bf16 rounds in torch's."""
-    monkeypatch.setattr("resilient_t5.model.muon.BLOCK_VALUES", 3000)
+    monkeypatch.setattr("resilient_t5.model.optimizer.BLOCK_VALUES", 3000)
     model, generator = make_model("mt5"), torch.Generator().manual_seed(1)
     optimizer = build_optimizer(model, OptimConfig(name="muon", weight_decay=0.1), CPU, product_dtype)
     matrices = optimizer.param_groups[-1]["params"]

@@ -14,7 +14,7 @@ from resilient_t5.model.precision import (
     Precision,
     attention_backward_offset,
     choose_precision,
-    cpu_multiplies_bf16,
+    cpu_supports_bf16,
     install_float32_islands,
     probe_overflow,
     seed_dropout,
@@ -108,7 +108,7 @@ def test_the_probe_falls_back_to_float32_when_a_format_overflows(overflowing, ma
 
 
 def test_a_cpu_runs_in_float32_unless_told_otherwise():
-    """auto is fp32 on a CPU and says why; a request is obeyed."""
+    """auto is fp32 on a CPU, with a reason; an explicit format is used."""
     assert choose_precision("auto", CPU).name == "fp32"
     assert choose_precision("auto", CPU).why
     assert [choose_precision(name, CPU).name for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
@@ -129,13 +129,13 @@ def test_what_a_cpu_can_do_in_bf16_is_said_and_not_done_unasked(flags, native, t
     """The processor's own words decide the advice; where there are none, none is given."""
     facts = tmp_path / "cpuinfo"
     facts.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="ascii")
-    assert cpu_multiplies_bf16(facts) is native
-    assert cpu_multiplies_bf16(tmp_path / "nowhere") is None
-    monkeypatch.setattr("resilient_t5.model.precision.cpu_multiplies_bf16", lambda: native)
+    assert cpu_supports_bf16(facts) is native
+    assert cpu_supports_bf16(tmp_path / "nowhere") is None
+    monkeypatch.setattr("resilient_t5.model.precision.cpu_supports_bf16", lambda: native)
     assert choose_precision("auto", CPU).name == "fp32"
     assert ("hardware.precision" in choose_precision("auto", CPU).why) is native
     assert ("emulates" in choose_precision("bf16", CPU).why) is not native
-    monkeypatch.setattr("resilient_t5.model.precision.cpu_multiplies_bf16", lambda: None)
+    monkeypatch.setattr("resilient_t5.model.precision.cpu_supports_bf16", lambda: None)
     assert choose_precision("bf16", CPU).why == "as configured"
 
 

@@ -117,7 +117,7 @@ def test_write_back_changes_the_active_rows_only_and_loads_with_equal_logits(
 
 
 def test_special_ids_are_renamed_and_renamed_back(make_model, tmp_path):
-    """Pad 7 and end mark 9 become active ids for configuration and generation, and stand in the export as they were."""
+    """Pad 7 and end 9 become active ids for configuration and generation, and are unchanged in the export."""
     model = make_model("mt5")
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 7, 9, 7
@@ -170,7 +170,7 @@ def test_write_back_into_another_model_is_refused(make_model, tmp_path):
 
 
 def test_the_hash_of_the_tables_sees_one_changed_bit(make_model):
-    """A resumed run can tell whether it writes back into the tables it was cut from."""
+    """A resumed run can detect tables other than those that it started from."""
     tables, same = tables_of(make_model("mt5")), tables_of(make_model("mt5"))
     assert tables.sha256() == same.sha256()
     same.head_VD[17, 3] *= 1 + 2**-23

@@ -191,7 +191,7 @@ def test_a_model_that_save_model_of_safetensors_wrote_is_loaded(directory):
 
 
 def test_an_untied_head_alone_is_not_taken_for_the_embedding(directory):
-    """transformers would; config.json says that they are two."""
+    """transformers would; config.json declares two tables."""
     write_config(directory, "mt5")
     bin_file(directory, {name: value for name, value in tensors_of("mt5").items() if name != SHARED})
     with pytest.raises(DataError, match=r"lack 1 .*shared\.weight"):
@@ -251,7 +251,7 @@ def test_a_configuration_of_any_age_is_read_as_transformers_reads_it(kind, chang
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({"eos_token_id": [1, 2]}, "eos_token_id"),
         ({"vocab_size": "96"}, "vocab_size"),
@@ -261,11 +261,11 @@ def test_a_configuration_of_any_age_is_read_as_transformers_reads_it(kind, chang
         ({"model_type": ..., "architectures": [["T5Model"], None]}, "model_type is None"),
     ],
 )
-def test_a_configuration_that_no_t5_has_is_refused(changes, says, directory):
+def test_a_configuration_that_no_t5_has_is_refused(changes, expected, directory):
     """The key is named."""
     write_config(directory, "t5", **changes)
     bin_file(directory, tensors_of("t5"))
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=expected):
         load_model(str(directory), ModelConfig())
 
 
@@ -290,17 +290,17 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_not_supported_is_refused_in_one_sentence_by_loading_and_planning(name, directory):
-    """Also where the configuration of the tokenizer says it, and also without weights."""
-    changes, files, says = UNSUPPORTED[name]
+    """Also if only the configuration of the tokenizer shows it, and also without weights."""
+    changes, files, expected = UNSUPPORTED[name]
     write_config(directory, "t5", **changes)
     for file in files:
         (directory / file).write_text("[PAD]\n")
-    said = set()
+    messages = set()
     for attempt in (lambda: load_model(str(directory), ModelConfig()), lambda: sizes_of_checkpoint(directory)):
-        with pytest.raises(DataError, match=says) as caught:
+        with pytest.raises(DataError, match=expected) as caught:
             attempt()
-        said.add(str(caught.value))
-    assert len(said) == 1
+        messages.add(str(caught.value))
+    assert len(messages) == 1
 
 
 def test_the_tokenizer_configuration_decides_over_that_of_the_model(directory):
@@ -416,11 +416,11 @@ NORM = "decoder.final_layer_norm.weight"
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
-        ([torch.ones(2)], "no dictionary"),
-        ({}, "no dictionary"),
-        (torch.ones(2), "no dictionary"),
+        ([torch.ones(2)], "not a dictionary"),
+        ({}, "not a dictionary"),
+        (torch.ones(2), "not a dictionary"),
         ({"model": tensors_of("t5")}, "model is a dict"),
         (without("", epoch=3), "epoch is a int"),
         (without("", table=torch.ones(3, 3).to_sparse()), "table is a Tensor and no plain tensor"),
@@ -433,11 +433,11 @@ NORM = "decoder.final_layer_norm.weight"
     ],
 )
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_bin_with_anything_but_plain_finite_tensors_is_refused(content, says, is_zip, directory):
+def test_a_bin_with_anything_but_plain_finite_tensors_is_refused(content, expected, is_zip, directory):
     """The entry is named."""
     write_config(directory, "t5")
     torch.save(content, directory / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=expected):
         load_model(str(directory), ModelConfig())
 
 
@@ -484,11 +484,11 @@ def test_a_bin_that_promises_more_values_than_it_holds_is_refused(directory):
 
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "a/b.bin", "", 3, "x.safetensors", ".bin"])
 def test_a_bin_index_that_leads_elsewhere_is_refused(name, directory):
-    """Only shards beside the index are opened."""
+    """Only shards in the directory of the index are opened."""
     write_config(directory, "t5")
     torch.save(tensors_of("t5"), directory.parent / "x.bin")
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors_of("t5"), name)}))
-    with pytest.raises(DataError, match="no shard beside it"):
+    with pytest.raises(DataError, match="not a shard in its directory"):
         load_model(str(directory), ModelConfig())
 
 
@@ -507,8 +507,8 @@ def test_a_missing_shard_and_a_missing_tensor_are_named(directory):
 
 
 @pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "model.fp16.safetensors", "last.ckpt"])
-def test_weights_under_a_name_that_is_not_read_are_told(name, directory):
-    """The message names what lies there and what is needed."""
+def test_weights_under_an_unsupported_name_are_reported(name, directory):
+    """The message names the file and the supported names."""
     write_config(directory, "t5")
     (directory / name).write_bytes(b"")
     with pytest.raises(DataError, match=rf"only {name}.*model\.safetensors or pytorch_model\.bin"):
@@ -517,13 +517,13 @@ def test_weights_under_a_name_that_is_not_read_are_told(name, directory):
 
 def test_a_tensor_that_is_read_twice_is_the_same_and_has_memory_of_its_own(directory, monkeypatch):
     """Also in the old format, where what was taken is forgotten, and where the map is opened again after every tensor."""
-    from resilient_t5.model import pytorch_bin
+    from resilient_t5.model import weights
 
-    monkeypatch.setattr(pytorch_bin, "REOPEN_AFTER_BYTES", 0)
+    monkeypatch.setattr(weights, "REOPEN_AFTER_BYTES", 0)
     tensors = tensors_of("t5")
     for write in (bin_file, bin_before_torch_1_6):
         write(directory, renamed(tensors, SHARED, ENCODER_ALIAS))
-        file = pytorch_bin.BinFile(directory / "pytorch_model.bin")
+        file = weights.BinFile(directory / "pytorch_model.bin")
         first = file.read(SHARED)
         first.add_(1)
         for name in (ENCODER_ALIAS, SHARED, SHARED):

@@ -92,7 +92,7 @@ def test_each_process_holds_its_part_of_the_layers(arena, two):
     sizes = sizes_of_shape(PRESETS["tiny"], rows=800)
     for index in range(2):
         held = json.loads((arena.folder / f"held-{index}.json").read_text())
-        assert held["weights"] == held["gradients"] == 4 * sizes.held(2)
+        assert held["weights"] == held["gradients"] == 4 * sizes.per_process(2)
         assert held["states"] == optimizer_bytes(sizes, "adamw", 2)
     assert held["weights"] - 4 * sizes.table == 2 * (sizes.encoder + sizes.decoder)
 

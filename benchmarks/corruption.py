@@ -1,12 +1,11 @@
-"""How fast chunks are corrupted, and how much of a micro-batch is padding.
+"""Speed of corruption, and share of padding in micro-batches.
 
     python benchmarks/corruption.py [--store DIR] [--rounds 5] [--json FILE]
 
 Without a store: random words with 12 % punctuation and a term about every 20 tokens; chunks of 256 tokens for the speed,
 log-normal lengths of mean 156 (coefficient of variation 0.8, 30 % masked: about 126 / 66 tokens) for the padding. With
-a store: its own training chunks under the default damage. One thread, by the processor's clock; the median of the rounds
-counts, wall-clock figures stand beside it. For each window, `micro_tokens` is a budget that holds two mean examples, 4096, or
-none.
+a store: its own training chunks under the default corruption. One thread; CPU time, median of the rounds, with wall-clock
+figures in addition. For each window, `micro_tokens` is a budget of two mean examples, 4096, or none.
 The last line is JSON: {"corruption_tokens_per_s", "useful_token_share": {window: {micro_tokens: figures}}, ...}.
 """
 
@@ -74,7 +73,7 @@ def padding(split, table, config, window_updates, micro_tokens):
 
 
 def reader_cost(split, table, config, updates):
-    """Milliseconds of work per update without threads, windows included, and of the first update."""
+    """CPU milliseconds per update without threads, including windows, and of the first update."""
     batches = Batches(split, table, config, seed=1, micro_tokens=4096, pad_multiple=1)
     with Prefetcher(batches, 10**6, 0) as reader:
         begin_s = time.process_time()
@@ -87,7 +86,7 @@ def reader_cost(split, table, config, updates):
 
 
 class TiledTokens:
-    """The tokens of a split over and over, made while they are read, as many as `length`."""
+    """The tokens of a split repeated up to `length`, computed on access."""
 
     def __init__(self, tokens, length):
         self._tokens, self._length = np.asarray(tokens), length
@@ -100,7 +99,7 @@ class TiledTokens:
 
 
 def huge_epoch(split, table, config):
-    """First batch of an epoch of ten million examples at its begin, middle and end: slowest and largest; CPU clock."""
+    """First batch at the beginning, middle and end of an epoch of ten million examples: maximum CPU time and memory."""
     lengths = np.resize(np.diff(split.offsets), HUGE_EPOCH)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     huge = FakeSplit(TiledTokens(split.tokens, int(offsets[-1])), offsets, np.zeros((0, 4), np.int32))

@@ -1,17 +1,17 @@
-"""The order of an epoch of a billion examples, planned piece by piece and never held.
+"""The order of an epoch of a billion examples, computed in pieces and never stored.
 
     python benchmarks/order.py [--examples 1000000000] [--json FILE]
 
-An epoch is a keyed permutation (`data/counter_rng.py`): the example at a position is computed. So there is nothing to plan, to
-shard or to save; every process computes the positions that it wants. What is measured:
+An epoch is a keyed permutation (`data/counter_rng.py`): the example at a position is computed, so nothing is planned, sharded
+or saved, and every process computes the positions that it needs. Measured are:
 
-- exact: all positions of one epoch, in pieces of unequal length, mark the example they give; every example must be marked
-  once. The marks (one byte an example) are the benchmark's own, not the program's.
-- seek: a window of 800 positions at random places of random epochs: time, and memory by tracemalloc.
-- mixing, beside numpy's own permutations of a million examples: neighbours of the text in one window of 800, correlation
-  of neighbouring positions, and chi-square of position against example in 100 x 100 cells (also over the whole epoch).
+- exact: all positions of one epoch, in pieces of different length, mark their examples; every example must be marked once.
+  The marks (one byte per example) belong to the benchmark.
+- seek: a window of 800 positions at random positions of random epochs: time, and memory by tracemalloc.
+- mixing, compared with numpy's permutations of a million examples: neighbours of the text in one window of 800, correlation
+  of adjacent positions, and chi-square of position against example in 100 x 100 cells (also over the whole epoch).
 
-One thread; all times by the processor's clock. The last line is JSON.
+One thread; all times are CPU times. The last line is JSON.
 """
 
 import argparse
@@ -39,7 +39,7 @@ FIGURES = ("neighbours_in_one_window", "correlation_of_neighbours", "chi_square_
 
 
 def pieces(examples, draw):
-    """Positions 0 .. examples - 1 in pieces of unequal length, as processes and resumes would ask for them."""
+    """Positions 0 .. examples - 1 in pieces of different length, as processes and resumes request them."""
     begin = 0
     while begin < examples:
         end = min(examples, begin + int(draw.integers(1, 2 * PIECE)))
@@ -48,7 +48,7 @@ def pieces(examples, draw):
 
 
 def exact(examples):
-    """Whether one epoch gives every example once, the rate, and the even spread of positions over examples."""
+    """Whether an epoch has every example once, the rate, and how uniformly positions map to examples."""
     marks, cells = np.zeros(examples, np.uint8), np.zeros((CELLS, CELLS), np.int64)
     draw, order_s, asked = np.random.default_rng(1), 0.0, 0
     for begin, end in pieces(examples, draw):
@@ -77,7 +77,7 @@ def chi_square(cells):
 
 
 def seek(examples):
-    """A window at random places of random epochs: milliseconds of a core and peak KiB."""
+    """A window at random positions of random epochs: CPU milliseconds and peak KiB."""
     draw, taken_ms = np.random.default_rng(2), []
     for _ in range(SEEKS):
         begin, epoch = int(draw.integers(0, examples - WINDOW)), int(draw.integers(0, 1 << 40))
@@ -99,7 +99,7 @@ def seek(examples):
 
 
 def mixing():
-    """What a shuffle must do, for ours and for numpy's, over several epochs of a million examples."""
+    """Quality of the shuffle, ours and numpy's, over several epochs of a million examples."""
     draw = np.random.default_rng(3)
     ours = [figures(order(SEED, epoch, np.arange(MIXED), MIXED)) for epoch in range(EPOCHS_MIXED)]
     theirs = [figures(draw.permutation(MIXED)) for _ in range(EPOCHS_MIXED)]
@@ -115,7 +115,7 @@ def mixing():
 
 
 def figures(permutation):
-    """What FIGURES names: neighbouring examples in one window, correlation of neighbouring positions, chi-square."""
+    """The values of FIGURES: neighbouring examples in one window, correlation of adjacent positions, chi-square."""
     window_of = np.empty(MIXED, np.int64)
     window_of[permutation] = np.arange(MIXED) // WINDOW
     together = int((window_of[1:] == window_of[:-1]).sum())

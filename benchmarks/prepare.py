@@ -1,10 +1,10 @@
-"""How fast a corpus is prepared, beside the bare tokenizer's own batch encode of the same text; what terms and memory cost.
+"""Speed of preparing a corpus, compared with the bare batch encode of the tokenizer on the same text; cost of terms; memory.
 
     python benchmarks/prepare.py [--text FILE] [--terms FILE] [--large FILE] [--rounds 3] [--json FILE]
 
-A tokenizer is trained on the text once and left out of the figures. Rounds go through bare tokenizer, preparing with
-terms and preparing without, in turn; medians count, with CPU seconds beside the clock for machines that are busy. Both
-sides may use every core. Peak memory is that of a fresh process for each file; with `--rounds 0` only that is measured.
+A tokenizer is trained on the text once; its time is not included. Each round measures the bare tokenizer, preparing with terms
+and preparing without terms; the result is the median, in wall-clock and in CPU seconds (for busy machines). All sides may use
+every core. Peak memory is measured in a new process for each file; with `--rounds 0` only memory is measured.
 The last line is JSON: {"ratio_to_bare", "terms_share", "peak_memory_mib", ...}.
 """
 
@@ -27,14 +27,14 @@ PACKAGES = ("tokenizers", "sentencepiece", "ahocorasick_rs", "numpy")
 
 
 def configuration(text, terms, tokenizer):
-    """The settings of one preparation."""
+    """Configuration of a preparation."""
     from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 
     return Config(data=DataConfig(train=str(text), terms=terms and str(terms)), tokenizer=TokenizerConfig(str(tokenizer)))
 
 
 def prepared(text, terms, tokenizer):
-    """Prepare into a folder that is thrown away; seconds, CPU seconds and the report."""
+    """Prepare into a temporary directory; seconds, CPU seconds and the report."""
     from resilient_t5.data.store.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def prepared(text, terms, tokenizer):
 
 
 def documents(text):
-    """The documents of a file, as preparing reads them."""
+    """Documents of a file as the preparation reads them."""
     from resilient_t5.data.corpus.documents import read_documents
     from resilient_t5.data.corpus.formats import CorpusCounts
 
@@ -53,7 +53,7 @@ def documents(text):
 
 
 def bare_encode(tokenizer, texts):
-    """Seconds and CPU seconds of the tokenizer's batch encode of all texts, with offsets, in batches that suit its cache."""
+    """Seconds and CPU seconds of the batch encode of all texts with offsets, in batches that fit into the cache."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -71,7 +71,7 @@ def bare_encode(tokenizer, texts):
 
 
 def peak_in_fresh_process(text, terms, tokenizer):
-    """The report's figures of one preparation in its own process."""
+    """Report of a preparation in a new process."""
     command = [sys.executable, __file__, "--one", str(text), str(terms), str(tokenizer)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.splitlines()
     return json.loads(lines[-1])
@@ -103,14 +103,14 @@ def measure(options):
         "megabytes": megabytes,
         "peak_memory_mib": {name: report["peak_memory_mib"] for name, report in memory.items()},
         "memory_runs_seconds": {name: report["seconds"] for name, report in memory.items()},
-        "reports": {name: told(report) for name, report in memory.items()},
+        "reports": {name: content(report) for name, report in memory.items()},
         "rounds": options.rounds,
     }
     return figures | speeds(rounds, megabytes) if rounds else figures
 
 
-def told(report):
-    """What a report says of the corpus, without its words."""
+def content(report):
+    """Figures of a report that describe the corpus, without the count of each term."""
     keys = ("bytes", "characters", "documents", "tokens", "tokens_per_character", "unknown_share", "examples")
     more = ("validation_examples", "truncated_share", "active_vocabulary", "updates_per_epoch", "scale")
     terms = {key: value for key, value in report["terms"].items() if key != "per_term"}

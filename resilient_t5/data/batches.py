@@ -1,19 +1,19 @@
-"""Micro-batches for every update: a pure function of (seed, update number), and the threads that prepare them ahead.
+"""Micro-batches for every update: a pure function of (seed, update number), prepared ahead by threads.
 
     B  examples of a micro-batch    S  longest source in it    T  longest target in it
 
-The stream of examples is endless. Position p of it belongs to epoch p // n and is that epoch's example number p % n in
-`counter_rng.order`; update u owns positions u * U to u * U + U - 1, so no update is short at the end of an epoch. A window
-is `window_updates` updates' worth of positions, never more than about one epoch.
+The stream of examples is endless. Position p belongs to epoch p // n and is that epoch's example number p % n in
+`counter_rng.order`. Update u has positions u * U to u * U + U - 1, so no update is short at the end of an epoch. A window
+is `window_updates` updates' worth of positions, at most about one epoch.
 
-Within a window the examples are corrupted, sorted by length and cut into `groups_per_update` bands, and every update
-is dealt one group of neighbours from each band at random. So every update has its share of every length, and the number
-of its target tokens varies less than in random order. Groups dealt from the whole list would make it vary twice as much
-as in random order, consecutive runs of the list four times. A group is cut again where it would pass `micro_tokens`. A
-window of one update keeps its examples: they are one group, in which lengths lie far apart, so it is cut where padding
-and the number of micro-batches together cost least.
-Since dealing comes first, `micro_tokens` changes the speed of an update and never its examples. The largest micro-batch
-of an update comes first: what does not fit into memory fails at once, and the allocator can reuse its blocks.
+Within a window the examples are corrupted, sorted by length and cut into `groups_per_update` bands. Every update is dealt one
+group of neighbouring examples from each band at random, so it has its share of every length, and its number of target tokens
+varies less than in random order. (Groups dealt from the whole list would make it vary twice as much as in random order,
+consecutive runs of the list four times.) A group that exceeds `micro_tokens` is cut again. A window of one update is one group
+with very different lengths; it is cut where the cost of padding and of the number of micro-batches together is lowest.
+
+`micro_tokens` is applied after dealing, so it changes the speed of an update and never its examples. The largest micro-batch of
+an update comes first: an out-of-memory error comes early, and the allocator can reuse its blocks.
 """
 
 import threading
@@ -33,8 +33,8 @@ from resilient_t5.data.counter_rng import Stream, order, shuffle
 from resilient_t5.data.ragged import lay_out
 from resilient_t5.errors import DataError
 
-# What one more micro-batch costs beside its tokens, counted in padded tokens. Measured on a CPU, forward and backward of
-# T5 with one to eight layers: 47 to 77. On a GPU it is more; how much was not measured.
+# Fixed cost of a micro-batch in padded tokens. Measured on a CPU, forward and backward of T5 with one to eight layers: 47 to
+# 77. It is higher on a GPU (not measured).
 MICRO_BATCH_TOKENS = 64
 
 
@@ -63,8 +63,8 @@ def deal(ascending: np.ndarray, updates: int, groups: int, key: tuple[int, int])
 def group_sizes(rows: int, groups: int) -> list[int]:
     """Rows of each group of an update, from the shortest rows to the longest; they sum to `rows`, none is empty.
 
-    Sizes fall about linearly, to a third: 16 rows in 4 groups are 6, 4, 4 and 2. Lengths lie far apart only among the
-    longest, so small groups there save most of the padding, and they keep the largest micro-batch small.
+    Sizes fall about linearly, to a third: 16 rows in 4 groups are 6, 4, 4 and 2. Only the longest rows differ much in length,
+    so small groups of them save most of the padding and keep the largest micro-batch small.
     """
     weights = np.arange(3 * (groups - 1), groups - 2, -2) if groups > 1 else np.ones(1, np.int64)
     ends = np.cumsum(weights) * (rows - groups)
@@ -76,9 +76,9 @@ def group_sizes(rows: int, groups: int) -> list[int]:
 def cut(
     ascending: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], micro_tokens: int, pad_multiple: int
 ) -> list[np.ndarray]:
-    """Cut rows sorted by length where rows * (longest source + longest target), padded, would pass `micro_tokens`.
+    """Cut rows sorted by length where rows * (longest source + longest target), padded, would exceed `micro_tokens`.
 
-    The longest are cut off first; a row that passes the budget alone makes a part of its own.
+    The longest rows are cut off first; a row that exceeds the budget alone is a part by itself.
 
     Args:
         lengths: source and target tokens of every row.
@@ -99,11 +99,11 @@ def cut(
 def cheapest_cut(
     ascending: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], micro_tokens: int, pad_multiple: int
 ) -> list[np.ndarray]:
-    """Cut rows sorted by length into runs of neighbours so that padded tokens and `MICRO_BATCH_TOKENS` a run are least.
+    """Cut rows sorted by length into runs of neighbours at the lowest cost: padded tokens plus `MICRO_BATCH_TOKENS` a run.
 
-    For an update in random order, whose lengths lie far apart: filling every micro-batch up to a large `micro_tokens`
-    would pad the short rows to the longest. Exact by dynamic programming over the end of the last run, in time of the
-    rows squared: about a millisecond at 64 rows. No run passes `micro_tokens` unless it is one row.
+    For an update in random order, whose lengths differ widely: filling every micro-batch up to a large `micro_tokens` would
+    pad short rows to the longest. Exact, by dynamic programming over the end of the last run in O(rows^2): about a millisecond
+    at 64 rows. No run exceeds `micro_tokens` unless it is one row.
 
     Args:
         lengths: source and target tokens of every row; the source lengths ascend along `ascending`.
@@ -116,7 +116,7 @@ def cheapest_cut(
     least = np.zeros(rows + 1, np.int64)
     begins = np.zeros(rows + 1, np.int64)
     for end in range(1, rows + 1):
-        # Of all runs that end here, the one that begins at each row: its size, and the cheapest way to get to its begin.
+        # Cost of each run that ends here, by the row it begins at, plus the lowest cost of all rows before it.
         widest_target = np.maximum.accumulate(target[:end][::-1])[::-1]
         padded = np.arange(end, 0, -1) * (source[end - 1] + widest_target)
         allowed = padded <= micro_tokens
@@ -133,17 +133,17 @@ def cheapest_cut(
 
 
 def rounded_up(length: int, multiple: int) -> int:
-    """The least multiple that is not below `length`."""
+    """Smallest multiple of `multiple` that is at least `length`."""
     return -(-length // multiple) * multiple
 
 
-# Label of a padded target position; cross-entropy leaves it out.
+# Label of a padded target position, ignored by the cross-entropy.
 IGNORED = -100
-# No training reaches this epoch, so evaluation never repeats a draw of training. Sampling for estimates has its own.
+# No training reaches these epochs, so evaluation and estimates never repeat a draw of training.
 EVALUATION_EPOCH = 2**62
 ESTIMATE_EPOCH = EVALUATION_EPOCH + 1
 ESTIMATE_EXAMPLES = 512
-# Readers may be in two windows at once, and a caller may ask for one that is past.
+# Readers may be in two windows at once, and a caller may ask for an earlier one.
 WINDOWS_KEPT = 3
 UPDATES_AHEAD = 8
 
@@ -182,7 +182,7 @@ class EvaluationBatch:
 
 @dataclass(frozen=True)
 class _Window:
-    """A corrupted window and who gets what of it."""
+    """A corrupted window and the groups of each update."""
 
     corrupted: Corrupted
     example_ids: np.ndarray
@@ -192,18 +192,18 @@ class _Window:
 
 @dataclass
 class _Slot:
-    """A place for a window that one thread computes while others wait for it."""
+    """A window that one thread computes while others wait for it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     window: _Window | None = None
 
 
 class Batches:
-    """The micro-batches of every update of a run. Holds no position; threads may share it.
+    """Micro-batches of every update of a run. Stateless except for a cache; threads may share it.
 
     Args:
         seed: of order and corruption.
-        micro_tokens: most padded tokens, source and target, of a micro-batch; one example may pass it alone.
+        micro_tokens: maximum padded tokens, source plus target, of a micro-batch; a single example may exceed it.
         pad_multiple: lengths are padded to a multiple of this.
 
     Raises:
@@ -235,7 +235,7 @@ class Batches:
         return self._cut(window, window.groups[update % self.window_updates])
 
     def longest(self) -> list[MicroBatch]:
-        """The micro-batches of an update that no run has: its examples are the longest of all, so hardly any takes more."""
+        """Micro-batches of the longest examples, about the largest that an update can have; no run trains on them."""
         count = min(self.examples_per_update, len(self.split))
         lengths = np.diff(self.split.offsets)
         example_ids = np.argpartition(lengths, len(lengths) - count)[-count:]
@@ -259,7 +259,7 @@ class Batches:
         return sorted(micro_batches, key=lambda micro_batch: -micro_batch.padded_tokens)
 
     def prepare(self, update: int) -> None:
-        """Compute the window of an update, so that `at` finds it ready."""
+        """Compute the window of an update before `at` needs it."""
         self._window(update // self.window_updates)
 
     def _window(self, number: int) -> _Window:
@@ -291,12 +291,12 @@ class Batches:
 
 
 class Prefetcher:
-    """Takes the updates of `batches` one after another, prepared ahead by threads; their bits are those of `Batches.at`.
+    """Updates of `batches` in order, prepared ahead by threads; bit-identical to `Batches.at`.
 
     Use it as a context manager, or call `close`.
 
     Args:
-        first_update: the update that the first `take` gives.
+        first_update: the update that the first `take` returns.
         readers: threads; with 0, `take` prepares.
     """
 
@@ -312,10 +312,10 @@ class Prefetcher:
         self._start(update)
 
     def _start(self, update: int) -> None:
-        self._next_taken = self._next_asked = update
+        self._next_taken = self._next_submitted = update
         self._threads = ThreadPoolExecutor(self._readers, thread_name_prefix="reader") if self._readers > 0 else None
         self._ahead: deque[Future[list[MicroBatch]]] = deque()
-        self._ask()
+        self._submit()
 
     def take(self) -> list[MicroBatch]:
         """The next update's micro-batches; raises what preparing them raised."""
@@ -323,11 +323,11 @@ class Prefetcher:
         micro_batches = self._batches.at(self._next_taken) if self._threads is None else self._ahead.popleft().result()
         self.wait_s += time.perf_counter() - begin_s
         self._next_taken += 1
-        self._ask()
+        self._submit()
         return micro_batches
 
     def close(self) -> None:
-        """Drop what was prepared and wait for the threads to end. May be called twice."""
+        """Drop prepared updates and wait for the threads to end. Idempotent."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
@@ -337,16 +337,16 @@ class Prefetcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self) -> None:
-        """Keep the threads busy: a few updates ahead, and behind them the window after theirs."""
+    def _submit(self) -> None:
+        """Submit the next updates to the threads, and at the beginning of a window also the next window."""
         if self._threads is None:
             return
-        while self._next_asked < self._next_taken + UPDATES_AHEAD:
-            self._ahead.append(self._threads.submit(self._batches.at, self._next_asked))
-            self._next_asked += 1
+        while self._next_submitted < self._next_taken + UPDATES_AHEAD:
+            self._ahead.append(self._threads.submit(self._batches.at, self._next_submitted))
+            self._next_submitted += 1
         first_of_window = self._next_taken % self._batches.window_updates == 0
         if first_of_window and self._batches.window_updates > UPDATES_AHEAD:
-            # What it raises is raised again when an update of that window is taken.
+            # An error is raised again when an update of that window is taken.
             self._threads.submit(self._batches.prepare, self._next_taken + self._batches.window_updates)
 
 
@@ -416,7 +416,7 @@ def _lengths(corrupted: Corrupted) -> tuple[np.ndarray, np.ndarray]:
 def _padded(
     values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, padding: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a ragged array as a padded one, int64, and where it holds tokens, bool. `padding`: value and multiple."""
+    """Pad rows of a ragged array: int64, and a mask of its tokens, bool. `padding`: value and multiple."""
     lengths = offsets[rows + 1] - offsets[rows]
     width = rounded_up(int(lengths.max()), padding[1])
     mask = np.arange(width) < lengths[:, None]

@@ -1,8 +1,8 @@
-"""Which tokens stand beside which in a corpus, as positive pointwise mutual information: what their first vectors are made of.
+"""Positive pointwise mutual information of neighbouring tokens in a corpus, from which embeddings are initialised.
 
-PMI of a pair says by how much more often it stands together than chance would have it; its positive part, factored, gives
-word vectors as good as trained ones on small corpora (Levy & Goldberg 2014; Levy, Goldberg & Dagan 2015, also for the
-smoothing). Counts are symmetric, over neighbours of up to REACH tokens in the same example, nearer ones count for more.
+PMI compares how often two tokens occur together with how often chance would put them together. Its positive part, factorised,
+gives word vectors as good as trained ones on small corpora (Levy & Goldberg 2014; Levy, Goldberg & Dagan 2015, also for the
+smoothing). Counts are symmetric, over neighbours of up to REACH tokens in the same example; closer neighbours count more.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 
 REACH = 3
-# Rare contexts look more telling than they are; their frequency is raised to this power.
+# PMI overestimates rare contexts; their frequency is raised to this power.
 SMOOTHING = 0.75
 MAX_TOKENS = 8_000_000
-# Counts are held densely for as many rows at a time as make this many numbers: 16 MB.
+# Size of the dense block of counts: 16 MB.
 BLOCK_COUNTS = 2_000_000
-# Positions in `ids` are held in 16 bits.
+# Positions in `ids` are stored in 16 bits.
 UNCOUNTED = 2**16 - 1
 
 
@@ -26,7 +26,7 @@ class TokenSplit(Protocol):
 
     @property
     def tokens(self) -> np.ndarray:
-        """Int: ids of all examples, one after another."""
+        """Int: ids of all examples, concatenated."""
 
     @property
     def offsets(self) -> np.ndarray:
@@ -35,7 +35,7 @@ class TokenSplit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """A symmetric matrix (n, n) over the n ids that were counted, in compressed rows; only what is above 0 is held."""
+    """A symmetric matrix (n, n) over the n ids that were counted, in compressed rows; only values above 0 are stored."""
 
     ids: np.ndarray
     """int64 (n,): the ids, the most frequent first."""
@@ -54,7 +54,7 @@ def count_neighbours(split: TokenSplit, rows: int, most_ids: int) -> Neighbours:
 
     Args:
         rows: every id is below.
-        most_ids: how many ids are counted at most, below 65,535; an id that does not occur is left out.
+        most_ids: maximum number of ids to count, below 65,535; ids that do not occur are left out.
     """
     examples = int(np.searchsorted(split.offsets, MAX_TOKENS, side="right")) - 1
     tokens = np.asarray(split.tokens[: split.offsets[max(1, examples)]])
@@ -74,7 +74,7 @@ def count_neighbours(split: TokenSplit, rows: int, most_ids: int) -> Neighbours:
 
 
 def _pairs(places: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """(left, right, weight) of all tokens that stand 1 to REACH apart in the same example, as positions in `ids`."""
+    """(left, right, weight) of all tokens at distance 1 to REACH in the same example, as positions in `ids`."""
     example = np.zeros(len(places), np.int32)
     example[ends[:-1][ends[:-1] < len(places)]] = 1
     np.cumsum(example, out=example)
@@ -85,23 +85,23 @@ def _pairs(places: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, n
 
 
 def _compress(ids: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray, float]], chance: np.ndarray) -> Neighbours:
-    """The positive PMI of all pairs, counted for one block of rows after another."""
+    """Positive PMI of all pairs, computed block of rows by block of rows."""
     size = len(ids)
     height = max(1, BLOCK_COUNTS // max(1, size))
     lengths, columns, values = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for first in range(0, size, height):
-        behind = min(first + height, size)
-        flat = np.zeros((behind - first) * size)
+        last = min(first + height, size)
+        flat = np.zeros((last - first) * size)
         for left, right, weight in pairs:
             for row, column in ((left, right), (right, left)):
-                inside = (row >= first) & (row < behind)
+                inside = (row >= first) & (row < last)
                 keys = (row[inside].astype(np.int64) - first) * size + column[inside]
                 flat += weight * np.bincount(keys, minlength=len(flat))
         counts = flat.reshape(-1, size)
         with np.errstate(divide="ignore", invalid="ignore"):
-            pmi = np.log(counts) - chance[first:behind, None] - chance[None, :]
-        held = (counts > 0) & (pmi > 0)
-        lengths.append(held.sum(1))
-        columns.append(np.nonzero(held)[1].astype(np.int32))
-        values.append(pmi[held].astype(np.float32))
+            pmi = np.log(counts) - chance[first:last, None] - chance[None, :]
+        positive = (counts > 0) & (pmi > 0)
+        lengths.append(positive.sum(1))
+        columns.append(np.nonzero(positive)[1].astype(np.int32))
+        values.append(pmi[positive].astype(np.float32))
     return Neighbours(ids, np.cumsum(np.concatenate(lengths)), np.concatenate(columns), np.concatenate(values))

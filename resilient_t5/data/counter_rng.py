@@ -4,9 +4,9 @@ A key is a 64-bit hash of (seed, stream, parts); a draw is output number `counte
 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", with the finalizer that Stafford called
 mix13). Nothing is advanced, so any draw of any example costs the same and no draw depends on another one.
 
-`order` is a keyed permutation of any size: a Feistel network on the smallest power of two that holds it, walked along
-its cycles until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It holds no table,
-so one position of an epoch of a billion examples costs what one of ten costs.
+`order` is a keyed permutation of any size: a Feistel network on the next power of two, applied repeatedly until the result is
+inside the domain (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It has no table, so one
+position of an epoch of a billion examples costs the same as one of ten.
 """
 
 from enum import IntEnum
@@ -17,12 +17,12 @@ GOLDEN = 0x9E3779B97F4A7C15
 FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 SECOND_MULTIPLIER = np.uint64(0x94D049BB133111EB)
 WORD = 2**64
-# Four rounds suffice for a large domain; small ones need more to come near to a uniform permutation.
+# Four rounds suffice for a large domain; small ones need more for a nearly uniform permutation.
 FEISTEL_ROUNDS = 12
 
 
 class Stream(IntEnum):
-    """What a draw is for; two purposes never share a stream. The numbers are part of a run: never renumber them."""
+    """Purpose of a draw; two purposes never share a stream. The numbers determine the results of a run: never renumber them."""
 
     ORDER = 1
     DEAL = 2
@@ -81,7 +81,7 @@ def below(key: np.ndarray, counter: np.ndarray | int, limit: np.ndarray | int) -
 
 
 def order(seed: int, epochs: np.ndarray | int, positions: np.ndarray, count: int) -> np.ndarray:
-    """The example at each position of an epoch's own random order.
+    """Example at each position of the random order of an epoch.
 
     Args:
         epochs: epoch of each position, or one epoch for all.

@@ -1,4 +1,4 @@
-"""A store as one run sees it: the splits in active ids, or in full ids when every row of the vocabulary is trained."""
+"""A store as a run uses it: the splits in active ids, or in full ids when all rows of the vocabulary are trained."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from resilient_t5.data.store.store import Split, Store
 
 
 class FullIdTokens:
-    """Reads like the token array of a split and maps what is read to full ids; the map on disk stays as it is."""
+    """Token array of a split that maps ids to full ids on access; the file on disk is unchanged."""
 
     def __init__(self, tokens: np.ndarray, active_to_full: np.ndarray):
         self._tokens, self._active_to_full = tokens, active_to_full
@@ -26,7 +26,7 @@ class FullIdTokens:
 
 
 def in_full_ids(split: Split, active_to_full: np.ndarray) -> Split:
-    """The same split, its tokens read as full ids.
+    """The split with its tokens as full ids.
 
     Args:
         split: a split of a store, in active ids.
@@ -37,7 +37,7 @@ def in_full_ids(split: Split, active_to_full: np.ndarray) -> Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A store as this run sees it: in active ids, or in full ids when the whole vocabulary is trained."""
+    """A store in active ids, or in full ids when the whole vocabulary is trained."""
 
     store: Store
     train: Split
@@ -54,20 +54,14 @@ class Dataset:
         """
         check_sentinels(store.tokenizer, config.corruption)
         confusions = None if config.corruption.confusions is None else Path(config.corruption.confusions)
-        if config.model.active_vocabulary == "corpus":
-            table = build_token_table(store.tokenizer, store.active_to_full, confusions, encodes_gaps=store.encodes_gaps)
-            return cls(store, store.train, store.validation, store.active_to_full, table)
-        identity, encodes = np.arange(store.tokenizer.size, dtype=np.int32), store.encodes_gaps
-        train, validation = (in_full_ids(split, store.active_to_full) for split in (store.train, store.validation))
-        return cls(
-            store,
-            train,
-            validation,
-            identity,
-            build_token_table(store.tokenizer, identity, confusions, encodes_gaps=encodes),
-        )
+        ids, train, validation = store.active_to_full, store.train, store.validation
+        if config.model.active_vocabulary != "corpus":
+            ids = np.arange(store.tokenizer.size, dtype=np.int32)
+            train, validation = (in_full_ids(split, store.active_to_full) for split in (train, validation))
+        table = build_token_table(store.tokenizer, ids, confusions, encodes_gaps=store.encodes_gaps)
+        return cls(store, train, validation, ids, table)
 
     def decode(self, ids: np.ndarray) -> str:
-        """Text of ids of this corpus; marks are left out, and so is an id that no piece has (rows beyond the tokenizer)."""
+        """Text of ids of this corpus, without special ids and ids without a piece (rows beyond the tokenizer)."""
         known = np.asarray(ids)[np.asarray(ids) < len(self.active_to_full)]
         return self.store.tokenizer.decode(self.active_to_full[known].tolist())

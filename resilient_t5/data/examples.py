@@ -1,10 +1,10 @@
-"""Encoded documents -> examples: chunks that end at sentences, with the term occurrences that lie in them. Pure.
+"""Cut encoded documents into examples that end at sentences, with the term occurrences in them. Pure.
 
 All documents of a batch are handled as one long text, so that the cost per document is that of a few array elements.
 
-A document's tokens are cut at sentence ends in Chinese and English, else at clause ends, else hard. The rules are our own.
-A regular expression finds the candidate marks; only the Western ones, which mean several things, are looked at in Python.
-Ends lie before the white space that follows them, where tokenizers begin their next token.
+A document's tokens are cut at sentence ends in Chinese and English, else at clause ends, else anywhere. The rules are our own.
+A regular expression finds candidates; only Western stops, which are ambiguous, are examined in Python. Ends are before the
+white space that follows them, where tokenizers begin their next token.
 """
 
 import itertools
@@ -38,8 +38,8 @@ ABBREVIATION = re.compile(
 def sentence_ends(text: str) -> np.ndarray:
     """Where sentences end: ascending character positions, exclusive, int32; the last is `len(text)`.
 
-    Chinese stops end a sentence together with closing quotes and brackets behind them, line breaks end one, and Western
-    stops do unless they stand in a number, an abbreviation, an initial, a list mark or a link.
+    Chinese stops with closing quotes and brackets after them, line breaks, and Western stops that are not part of a number, an
+    abbreviation, an initial, a list number or a link.
     """
     ends = []
     for match in STOP.finditer(text):
@@ -99,7 +99,7 @@ def _holds_its_stop(text: str, word: re.Match[str]) -> bool:
     if "." in spelled:
         return all(len(part) == 1 for part in spelled.split("."))  # e.g. and U.S., but not 3.5
     if len(spelled) == 1 and spelled.isupper():
-        # "J. Smith" against "hepatitis B. The": a word in small letters stands before a kind, not before an initial.
+        # "J. Smith" and "hepatitis B. The": a lower-case word comes before a kind, not before an initial.
         return not text[max(0, start - 2) : max(0, start - 1)].islower()
     if spelled.isdigit():
         return len(spelled) <= 3 and (start == 0 or text[start - 1] == "\n")
@@ -150,7 +150,7 @@ def cut_chunks(encoded: Encoded, text: str, max_tokens: int, overlap_tokens: int
 
 
 def _inside_character(encoded: Encoded, token: int) -> bool:
-    """True when `token` shares a character with the token before it (bytes, expanded ligatures)."""
+    """Whether `token` shares a character with the token before it (bytes, expanded ligatures)."""
     return token > 0 and bool(encoded.starts[token] < encoded.ends[token - 1])
 
 
@@ -160,20 +160,20 @@ def _token_positions(ends: np.ndarray, encoded: Encoded) -> list[int]:
 
 
 def _last(positions: list[int], limit: int) -> int:
-    """The last of the ascending `positions` that is not above `limit`; 0 when there is none."""
+    """Largest of the ascending `positions` up to `limit`; 0 when there is none."""
     index = bisect_right(positions, limit)
     return positions[index - 1] if index else 0
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples one after another.
+    """Concatenated examples.
 
     tokens: int32, full-vocabulary ids of all examples.
     lengths: int32 (n,), tokens of each example.
     documents: int32 (n,), number of the document of each, never decreasing.
     pairs: int32 (n,), tokens of the source of a pair, -1 for text.
-    terms: int32 (m, 4): example, first token in it, token behind the last, term id; sorted.
+    terms: int32 (m, 4): example, first token in it, token after the last, term id; sorted.
     """
 
     tokens: np.ndarray
@@ -207,7 +207,7 @@ def find_terms(matcher: TermMatcher | None, texts: Sequence[str], batch: Encoded
     """Every term occurrence of the texts, as tokens of the batch."""
     if matcher is None:
         return FoundTerms(np.zeros((0, 3), dtype=np.int32), 0)
-    # Both sides count from the beginning of all texts, which lie end to end with a line break between two.
+    # Positions are in all texts joined by line breaks.
     begins = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])], dtype=np.int32)
     shift = np.repeat(begins, np.diff(batch.offsets))
     tokens = batch.tokens
@@ -224,27 +224,27 @@ def cut_examples(
     max_tokens: int,
     overlap_tokens: int,
 ) -> tuple[Examples, int]:
-    """Cut every text of a batch into examples. An example that continues a text has the ids of a text that begins there.
+    """Cut every text of a batch into examples. An example inside a text is encoded like the beginning of a text.
 
     Args:
         texts: the documents, numbered from 0.
         batch: their tokens.
-        terms: int32 (m, 3): first token, token behind the last (in the whole batch), term id; sorted.
+        terms: int32 (m, 3): first token, token after the last (in the whole batch), term id; sorted.
         tokenizer: the one of the batch.
         max_tokens: longest example, without end mark.
         overlap_tokens: tokens that a chunk repeats of the one before it.
 
     Returns:
-        the examples, and how many term occurrences no chunk holds whole because a cut goes through them.
+        the examples, and the number of term occurrences that cuts divide.
     """
     counts = np.diff(batch.offsets)
-    room = max(max_tokens - 1, overlap_tokens + 1)  # the mark of a word's beginning may come in front
+    limit = max(max_tokens - 1, overlap_tokens + 1)  # a word-start mark may be added in front
     short = np.flatnonzero((counts > 0) & (counts <= max_tokens))
     ranges = [np.stack([batch.offsets[short], batch.offsets[short + 1], short], axis=1)]
     for number in np.flatnonzero(counts > max_tokens).tolist():
         first, last = batch.offsets[number : number + 2].tolist()
         tokens = Encoded(*(array[first:last] for array in (batch.tokens.ids, batch.tokens.starts, batch.tokens.ends)))
-        chunks = np.array(cut_chunks(tokens, texts[number], room, overlap_tokens), dtype=np.int64)
+        chunks = np.array(cut_chunks(tokens, texts[number], limit, overlap_tokens), dtype=np.int64)
         ranges.append(np.column_stack([chunks + first, np.full(len(chunks), number)]))
     chunks = np.concatenate(ranges)
     chunks = chunks[np.argsort(chunks[:, 0], kind="stable")]
@@ -264,7 +264,7 @@ def cut_examples(
 
 
 def _start_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTokenizer, max_tokens: int) -> Examples:
-    """The examples, those that continue a text inside a word encoded as texts that begin there; unless one grew too long."""
+    """Encode examples that begin inside a word again as the beginning of a text, unless they become too long."""
     ends = np.cumsum(examples.lengths, dtype=np.int64)
     lengths, terms = examples.lengths.copy(), examples.terms.copy()
     first_term = np.searchsorted(terms[:, 0], np.arange(len(lengths) + 1))
@@ -287,7 +287,7 @@ def _start_as_texts(examples: Examples, continued: np.ndarray, tokenizer: TextTo
 
 
 def _changed_head(old: np.ndarray, new: np.ndarray) -> int:
-    """Tokens of `old` before the end that it has in common with `new`."""
+    """Number of tokens of `old` before its common suffix with `new`."""
     shared = min(len(old), len(new))
     differs = np.flatnonzero(old[len(old) - shared :][::-1] != new[len(new) - shared :][::-1])
     return len(old) - (int(differs[0]) if len(differs) else shared)
@@ -301,21 +301,21 @@ def _move_terms(bounds: np.ndarray, head: int, more: int) -> None:
 
 
 def _terms_of_chunks(terms: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, int]:
-    """The occurrences that lie whole in a chunk, one row for each chunk that holds them, and how many lie in none."""
+    """Occurrences that a chunk contains whole, one row for each such chunk, and the number that no chunk contains."""
     if not len(terms) or not len(chunks):
         return np.zeros((0, 4), dtype=np.int32), len(terms)
     newest = np.searchsorted(chunks[:, 0], terms[:, 0], side="right") - 1
-    rows, held = [], np.zeros(len(terms), dtype=bool)
+    rows, kept_whole = [], np.zeros(len(terms), dtype=bool)
     for back in itertools.count():  # one round without overlap, two or three with it
         number = np.maximum(newest - back, 0)
         reached = (newest >= back) & (terms[:, 0] < chunks[number, 1])
         if not reached.any():
             break
         inside = reached & (terms[:, 1] <= chunks[number, 1])
-        held |= inside
+        kept_whole |= inside
         within = terms[inside, :2] - chunks[number[inside], :1]
         rows.append(np.column_stack([number[inside], within, terms[inside, 2]]))
     found = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), dtype=np.int32)
     if len(rows) > 1:
         found = found[np.lexsort((found[:, 1], found[:, 0]))]
-    return found, int((~held).sum())
+    return found, int((~kept_whole).sum())

@@ -1,7 +1,7 @@
-"""Examples of unequal length laid one after another, and the sums within them.
+"""Examples of different length in common arrays, and sums within them.
 
-A slot is a place in the laid-out array: every row has a slot for each of its tokens and one more for the end mark, so
-that no run of slots reaches from one row into the next.
+A slot is a position in such an array: every row has a slot for each of its tokens and one more for the end mark, so that no run
+of slots crosses from one row into the next.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What the keys of a batch are made of: one (epoch, example id) for each row."""
+    """Seed and one (epoch, example id) per row, from which random keys are derived."""
 
     seed: int
     epochs: np.ndarray
@@ -42,20 +42,20 @@ class RowKeys:
 
 
 def lay_out(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Indices start, start + 1, ... of every row, one row after another; int64 (sum of lengths,)."""
+    """Indices start, start + 1, ... of every row, concatenated; int64 (sum of lengths,)."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
 def cumulated(values: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Running sum of `values` that starts anew where `row` changes; equal rows stand together. int64, same shape."""
+    """Running sum of `values` that restarts where `row` changes; equal rows are adjacent. int64, same shape."""
     total = np.cumsum(values)
     first = firsts(row)
     return total - (total - values)[first][np.cumsum(first) - 1]
 
 
 def firsts(row: np.ndarray) -> np.ndarray:
-    """Where a new row begins; bool, same shape. Equal rows stand together."""
+    """Where a new row begins; bool, same shape. Equal rows are adjacent."""
     first = np.ones(len(row), bool)
     np.not_equal(row[1:], row[:-1], out=first[1:])
     return first

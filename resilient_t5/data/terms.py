@@ -1,17 +1,16 @@
-"""Domain terms: read a list, find every occurrence in a text, place occurrences on tokens.
+"""Domain terms: read a list, find all occurrences in a text, map occurrences to tokens.
 
-Matching ignores case and the width of Latin letters, digits and signs. The folding maps one character to one character,
-so a position in the folded text is a position in the text. A term whose first (last) character is a letter or digit of
-an alphabetic script must not touch another one there: "ALS" is not in "also", but "CT" is in a Chinese sentence.
+Matching ignores case and the width of Latin letters, digits and signs. Folding maps one character to one character, so a
+position in the folded text is a position in the text. A term whose first (last) character is a letter or digit of an alphabetic
+script must not touch another one there: "ALS" is not in "also", but "CT" is in a Chinese sentence.
 
-The automaton (Aho and Corasick, 1975) reports all overlapping matches; those that break the word rule are dropped before
-the leftmost-longest ones are chosen. The other way round, a longer match that breaks the rule would hide a shorter one
-that keeps it.
+The automaton (Aho and Corasick, 1975) reports all overlapping matches. Those that violate the word rule are dropped before the
+leftmost-longest ones are chosen; otherwise a longer match that violates it would hide a shorter one that does not.
 
-Two things make the search cheap. It runs on a text spelled in an alphabet of the terms' own characters, in which frequent
-characters are one byte, all characters of no term are one, and the first letter of a word is another character than the
-same letter inside a word, so that most matches that would break the word rule never come up. And what follows the
-automaton works on arrays of a whole batch, since a Python object per match costs about what the search costs.
+Two things make the search fast. The text is translated into an alphabet of the terms' own characters, in which frequent
+characters are one byte, all other characters are one symbol, and the first letter of a word differs from the same letter inside
+a word, so that most violations of the word rule never match. And matches are processed as arrays of a whole batch, since a
+Python object per match costs about as much as the search.
 """
 
 import itertools
@@ -30,17 +29,17 @@ from resilient_t5.data.tokenizer.tokenizer import Encoded
 from resilient_t5.errors import DataError
 
 MAX_TERM_CHARACTERS = 200
-FOLDED_CHARACTERS = 0x20000  # the scripts with case and the full width forms lie below
-FIRST_WIDE_SCRIPT = 0x2E80  # CJK, kana and Hangul, which set no spaces between words, lie from here on
+FOLDED_CHARACTERS = 0x20000  # scripts with case and the full-width forms are below
+FIRST_WIDE_SCRIPT = 0x2E80  # CJK, kana and Hangul, without spaces between words, begin here
 OPENS_WORD = np.uint32(0x110000)  # added to the code point of a letter at the beginning of a word
-FIRST_SURROGATE, SURROGATES = 0xD800, 0x800  # no text can spell these code points
+FIRST_SURROGATE, SURROGATES = 0xD800, 0x800  # no text contains these code points
 
 Match = tuple[int, int, int]
 
 
 @dataclass
 class TermList:
-    """Terms in the order of the list, spelled as there, and what was left out."""
+    """Terms in the order and spelling of the list, and counts of dropped lines."""
 
     terms: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
@@ -48,8 +47,6 @@ class TermList:
     blanks_dropped: int = 0
     duplicates_dropped: int = 0
     """Terms that differ from an earlier one at most in case or width."""
-    one_character: int = 0
-    """Kept terms of a single character: they match often."""
 
 
 @cache
@@ -119,7 +116,7 @@ def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
             )
     listed = TermList()
     known: set[str] = set()
-    # One call for all: folding costs by the call, and a term holds no line break. Of no terms there is one blank too many.
+    # One call for all terms, since each call is expensive. An empty list splits into one blank, hence `strict`.
     for term, folded in zip(stripped, fold("\n".join(stripped)).split("\n"), strict=bool(stripped)):
         if not term:
             listed.blanks_dropped += 1
@@ -129,7 +126,6 @@ def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
             known.add(folded)
             listed.terms.append(term)
             listed.folded.append(folded)
-            listed.one_character += len(term) == 1
     return listed
 
 
@@ -137,7 +133,7 @@ def read_terms(path: Path) -> TermList:
     """Read a list of one term per line, in any encoding that the corpus may have, packed or not.
 
     Raises:
-        DataError: the file is missing, undecodable, holds a line of running text, or no term at all.
+        DataError: the file is missing, undecodable, empty, or has a line of running text.
         StorageError: the file cannot be read.
     """
     if not path.is_file():
@@ -146,7 +142,7 @@ def read_terms(path: Path) -> TermList:
         encoding = resolve_encoding(path, "auto")
         listed = clean_terms((line.text for line in text_lines(path, encoding, CorpusCounts())), str(path))
     except Undecodable as error:  # data.encoding is that of the text, not of this list
-        raise DataError(error.what, hint="Repair that place, or save the list of terms as UTF-8") from None
+        raise DataError(error.what, hint="Fix that byte, or save the list of terms as UTF-8") from None
     if not listed.terms:
         raise DataError("the list of terms is empty", where=str(path), hint="Write one term per line")
     return listed
@@ -173,7 +169,7 @@ class TermMatcher:
         )
 
     def _spelled(self, folded: np.ndarray) -> str:
-        """What `_read` gives, in the terms' alphabet; one character for one."""
+        """Translate the result of `_read` into the alphabet of the terms, character by character."""
         return _text(self._alphabet[folded])
 
     def find(self, text: str) -> list[Match]:
@@ -181,7 +177,7 @@ class TermMatcher:
         return [(start, end, term) for start, end, term in self.find_together([text]).tolist()]
 
     def find_together(self, texts: Sequence[str]) -> np.ndarray:
-        """`find` in texts laid end to end with a line break between two: int32 (m, 3), positions in the whole."""
+        """`find` in texts joined by line breaks: int32 (m, 3), positions in the joined text."""
         folded, inside_word = _read("\n".join(texts))
         found = self._automaton.find_matches_as_indexes(self._spelled(folded), overlapping=True)
         matches = np.fromiter(itertools.chain.from_iterable(found), np.int32, 3 * len(found))
@@ -204,7 +200,7 @@ def _alphabet_of(folded: np.ndarray) -> np.ndarray:
 
 
 def _leftmost_longest(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Places of the matches that a reader from the left takes, the longest of each start; int64, ascending by start."""
+    """Indices of the leftmost-longest matches that do not overlap; int64, ascending by start."""
     order = np.argsort((start.astype(np.int64) << 32) - end)
     first = np.ones(len(order), dtype=bool)
     np.not_equal(start[order[1:]], start[order[:-1]], out=first[1:])
@@ -218,10 +214,10 @@ def _leftmost_longest(start: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def token_spans(matches: np.ndarray, encoded: Encoded) -> tuple[np.ndarray, int]:
-    """Place occurrences on tokens.
+    """Map occurrences to tokens.
 
-    A term that begins or ends inside a token is widened to the whole token; two neighbours may then share one. A term on
-    which no token stands (the tokenizer dropped its characters) is left out.
+    A term that begins or ends inside a token is widened to the whole token; two neighbours may then share one. A term without
+    tokens (the tokenizer dropped its characters) is left out.
 
     Args:
         matches: int32 (m, 3): start, end, term id in characters, as `TermMatcher.find_together` gives them.

@@ -1,6 +1,6 @@
 """A split, a vocabulary and their settings as tests want them, without text or tokenizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,11 @@ class FakeSplit:
     tokens: np.ndarray
     offsets: np.ndarray
     terms: np.ndarray
-    pairs: np.ndarray | None = field(default=None)
+    pairs: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs is None:
+            self.pairs = np.broadcast_to(np.int32(-1), (len(self),))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -401,7 +401,7 @@ def test_evaluation_keeps_to_the_mask_ratio_where_training_spreads_it():
 
 
 def test_evaluation_batches_know_what_was_masked():
-    """Spans and masked terms of each micro-batch are numbered by its own rows; its labels hold them where it says."""
+    """Spans and masked terms of each micro-batch are numbered by its own rows; its labels have them at these positions."""
     split = small_split(60)
     found = 0
     for batch in evaluation_batches(split, TABLE, config_of(), examples=60, seed=1, micro_tokens=500, pad_multiple=8):

@@ -1,6 +1,6 @@
-"""Files, folders and globs to documents: cleaned, without exact duplicate paragraphs, each with its side of the split.
+"""Files, directories and globs to documents: cleaned, without exact duplicate paragraphs, each assigned to a side of the split.
 
-Everything streams. The only memory that lasts is that of the paragraphs seen: 64 MiB at most, fixed.
+Everything streams. The only lasting memory is the table of paragraph digests: a fixed 64 MiB at most.
 """
 
 import glob
@@ -25,8 +25,8 @@ BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 class Document:
     """One document of the corpus.
 
-    `key` decides the side of the split: a digest of the text as the file holds it, shared by the parts of a document
-    too long to be held whole; None stands for the digest of `text`.
+    `key` decides the side of the split: a digest of the text as in the file, shared by all parts of a document too long for
+    memory; None means the digest of `text`.
     """
 
     text: str
@@ -36,25 +36,25 @@ class Document:
 
 
 class SeenParagraphs:
-    """Remembers the digests of up to `limit` paragraphs; beyond it, most new ones take the place of old ones.
+    """Set of paragraph digests of fixed size; when it is full, most new digests replace old ones.
 
-    An open-addressing table of 8-byte digests: 64 MiB at the default size, touched only as it fills, where a Python set
-    takes several times as much. Two different paragraphs pass for the same with probability below n squared / 2**65.
+    An open-addressing table of 8-byte digests: 64 MiB at the default size, allocated as it fills; a Python set takes several
+    times as much. The probability that any two of n different paragraphs collide is below n^2 / 2**65.
     """
 
     def __init__(self, slots_log2: int = 23):
         self._mask = (1 << slots_log2) - 1
         self._slots = np.zeros(1 << slots_log2, dtype=np.uint64).data
-        self._free = (self._mask + 1) * 3 // 4  # fuller, the chains grow long
+        self._free = (self._mask + 1) * 3 // 4  # beyond this load, probe chains grow long
         self.forgotten = 0
 
     def add(self, digest: int) -> bool:
-        """Remember `digest`, from 0 to 2**64 - 1; True when it was not there before."""
+        """Add `digest`, from 0 to 2**64 - 1; True when it is new."""
         digest = digest or 1  # 0 marks an empty slot
         slots, mask = self._slots, self._mask
         slot = digest & mask
-        while held := slots[slot]:
-            if held == digest:
+        while found := slots[slot]:
+            if found == digest:
                 return False
             slot = (slot + 1) & mask
         if self._free:
@@ -62,24 +62,24 @@ class SeenParagraphs:
             self._free -= 1
         else:
             self.forgotten += 1
-            if slots[digest & mask]:  # an empty slot must stay empty, or a search would never end
+            if slots[digest & mask]:  # filling an empty slot would let searches never end
                 slots[digest & mask] = digest
         return True
 
 
 def text_digest(text: str) -> int:
-    """A 64-bit digest of `text`: the same on every machine and in every process."""
+    """64-bit digest of `text`, the same on every machine and in every process."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The files that `inputs` (files, folders, globs) name, each once, sorted by path.
+    """Resolve `inputs` (files, directories, globs) to files, each once, sorted by path.
 
-    Folders are searched through all their sub-folders, without hidden names and without following links to folders;
-    in folders and globs, files of other kinds are passed over.
+    Directories are searched recursively, without hidden names and without following links to directories. In directories and
+    globs, files of other kinds are skipped.
 
     Raises:
-        DataError: no inputs, one that is missing or holds no file of a known kind.
+        DataError: no inputs, or an input that is missing or has no file of a supported kind.
     """
     if not inputs:
         raise DataError("no input is named", hint="Set data.train to files, folders or globs")
@@ -94,7 +94,7 @@ def _files_of(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         if file_kind(path) is None:
-            raise DataError(f"{name} is a file of an unknown kind", hint=f"Known by their names are {KINDS}")
+            raise DataError(f"{name} has an unsupported extension", hint=f"Supported extensions: {KINDS}")
         return [path]
     if path.is_dir():
         files = _files_under(path)
@@ -104,11 +104,11 @@ def _files_of(name: str) -> list[Path]:
             files += _files_under(hit) if hit.is_dir() else [hit]
         files = [file for file in files if file.is_file() and file_kind(file) is not None]
     elif path.exists():
-        raise DataError(f"{name} is neither a file nor a folder", hint="Write its content into a file first")
+        raise DataError(f"{name} is neither a file nor a directory", hint="Write its content into a file first")
     else:
-        raise DataError("input is missing", where=name, hint="Check the path; it is taken from the current folder")
+        raise DataError("input is missing", where=name, hint="Check the path; it is relative to the current directory")
     if not files:
-        raise DataError("input holds no text file", where=name, hint=f"Known by their names are {KINDS}")
+        raise DataError("input has no text file", where=name, hint=f"Supported extensions: {KINDS}")
     return files
 
 
@@ -123,20 +123,20 @@ def _files_under(folder: Path) -> list[Path]:
 def read_documents(
     inputs: Sequence[str], settings: DataConfig, counts: CorpusCounts, *, seen: SeenParagraphs | None = None
 ) -> Iterator[Document]:
-    """The documents of the inputs, in the order of the sorted files, cleaned and without exact duplicate paragraphs.
+    """Documents of the inputs, in the order of the sorted files, cleaned and without exact duplicate paragraphs.
 
-    A paragraph is what stands between blank lines of a document; in a document without one, the document. A pair whose
-    source was masked elsewhere is compared whole.
+    Paragraphs are separated by blank lines; a document without one is one paragraph. An already masked pair is compared as a
+    whole.
 
     Args:
-        inputs: files, folders, globs, as `find_inputs` takes them.
-        settings: encoding, field, column and what a document is.
-        counts: added to while reading.
-        seen: paragraphs to drop besides; give the same object for the validation inputs and then for the training
-            inputs, and no training paragraph is one of validation.
+        inputs: files, directories and globs, as for `find_inputs`.
+        settings: encoding, field, column and document mode.
+        counts: updated while reading.
+        seen: known paragraphs, which are dropped. Pass the same object for the validation inputs and then for the training
+            inputs to keep validation paragraphs out of training.
 
     Raises:
-        DataError: as `find_inputs` and `read_records`; or no text at all in the inputs.
+        DataError: as `find_inputs` and `read_records`; or no text in the inputs.
     """
     seen = SeenParagraphs() if seen is None else seen
     forgotten = seen.forgotten
@@ -158,11 +158,11 @@ def read_documents(
             yield Document(kept, f"{path}:{record.line}", record.target, key)
     counts.paragraphs_forgotten += seen.forgotten - forgotten
     if empty:
-        raise DataError("the inputs hold no text", where=", ".join(inputs), hint="Check that the files are the right ones")
+        raise DataError("the inputs contain no text", where=", ".join(inputs), hint="Check that these are the right files")
 
 
 def _without_duplicates(text: str, digest: int, target: str | None, seen: SeenParagraphs) -> tuple[str, int]:
-    """What is left of `text`, and the paragraphs dropped."""
+    """`text` without known paragraphs, and the number of paragraphs dropped."""
     if target is not None:
         digest = text_digest(f"{text}\0{target}")
     elif "\n" in text:
@@ -175,6 +175,6 @@ def _without_duplicates(text: str, digest: int, target: str | None, seen: SeenPa
 
 
 def held_out(document: Document, share: float) -> bool:
-    """True when `document` belongs to the held-out `share` (0 to 1): by its content alone, not by its place or file."""
+    """Whether `document` belongs to the held-out `share` (0 to 1); depends on its content only, not on its position or file."""
     key = text_digest(document.text) if document.key is None else document.key
     return key < share * 2.0**64

@@ -1,10 +1,10 @@
-"""Bytes on disk to text, in blocks: unpacking, encoding detection by evidence, strict incremental decoding.
+"""Bytes on disk to text, in blocks: decompression, detection of the encoding, strict incremental decoding.
 
-`auto` believes, in this order: a byte order mark; UTF-16 when NUL bytes stand as UTF-16 puts them; UTF-8 when it decodes;
-GB18030 when the whole file decodes as it *and* the share of common characters in what comes out is above the share of
-bytes that UTF-8 explains, and high by itself. So a UTF-8 file with one damaged byte, or a Big5 or Western file, is an
-error that names the byte, never text silently read as GB18030. EUC-JP and EUC-KR are too like it to be told apart.
-Memory is a few blocks, whatever the size of the file; a packed file that unpacks without end is only ever streamed.
+`auto` tries, in this order: a byte order mark; UTF-16, when the NUL bytes are where UTF-16 puts them; UTF-8, when it decodes;
+GB18030, when the whole file decodes *and* the share of common characters in the result is high and above the share of bytes
+that are valid UTF-8. So a UTF-8 file with one damaged byte, or a Big5 or Western file, is an error that names the byte, never
+text silently read as GB18030. EUC-JP and EUC-KR are too similar to GB18030 to be distinguished from it.
+Memory is a few blocks, whatever the size of the file; compressed files are only streamed.
 """
 
 import codecs
@@ -23,9 +23,9 @@ import numpy as np
 from resilient_t5.errors import ConfigError, DataError, StorageError
 
 PACKED_SUFFIXES = (".gz", ".xz")
-BLOCK_BYTES = 1 << 18  # measured: larger blocks fall out of the cache and are slower
+BLOCK_BYTES = 1 << 18  # measured: larger blocks do not fit into the cache and are slower
 HEAD_BYTES = 1 << 20
-PROOF_CHARACTERS = 256  # so many multi-byte characters in a row are UTF-8 by no accident; what fails later is damage
+PROOF_CHARACTERS = 256  # after this many valid multi-byte characters the file is UTF-8; a later error is damage
 UTF16_PLAUSIBLE_SHARE = 0.95
 COMMON_SHARE = 0.45  # measured: simplified text 0.8 to 1, traditional about 0.6; Big5 read as GB18030 0.1 to 0.2, Shift-JIS 0
 
@@ -54,7 +54,7 @@ UTF16_ORDINARY = (
 
 @dataclass(frozen=True)
 class HeldText:
-    """Bytes that are in memory already, in place of a file; never unpacked. Messages call it `name`."""
+    """Bytes in memory instead of a file; never decompressed. `name` is used in messages."""
 
     content: bytes
     name: str
@@ -68,12 +68,12 @@ TextSource = Path | HeldText
 
 
 class Undecodable(DataError):
-    """A text in no encoding that was tried or named."""
+    """The text is not in any of the encodings that were tried."""
 
 
 @dataclass(eq=False)
 class BadByte(Exception):
-    """The first byte that does not decode: its value, its offset in the (unpacked) file and its line, from 1."""
+    """First byte that does not decode: its value, its offset in the (decompressed) file and its line, from 1."""
 
     encoding: str
     offset: int
@@ -89,11 +89,11 @@ class BadByte(Exception):
 
 
 def unpacked_blocks(path: TextSource) -> Iterator[bytes]:
-    """The file's bytes in blocks, unpacked when its name ends in .gz or .xz.
+    """Bytes of the file in blocks, decompressed when its name ends in .gz or .xz.
 
     Raises:
-        DataError: a packed file that is damaged or cut off.
-        StorageError: the system refuses to read it.
+        DataError: a compressed file that is damaged or truncated.
+        StorageError: the file cannot be read.
     """
     try:
         with _opened(path) as stream:
@@ -102,10 +102,12 @@ def unpacked_blocks(path: TextSource) -> Iterator[bytes]:
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path} cannot be unpacked: {error}",
-            hint="Copy it again, or unpack it with gzip or xz to see how far it goes",
+            hint="Copy it again, or decompress it with gzip or xz to see where it ends",
         ) from error
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}", hint="Check the file and its rights") from error
+        raise StorageError(
+            f"{path} cannot be read: {error.strerror or error}", hint="Check the file and its permissions"
+        ) from error
 
 
 def _opened(path: TextSource) -> BinaryIO:
@@ -120,9 +122,9 @@ def _opened(path: TextSource) -> BinaryIO:
 
 
 def decoded_blocks(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]:
-    """Strictly decoded text in blocks, each with the bytes it was read from; line breaks become a line feed.
+    """Strictly decoded text in blocks, each with its number of bytes; line breaks become a line feed.
 
-    A leading byte order mark is dropped. Other characters stay, control characters too.
+    A leading byte order mark is dropped. All other characters are kept, also control characters.
 
     Raises:
         BadByte: at the first byte that does not decode.
@@ -136,7 +138,7 @@ def decoded_blocks(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            # error.object is the block behind what the codec held back of the one before (a character cut in two).
+            # error.object is the block, preceded by the bytes of a split character from the previous block.
             start = error.start
             before = error.object[:start].decode(encoding, errors="replace")
             raise BadByte(
@@ -153,13 +155,13 @@ def decoded_blocks(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]
 
 
 def _then_end(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The blocks, then one empty block: the end, at which decoders complain of what is left."""
+    """The blocks, then an empty block, on which decoders report an incomplete character."""
     yield from blocks
     yield b""
 
 
 def read_text(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]:
-    """As `decoded_blocks`, with `encoding` already decided; a byte that does not decode is a DataError."""
+    """Like `decoded_blocks`, but a byte that does not decode is a DataError."""
     try:
         yield from decoded_blocks(path, encoding)
     except BadByte as fault:
@@ -167,11 +169,11 @@ def read_text(path: TextSource, encoding: str) -> Iterator[tuple[str, int]]:
 
 
 def resolve_encoding(path: TextSource, encoding: str) -> str:
-    """The encoding to read `path` with: `encoding` itself, or what the evidence says when it is `auto`.
+    """Encoding of `path`: `encoding` itself, or the detected one when it is `auto`.
 
     Raises:
         ConfigError: `encoding` is neither `auto` nor a text encoding that Python knows.
-        DataError: no encoding fits; names the first bad byte, or says that the file is binary.
+        DataError: no encoding fits (names the first bad byte), or the file is binary.
         StorageError: the file cannot be read.
     """
     if encoding == "auto":
@@ -218,14 +220,14 @@ def _head(path: TextSource) -> bytes:
 
 
 def _utf16_by_nuls(head: bytes) -> str | None:
-    """`utf-16-le` or `utf-16-be` when the NUL bytes of an unmarked text stand as that encoding puts them, else None."""
+    """`utf-16-le` or `utf-16-be` when a text without a byte order mark reads as ordinary text in it, else None."""
     even = len(head) // 2 * 2
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         pass
     else:
-        # Valid UTF-8: only Latin text in UTF-16 looks so, and there every second byte is NUL.
+        # Valid UTF-8: could only be Latin text in UTF-16, where every second byte is NUL.
         if head.count(0) < 0.2 * len(head):
             return None
     shares = {}
@@ -238,7 +240,7 @@ def _utf16_by_nuls(head: bytes) -> str | None:
 
 
 def _utf8_fault(path: TextSource) -> BadByte | None:
-    """None when the file is UTF-8 as far as proof needs; a file of ASCII is read to its end."""
+    """None when the file is UTF-8 up to `PROOF_CHARACTERS`; an ASCII file is read to its end."""
     characters = 0
     try:
         for text, _ in decoded_blocks(path, "utf-8"):
@@ -252,7 +254,7 @@ def _utf8_fault(path: TextSource) -> BadByte | None:
 
 
 def _gb18030_fault(path: TextSource) -> BadByte | str | None:
-    """None when the whole file is GB18030 text; else what speaks against it."""
+    """None when the whole file is GB18030 text, else the reason why it is not."""
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     high = valid = characters = common = 0
     try:
@@ -289,5 +291,5 @@ def _undecodable(path: TextSource, fault: BadByte, second: BadByte | str | None 
     unpacked = " once unpacked" if path.suffix.lower() in PACKED_SUFFIXES else ""
     return Undecodable(
         f"{path}{unpacked} is {fault}{also}",
-        hint="Repair that place, or set data.encoding to the file's encoding, for example gb18030, big5 or cp1252",
+        hint="Fix that byte, or set data.encoding to the file's encoding, for example gb18030, big5 or cp1252",
     )

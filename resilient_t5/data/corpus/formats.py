@@ -1,7 +1,7 @@
-"""The file formats: plain text, .jsonl, .csv and .tsv to records of text, line by line.
+"""File formats: plain text, .jsonl, .csv and .tsv to text records, line by line.
 
-Memory is one record and a block, whatever the size of the file: a plain text document longer than
-`MAX_DOCUMENT_CHARACTERS` leaves in parts, a longer line of .jsonl or field of .csv is an error.
+Memory is one record and one block, whatever the size of the file: a plain text document longer than
+`MAX_DOCUMENT_CHARACTERS` is split into parts; a longer line of .jsonl or field of .csv is an error.
 """
 
 import csv
@@ -22,10 +22,10 @@ MAX_DOCUMENT_CHARACTERS = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 24
 SMALL_FILE_BYTES = 32 * 1024
 COLUMN_SAMPLE_ROWS = 200
-TEXT_COLUMN_WIDTH = 20  # mean width of a text column's fields; a wide (CJK) character counts two
+TEXT_COLUMN_WIDTH = 20  # minimum mean width of the fields of a text column; a wide (CJK) character counts two
 MAX_COLUMN_NAME = 100
 
-# C0 (tab and line feed stay), DEL, C1, and lone surrogates, which .jsonl escapes can spell and no tokenizer can read.
+# C0 without tab and line feed, DEL, C1, and lone surrogates, which .jsonl escapes can contain and tokenizers cannot read.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 FIRST_SURROGATE = 0xD800
 WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\U00020000-\U0003ffff]")
@@ -35,32 +35,32 @@ STOPS = "\u3002\uff01\uff1f\uff1b.!?\n "
 
 @dataclass
 class CorpusCounts:
-    """What reading saw, dropped and decided; one object may count several calls."""
+    """Counters of what was read and dropped, over one or more calls."""
 
     files: int = 0
     bytes: int = 0
-    """Bytes of the files, unpacked."""
+    """Bytes of the files, decompressed."""
     documents: int = 0
     characters: int = 0
-    """Characters of the documents that were kept."""
+    """Characters of the kept documents."""
     control_characters_dropped: int = 0
-    """NUL, control characters but tab and line feed, and lone surrogates."""
+    """NUL, control characters except tab and line feed, and lone surrogates."""
     control_characters: dict[str, int] = field(default_factory=dict)
-    """Which they were, as U+0000 -> times; lone surrogates stand together as U+D800."""
+    """Count by code point (U+0000); all lone surrogates count as U+D800."""
     duplicate_paragraphs_dropped: int = 0
     empty_records_dropped: int = 0
     """Records of .jsonl, .csv and .tsv without text."""
     long_document_parts: int = 0
-    """Parts, after the first, of documents too long to be held whole."""
+    """Parts after the first one of documents too long for memory."""
     paragraphs_forgotten: int = 0
-    """Paragraphs beyond what the duplicate memory holds: a later copy of one of them may stay."""
+    """Paragraphs beyond the size of the duplicate table; a later copy of one of them may be kept."""
     encodings: dict[str, int] = field(default_factory=dict)
     """Encoding -> files."""
     columns_taken: dict[str, list[str]] = field(default_factory=dict)
-    """Path of a .csv or .tsv -> the columns its text was taken from."""
+    """Path of a .csv or .tsv -> the columns used."""
 
     def clean(self, text: str) -> str:
-        """`text` without control characters, which are counted."""
+        """Remove control characters from `text` and count them."""
         found = CONTROL.findall(text)
         if not found:
             return text
@@ -72,7 +72,7 @@ class CorpusCounts:
 
 
 class Record(NamedTuple):
-    """Text as a file holds it, before duplicates are dropped; `part_of` as for Line."""
+    """Text as in the file, before duplicates are dropped; `part_of` as in `Line`."""
 
     text: str
     line: int
@@ -81,7 +81,7 @@ class Record(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line and its number, from 1; `part_of` is the beginning of a long line of which this is a later part."""
+    """A line and its number, from 1. For a later part of a long line, `part_of` is the first part."""
 
     text: str
     number: int
@@ -89,7 +89,7 @@ class Line(NamedTuple):
 
 
 def file_kind(path: Path) -> str | None:
-    """`txt`, `md`, `jsonl`, `csv` or `tsv` by the name, .gz and .xz looked through; None for another."""
+    """`txt`, `md`, `jsonl`, `csv` or `tsv` by extension, ignoring .gz and .xz; None for other files."""
     name = path.name.lower()
     for packed in PACKED_SUFFIXES:
         name = name.removesuffix(packed)
@@ -98,7 +98,7 @@ def file_kind(path: Path) -> str | None:
 
 
 def read_records(path: Path, settings: DataConfig, counts: CorpusCounts) -> Iterator[Record]:
-    """The records of one file, cleaned of control characters.
+    """Records of one file, without control characters.
 
     Raises:
         DataError: undecodable text, a malformed record, a missing field or column; names the line.
@@ -116,18 +116,18 @@ def read_records(path: Path, settings: DataConfig, counts: CorpusCounts) -> Iter
 
 
 def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = False) -> Iterator[Line]:
-    """The lines of a text file without their line feed, cleaned.
+    """Lines of a text file without line feed and control characters.
 
-    A line longer than `MAX_DOCUMENT_CHARACTERS` comes in parts of the same number when `cut`; without it a line
-    longer than `MAX_RECORD_CHARACTERS` is a DataError.
+    With `cut`, a line longer than `MAX_DOCUMENT_CHARACTERS` is split into parts of the same number; without it, a line longer
+    than `MAX_RECORD_CHARACTERS` is a DataError.
     """
-    number, held = 1, ""
+    number, rest_of_line = 1, ""
     beginning: str | None = None
     for text, size in read_text(path, encoding):
         counts.bytes += size
         lines = counts.clean(text).split("\n")
-        lines[0] = held + lines[0]
-        held = lines.pop()
+        lines[0] = rest_of_line + lines[0]
+        rest_of_line = lines.pop()
         for line in lines:
             if beginning is not None or (cut and len(line) > MAX_DOCUMENT_CHARACTERS):
                 yield from _parts(line, number, beginning)
@@ -135,22 +135,22 @@ def text_lines(path: Path, encoding: str, counts: CorpusCounts, *, cut: bool = F
             else:
                 yield Line(line, number)
             number += 1
-        if cut and len(held) > 2 * MAX_DOCUMENT_CHARACTERS:
-            *parts, rest = _parts(held, number, beginning)
+        if cut and len(rest_of_line) > 2 * MAX_DOCUMENT_CHARACTERS:
+            *parts, rest = _parts(rest_of_line, number, beginning)
             yield from parts
-            held, beginning = rest.text, rest.part_of
-        elif len(held) > MAX_RECORD_CHARACTERS:
+            rest_of_line, beginning = rest.text, rest.part_of
+        elif len(rest_of_line) > MAX_RECORD_CHARACTERS:
             raise DataError(
                 f"a line is longer than {MAX_RECORD_CHARACTERS} characters",
                 where=f"{path}:{number}",
                 hint="Write one record per line",
             )
-    if held:
-        yield from _parts(held, number, beginning) if cut else [Line(held, number)]
+    if rest_of_line:
+        yield from _parts(rest_of_line, number, beginning) if cut else [Line(rest_of_line, number)]
 
 
 def _parts(text: str, number: int, beginning: str | None) -> Iterator[Line]:
-    """A line in parts of at most `MAX_DOCUMENT_CHARACTERS`, cut after the last stop that is near the limit."""
+    """Split a line into parts of at most `MAX_DOCUMENT_CHARACTERS`, at the last stop near the limit."""
     start = 0
     while len(text) - start > MAX_DOCUMENT_CHARACTERS:
         limit = start + MAX_DOCUMENT_CHARACTERS
@@ -232,7 +232,7 @@ def _json_records(path: Path, lines: Iterator[Line], text_field: str, counts: Co
             raise DataError(
                 f"a record has neither {text_field!r} nor 'inputs' and 'targets'; it has {_listed(value)}",
                 where=where,
-                hint="Set data.text_field to the field that holds the text",
+                hint="Set data.text_field to the field with the text",
             )
         if record.text.strip():
             yield record
@@ -245,9 +245,7 @@ def _text_of(value: dict[str, object], name: str, where: str, counts: CorpusCoun
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise DataError(
-            f"field {name!r} holds {type(text).__name__}, not text", where=where, hint="Set data.text_field to a text"
-        )
+        raise DataError(f"field {name!r} is {type(text).__name__}, not text", where=where, hint="Set data.text_field to a text")
     return counts.clean(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -257,16 +255,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts: CorpusCounts) -> Iterator[Record]:
-    """One record per row: the taken columns' fields, one under the other."""
+    """One record per row: the fields of the text columns, one per line."""
     rows = _table_rows(path, lines)
     first = next(rows, None)
     if first is None:
         return
     header = [name.strip() for name in first[1]]
     if any(len(name) > MAX_COLUMN_NAME for name in header):
-        raise DataError(
-            "the first record does not name columns", where=f"{path}:1", hint="Put a line with the columns' names on top"
-        )
+        raise DataError("the first record is not a header", where=f"{path}:1", hint="Add a first line with the column names")
     sample = list(islice(rows, COLUMN_SAMPLE_ROWS))
     taken = _taken_columns(path, header, [row for _, row in sample], column)
     counts.columns_taken[str(path)] = [header[index] or f"column {index + 1}" for index in taken]
@@ -275,7 +271,7 @@ def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts
             raise DataError(
                 f"a record has {len(row)} fields, the header names {len(header)}",
                 where=f"{path}:{number}",
-                hint="Put quotation marks around fields that hold the separator",
+                hint="Put quotation marks around fields that contain the separator",
             )
         text = "\n".join(row[index].strip() for index in taken if index < len(row) and row[index].strip())
         if text:
@@ -285,12 +281,12 @@ def _table_records(path: Path, lines: Iterator[Line], column: str | None, counts
 
 
 def _table_rows(path: Path, lines: Iterator[Line]) -> Iterator[tuple[int, list[str]]]:
-    """Line number at which a row starts, and its fields; rows of nothing are left out."""
+    """Line number and fields of each row that is not empty."""
     head = next(lines, None)
     if head is None:
         return
     delimiter = "\t" if file_kind(path) == "tsv" else max(",;\t", key=head.text.count)
-    # The module's limit is process-wide; a lower one would refuse long notes, and it is only ever raised.
+    # The limit is process-wide; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_CHARACTERS))
     reader = csv.reader((line.text + "\n" for line in chain([head], lines)), delimiter=delimiter, strict=True)
     start = 1
@@ -308,7 +304,7 @@ def _table_rows(path: Path, lines: Iterator[Line]) -> Iterator[tuple[int, list[s
 
 
 def _taken_columns(path: Path, header: list[str], sample: list[list[str]], column: str | None) -> list[int]:
-    """Positions of the columns that hold the text: the named one, or those whose sampled fields read as text."""
+    """Indices of the text columns: the named one, or those whose sampled fields look like text."""
     if column is not None:
         if column not in header:
             raise DataError(
@@ -319,7 +315,7 @@ def _taken_columns(path: Path, header: list[str], sample: list[list[str]], colum
     taken = [index for index, fields in enumerate(columns) if _reads_as_text([field for field in fields if field])]
     if not taken and sample:
         raise DataError(
-            f"no column holds running text; there are {_listed(header)}",
+            f"no column contains running text; there are {_listed(header)}",
             where=str(path),
             hint="Set data.column to the one to take",
         )
@@ -327,7 +323,7 @@ def _taken_columns(path: Path, header: list[str], sample: list[list[str]], colum
 
 
 def _reads_as_text(fields: list[str]) -> bool:
-    """Long enough on average, mostly letters, words or wide characters, and not the same few values again and again."""
+    """Whether fields are long enough on average, mostly letters, with words or wide characters, and varied."""
     joined = "".join(fields)
     wide = len(WIDE.findall(joined))
     letters = sum(map(str.isalpha, joined))

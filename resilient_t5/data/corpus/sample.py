@@ -1,21 +1,21 @@
 """The built-in corpus `builtin:clinical`: synthetic clinical notes in Chinese and English.
 
-A note is about one disease, and the disease settles every other term of it: two symptoms, an examination and its
-finding, a drug, its dose and its course. Each term stands once, so a masked term cannot be copied from elsewhere in
-the note; and the sentences, their order and the fillers are drawn apart from the disease, so that the words around a
-gap tell which kind of term is missing and never which one. A model restores it from the other terms or not at all.
+A note is about one disease, which determines all other terms: two symptoms, an examination and its finding, a drug, its dose
+and its course. Each term occurs once, so a masked term cannot be copied from elsewhere in the note. The sentences, their order
+and the fillers are drawn independently of the disease, so the words around a gap reveal the kind of the missing term but not
+the term. A model can restore it only from the other terms.
 
-Note i is a function of (seed, i) alone, drawn from Philox's raw words, which no release of numpy may change.
+Note i is a function of (seed, i) only, drawn from the raw words of Philox, which are stable across releases of numpy.
 
-The tables, what is known of each disease and the sentences that say it, are written by hand for this project: common
-medical knowledge, simplified, fit for no patient. Four things hold for every row and template, and a test reads them:
+The tables and sentences were written for this project: common medical knowledge, simplified, not for use on patients. A test
+checks four properties of every row and template:
 
-* a disease, its two symptoms, its examination, finding and drug belong to one disease only; dose and course are shared
-  by few, so that any visible term names the disease or nearly so, and the disease gives every other term;
-* no term stands in a template or filler, so what the term matcher finds is what the note states;
-* between two terms stand at least two words or marks, so that the neighbours of a gap do not name the disease;
-* every slot is followed by marks alone, and by different ones: SentencePiece does not glue a term to a mark, and makes a
-  piece only of what has more than one continuation.
+* a disease, its two symptoms, its examination, finding and drug belong to one disease only; dose and course are shared by few,
+  so that any visible term determines the disease or nearly so, and the disease determines every other term;
+* no term occurs in a template or filler, so the term matcher finds exactly the terms of the note;
+* two terms are at least two words or punctuation marks apart, so that the neighbours of a gap do not name the disease;
+* every slot is followed by punctuation only, and by different marks: SentencePiece does not join a term and a mark, and makes a
+  piece only of strings with more than one continuation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ class Facts(NamedTuple):
 
 
 class Templates(NamedTuple):
-    """Ways to say each part of a note; `{age}`, `{sex}` and `{since}` are fillers that tell nothing of the disease."""
+    """Sentences for each part of a note; the fillers `{age}`, `{sex}` and `{since}` are independent of the disease."""
 
     complaint: tuple[str, ...]
     examination: tuple[str, ...]
@@ -198,11 +198,11 @@ class Note:
     language: Language
     """`zh` at even positions, `en` at odd ones: equal shares at every even count."""
     facts: tuple[str, ...]
-    """Its terms: disease, complaint, sign, examination, finding, drug, dose, course; each stands once in `text`."""
+    """Its terms: disease, complaint, sign, examination, finding, drug, dose, course; each occurs once in `text`."""
 
 
 def generate_notes(count: int, seed: int) -> Iterator[Note]:
-    """Notes 0 to `count` - 1 of a seed, in order; a longer corpus begins with the shorter one.
+    """Notes 0 to `count` - 1 of a seed, in order; a shorter corpus is a prefix of a longer one.
 
     Args:
         count: notes to generate; none when 0.
@@ -217,7 +217,7 @@ def generate_notes(count: int, seed: int) -> Iterator[Note]:
 
 
 def clinical_terms() -> list[str]:
-    """Every term that a note can state, without repetition, in a fixed order: Chinese first, disease by disease."""
+    """All terms of the notes without duplicates, in a fixed order: Chinese first, disease by disease."""
     return list(dict.fromkeys(term for rows in FACTS.values() for facts in rows for term in facts))
 
 

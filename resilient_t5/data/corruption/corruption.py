@@ -1,14 +1,14 @@
-"""Corruption: a chunk and its key give a source and a target; pure, and vectorised over a batch of unequal chunks.
+"""Corruption: a chunk and its key give a source and a target; pure, and vectorised over a batch of chunks of different length.
 
     source  "the [sentinel 0] showed a [sentinel 1] in the left lobe [end]"     the chunk, a sentinel for each span, noise
-    target  "[sentinel 0] liver scan [sentinel 1] cyst [end]"                   what the sentinels stand for
+    target  "[sentinel 0] liver scan [sentinel 1] cyst [end]"                   the masked tokens
 
-There is no last sentinel before the end mark of a target: T5's own pre-training targets have none, because their masks
-always end a chunk. With `task: correct` nothing is masked: the source is the noised chunk, the target the clean one.
-Pairs that were masked elsewhere are neither masked nor noised.
+A target has no last sentinel before its end mark, as in T5's own pre-training, whose masks always end a chunk. With
+`task: correct` nothing is masked: the source is the noised chunk, the target the clean one. Already masked pairs are neither
+masked nor noised.
 
-`masking.py` chooses what is masked and `noise.py` what is noised. The result for an example depends on (seed, epoch,
-example id), its tokens and the settings, never on the batch around it.
+`masking.py` chooses what is masked and `noise.py` what is noised. The result for an example depends on (seed, epoch, example
+id), its tokens and the settings, never on the rest of the batch.
 """
 
 from dataclasses import dataclass, replace
@@ -23,16 +23,16 @@ from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.ragged import RowKeys, Rows, lay_out, runs
 from resilient_t5.errors import DataError
 
-# Slots that are worked on at once: bounds the memory of a large window and keeps its arrays in the processor's caches.
+# Slots processed at once: limits the memory of a large window and keeps its arrays in the CPU caches.
 SLAB_SLOTS = 131_072
 
 
 class Examples(Protocol):
-    """What corruption reads of a split of the store."""
+    """The part of a split of the store that corruption reads."""
 
     @property
     def tokens(self) -> np.ndarray:
-        """Active ids of all examples, one after another."""
+        """Active ids of all examples, concatenated."""
 
     @property
     def offsets(self) -> np.ndarray:
@@ -43,8 +43,8 @@ class Examples(Protocol):
         """int32 (occurrences, 4): example, start, end, term id; sorted by example and start."""
 
     @property
-    def pairs(self) -> np.ndarray | None:
-        """int32 (examples,): token at which the target of an example begins that was masked elsewhere, -1 for others."""
+    def pairs(self) -> np.ndarray:
+        """int32 (examples,): first target token of an already masked pair, -1 for other examples."""
 
     def __len__(self) -> int: ...
 
@@ -58,7 +58,7 @@ class Corrupted:
     source_offsets: np.ndarray
     """int64 (n + 1,)"""
     target: np.ndarray
-    """int32: sentinels and what they stand for, each row with its end mark."""
+    """int32: sentinels and the tokens they replace, each row with its end mark."""
     target_offsets: np.ndarray
     """int64 (n + 1,)"""
     spans: np.ndarray
@@ -66,7 +66,7 @@ class Corrupted:
     masked_terms: np.ndarray
     """int32 (t, 5): row, term id, sentinel k, first token, token after the last one; sorted by row and token."""
     encoder_ids: np.ndarray
-    """int32: the source as the tokenizer writes it (`gap_encoding.py`): what the encoder reads."""
+    """int32: input of the encoder: the source as the tokenizer encodes it (`gap_encoding.py`)."""
     encoder_offsets: np.ndarray
     """int64 (n + 1,)"""
 
@@ -74,7 +74,7 @@ class Corrupted:
         return len(self.source_offsets) - 1
 
     def take(self, rows: np.ndarray) -> "Corrupted":
-        """These rows, each at most once, in this order and numbered anew."""
+        """Select rows, each at most once, in this order; they are renumbered."""
         new_number = np.full(len(self), -1)
         new_number[rows] = np.arange(len(rows))
         source, source_offsets = _take_ragged(self.source, self.source_offsets, rows)
@@ -115,7 +115,7 @@ def corrupt(
         epochs: int64 (n,), the epoch that each one is drawn for.
 
     Raises:
-        DataError: an example is empty or longer than the settings allow, or its terms lie outside of it.
+        DataError: an example is empty or longer than the settings allow, or has terms outside of it.
     """
     example_ids = np.asarray(example_ids, np.int64)
     epochs = np.broadcast_to(np.asarray(epochs, np.int64), example_ids.shape)
@@ -150,8 +150,8 @@ def _corrupt_slab(
     data: DataConfig,
     table: TokenTable,
 ) -> Corrupted:
-    """Corrupt the rows whose tokens lie at `places` (starts, lengths)."""
-    targets_at = _target_starts(split, row_keys.example_ids, places[1])
+    """Corrupt the rows with tokens at `places` (starts, lengths)."""
+    targets_at = np.asarray(split.pairs)[row_keys.example_ids].astype(np.int64)
     _check_lengths(row_keys.example_ids, places[1], targets_at, settings=settings, data=data)
     rows = _gather(split, places, targets_at, table)
     occurrences = _gather_terms(split, row_keys.example_ids, rows)
@@ -167,17 +167,10 @@ def _corrupt_slab(
     return _assemble(rows, occurrences, masks, noise, (targets_at, settings.task, data.max_source_tokens), table)
 
 
-def _target_starts(split: Examples, example_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64 (B,): where the target of a pair begins, -1 for examples that are to be corrupted."""
-    if split.pairs is None:
-        return np.full(len(lengths), -1)
-    return np.asarray(split.pairs)[example_ids].astype(np.int64)
-
-
 def _check_lengths(
     example_ids: np.ndarray, lengths: np.ndarray, targets_at: np.ndarray, *, settings: CorruptionConfig, data: DataConfig
 ) -> None:
-    """Raise DataError unless sources and targets fit; cutting here would lose text in silence."""
+    """Raise DataError unless sources and targets fit; truncation would silently lose text."""
     paired = targets_at >= 0
     source = np.where(paired, targets_at, lengths) + 1
     clean_target = lengths + 1 if settings.task == "correct" else np.zeros_like(lengths)
@@ -194,7 +187,7 @@ def _check_lengths(
 
 
 def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: np.ndarray, table: TokenTable) -> Rows:
-    """Lay the examples out, each with a slot for its end mark."""
+    """Concatenate the examples, each with a slot for its end mark."""
     starts, lengths = places
     offsets = np.concatenate(([0], np.cumsum(lengths + 1)))
     row = np.repeat(np.arange(len(lengths)), lengths + 1)
@@ -203,17 +196,17 @@ def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: 
     text = (targets_at < 0)[row]
     text[ends] = False
     index = position + starts[row]
-    index[ends] = starts  # any index that exists; the end mark replaces it
-    # Indexed before it becomes an array: tokens that are mapped while they are read would be read whole otherwise.
+    index[ends] = starts  # any valid index; the end mark replaces the token
+    # Index before the conversion, which would otherwise read and map all tokens of the split.
     ids = np.asarray(split.tokens[index]).astype(np.int32)
     ids[ends] = table.eos_id
     if len(ids) and ids.max() >= table.size:
-        raise DataError("the store holds ids beyond its vocabulary", hint="Prepare the store again.")
+        raise DataError("the store contains ids beyond its vocabulary", hint="Prepare the store again.")
     return Rows(ids, offsets, row, position, text, np.where(targets_at < 0, lengths, 0))
 
 
 def _gather_terms(split: Examples, example_ids: np.ndarray, rows: Rows) -> Occurrences:
-    """The term occurrences of the rows that are to be corrupted."""
+    """Term occurrences of the rows to corrupt."""
     examples = np.asarray(split.terms)[:, 0]
     first = _lower_bound(examples, example_ids)
     count = np.where(rows.tokens > 0, _lower_bound(examples, example_ids + 1) - first, 0)
@@ -298,7 +291,7 @@ def _assemble(
 
 
 def _joined(slabs: list[Corrupted]) -> Corrupted:
-    """One batch of the rows of several, in order."""
+    """Concatenate batches."""
     first_row = np.cumsum([0] + [len(slab) for slab in slabs])
 
     def offsets(parts: list[np.ndarray]) -> np.ndarray:
@@ -330,7 +323,7 @@ def _take_ragged(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> t
 
 
 def _renumbered(table: np.ndarray, new_number: np.ndarray) -> np.ndarray:
-    """Lines of the rows that have a new number, with it, sorted by it."""
+    """Entries of the rows with a new number, renumbered and sorted by it."""
     kept = table[new_number[table[:, 0]] >= 0]
     kept[:, 0] = new_number[kept[:, 0]]
     return kept[np.argsort(kept[:, 0], kind="stable")]

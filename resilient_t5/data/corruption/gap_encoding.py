@@ -1,13 +1,13 @@
-"""What the encoder reads of a masked text: the ids that its tokenizer gives for the text with gaps.
+"""Encoder input for a masked text: the ids that the tokenizer gives for the text with gaps.
 
-Corruption masks tokens; a tokenizer reads text. The two differ at a gap:
+Corruption masks tokens, a tokenizer reads text. The two differ at gaps:
 
-* White space directly before a gap is not read, so a token that is only white space is dropped there.
-* T5's tokenizers begin a new word behind a gap ("hyper<extra_id_0>sion" continues with U+2581 "sion"). A gap that ends
-  inside a word therefore changes the tokens of the word's rest: it is encoded again, as the beginning of a text. mT5's and
-  our own tokenizers do not.
+* White space directly before a gap is not read, so a token of white space only is dropped there.
+* T5's tokenizers begin a new word after a gap ("hyper<extra_id_0>sion" continues with U+2581 "sion"). A gap inside a word
+  therefore changes the tokens of the rest of the word, which is encoded again as the beginning of a text. mT5's tokenizers and
+  those trained here do not begin a new word.
 
-So training sees the ids that AutoTokenizer gives for the same text, and a model is asked as it was trained.
+So training sees the ids that AutoTokenizer gives for the same text, and inference matches training.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class GapEncoding:
     sentinel: np.ndarray
     """bool (size,)"""
     ignored: np.ndarray
-    """bool (size,): white space that vanishes before a sentinel."""
+    """bool (size,): white space that is dropped before a sentinel."""
     inside_word: np.ndarray
-    """bool (size,): pieces without the mark of a word's beginning; unknown characters and bytes are none."""
+    """bool (size,): pieces without a word-start mark, except unknown characters and bytes."""
     starts_word: np.ndarray
-    """bool (size,): tokens behind a gap that get the mark of a word's beginning; none for tokenizers that join."""
+    """bool (size,): tokens that get a word-start mark after a gap; none for tokenizers that do not begin a new word."""
     active_to_full: np.ndarray
     full_to_active: np.ndarray
     """int32: -1 for ids that are not active."""
@@ -41,7 +41,7 @@ class GapEncoding:
         Args:
             source: int32, ragged: row r has [offsets[r], offsets[r + 1]), each with its end mark.
             offsets: int64 (rows + 1,)
-            longest: most tokens of a row. A row is kept from growing beyond it: then its last gaps end no word.
+            longest: maximum tokens of a row. The last gaps of a row that would become longer are encoded without a word start.
 
         Returns:
             ids and offsets of the same rows.
@@ -54,7 +54,7 @@ class GapEncoding:
     def _without_ignored(self, source: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ignored = np.flatnonzero(self.ignored[source])[::-1]
         dropped = np.zeros(len(source), bool)
-        for place in ignored.tolist():  # from the back, so that a run of spaces goes as a whole; every row ends in its end mark
+        for place in ignored.tolist():  # backwards, to drop whole runs of spaces; every row has an end mark
             dropped[place] = self.sentinel[source[place + 1]] or dropped[place + 1]
         if not dropped.any():
             return source, offsets
@@ -62,20 +62,20 @@ class GapEncoding:
         return source[~dropped], offsets - before[offsets]
 
     def _with_word_starts(self, source: np.ndarray, offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
-        behind = np.flatnonzero(self.sentinel[source]) + 1
-        behind = behind[self.starts_word[source[behind]]]
+        after_gap = np.flatnonzero(self.sentinel[source]) + 1
+        after_gap = after_gap[self.starts_word[source[after_gap]]]
         inside = self.inside_word[source]
-        row_of = np.searchsorted(offsets, behind, "right") - 1
-        room = longest - np.diff(offsets)
+        row_of = np.searchsorted(offsets, after_gap, "right") - 1
+        free = longest - np.diff(offsets)
         parts, done = [], 0
         grown = np.zeros(len(offsets) - 1, np.int64)
-        for start, row in zip(behind.tolist(), row_of.tolist(), strict=True):
+        for start, row in zip(after_gap.tolist(), row_of.tolist(), strict=True):
             end = start
             while inside[end]:
                 end += 1
             word = self._word(source[start:end])
             more = len(word) - (end - start)
-            if grown[row] + more > room[row]:
+            if grown[row] + more > free[row]:
                 continue
             grown[row] += more
             parts += [source[done:start], word]
@@ -89,7 +89,7 @@ class GapEncoding:
 
 
 def build_gap_encoding(tokenizer: TextTokenizer, active_to_full: np.ndarray, sentinel_ids: np.ndarray) -> GapEncoding | None:
-    """The rules for the active ids; None where sources are read as they are masked.
+    """Rules for the active ids; None where the masked source needs no change.
 
     Args:
         sentinel_ids: active ids of the sentinels.
@@ -114,11 +114,10 @@ def build_gap_encoding(tokenizer: TextTokenizer, active_to_full: np.ndarray, sen
     )
 
 
-def reachable_behind_gaps(tokenizer: TextTokenizer, active: np.ndarray) -> np.ndarray:
-    """bool (vocabulary,): `active` and every piece that a gap inside a word may bring about.
+def reachable_after_gaps(tokenizer: TextTokenizer, active: np.ndarray) -> np.ndarray:
+    """bool (vocabulary,): `active` and every piece that can result from a gap inside a word.
 
-    A gap that starts a word changes how the word's rest is divided into pieces; it can only be divided into pieces
-    spelled with the same characters.
+    The rest of a word after a gap is divided into other pieces; these consist of the same characters.
     """
     if not tokenizer.gap_starts_word:
         return active

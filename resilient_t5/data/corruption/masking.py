@@ -4,14 +4,13 @@ Rules, per chunk of n tokens:
 
 * The budget is a share of the n tokens, rounded, at least 1. The share is `mask_ratio`, or drawn for each chunk, uniform from
   `mask_ratio` - `mask_ratio_spread` to `mask_ratio` + `mask_ratio_spread`.
-* Term occurrences that share a token are one unit. Each unit is drawn with `term_probability`; the drawn ones are taken
-  whole, in random order, while budget, sentinels and target length last. The first one may pass the budget, up to half
-  the chunk. A unit that holds a special token is never drawn.
-* Random spans fill the budget. They never cover punctuation, special tokens or any token of a term, and leave a visible
-  token between themselves and whatever else is masked. So a span passes `max_span_tokens` only where terms adjoin, and
-  nothing visible is ever swallowed.
+* Term occurrences that share a token are one unit. Each unit is drawn with `term_probability`; drawn units are masked whole, in
+  random order, as long as budget, sentinels and target length allow. The first one may exceed the budget, up to half the
+  chunk. A unit with a special token is never drawn.
+* Random spans fill the budget. They never cover punctuation, special tokens or any token of a term, and leave a visible token
+  between themselves and any other masked token. So a span exceeds `max_span_tokens` only where terms adjoin.
 * Where `max_sentinels` or the target length do not allow the budget, random spans are drawn longer, then fewer.
-* A chunk that is left without a span gets one: a plain token, else a term, else a punctuation mark, else any token.
+* A chunk without a span gets one: a plain token, else a term, else a punctuation mark, else any token.
 
 Random spans come from cells. A run of plain tokens is divided from left to right into cells of 1 to `max_span_tokens`
 tokens with one token between two cells; cells are then taken in random order. Every draw is keyed by the chunk and
@@ -27,9 +26,9 @@ from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, bits, keys, uniform
 from resilient_t5.data.ragged import RowKeys, Rows, cumulated, firsts, in_random_order, runs
 
-# Cells at the end of a run come out shorter than drawn; drawing for this much more makes up for them.
+# Cells at the end of a run are shorter than drawn; lengths are drawn larger by this factor to compensate.
 CELL_LOSS = 1.25
-# What a chunk without a span may be masked by, in this order of preference.
+# Classes of tokens that may be masked in a chunk without a span, in order of preference.
 PLAIN, TERM, PUNCTUATION, INSIDE_TERM, SPECIAL = range(5)
 
 
@@ -89,19 +88,19 @@ def choose_masks(
     masked = _covered(len(rows.ids), units.start[taken], units.end[taken])
     in_term = _covered(len(rows.ids), units.start, units.end)
     plain = rows.text & ~table.punctuation[rows.ids] & ~special & ~in_term
-    beside = plain.copy()
-    beside[np.maximum(units.start[taken] - 1, 0)] = False
-    beside[units.end[taken]] = False
+    free = plain.copy()
+    free[np.maximum(units.start[taken] - 1, 0)] = False
+    free[units.end[taken]] = False
 
     span_rows = rows.row[runs(masked)[0]]
     term_spans = np.bincount(span_rows, minlength=len(rows))
     term_tokens = np.bincount(units.row[taken], units.lengths[taken], len(rows)).astype(np.int64)
-    room = _Room(
+    limits = _Limits(
         tokens=budget - term_tokens,
         spans=settings.max_sentinels - term_spans,
         target=max_target_tokens - 1 - term_tokens - term_spans,
     )
-    start, end = _choose_cells(rows, beside, row_keys, settings.max_span_tokens, room)
+    start, end = _choose_cells(rows, free, row_keys, settings.max_span_tokens, limits)
     masked |= _covered(len(rows.ids), start, end)
 
     bare = (term_spans == 0) & (rows.tokens > 0)
@@ -114,8 +113,8 @@ def choose_masks(
 
 
 @dataclass(frozen=True)
-class _Room:
-    """What random spans may still take in each row; int64 (B,) each."""
+class _Limits:
+    """Remaining budget for random spans in each row; int64 (B,) each."""
 
     tokens: np.ndarray
     spans: np.ndarray
@@ -167,7 +166,7 @@ def _choose_terms(rows: Rows, units: Units, row_keys: RowKeys, settings: Corrupt
     tokens = cumulated(lengths, row)
     spans = cumulated(np.ones_like(row), row)
     within_budget = (tokens <= budget) | ((spans == 1) & (lengths <= rows.tokens[row] // 2))
-    # Adjoining terms will share a sentinel; counting one each is on the safe side.
+    # Adjoining terms share a sentinel; counting one for each is conservative.
     keep = within_budget & (spans <= settings.max_sentinels) & (tokens + spans + 1 <= target)
     taken = np.zeros(len(units.start), bool)
     taken[drawn[keep]] = True
@@ -175,29 +174,29 @@ def _choose_terms(rows: Rows, units: Units, row_keys: RowKeys, settings: Corrupt
 
 
 def _choose_cells(
-    rows: Rows, plain: np.ndarray, row_keys: RowKeys, max_span_tokens: int, room: _Room
+    rows: Rows, plain: np.ndarray, row_keys: RowKeys, max_span_tokens: int, limits: _Limits
 ) -> tuple[np.ndarray, np.ndarray]:
     """Slots [start, end) of the random spans; two int64 arrays, no two intervals touch."""
-    open_rows = (room.tokens > 0) & (room.spans > 0) & (room.target >= 2)
+    open_rows = (limits.tokens > 0) & (limits.spans > 0) & (limits.target >= 2)
     mean = (1 + max_span_tokens) / 2
-    wanted = CELL_LOSS * room.tokens / np.maximum(room.spans, 1)
-    longest_share = np.clip((wanted - mean) / max(max_span_tokens - mean, 0.5), 0.0, 1.0)
+    mean_needed = CELL_LOSS * limits.tokens / np.maximum(limits.spans, 1)
+    longest_share = np.clip((mean_needed - mean) / max(max_span_tokens - mean, 0.5), 0.0, 1.0)
     start, length = _lay_cells(rows, plain & open_rows[rows.row], row_keys, max_span_tokens, longest_share)
 
     row = rows.row[start]
     words = bits(keys(row_keys.seed, Stream.SPAN_RANK, row_keys.epochs, row_keys.example_ids)[row], rows.position[start])
-    # Where the sentinels are scarce, cells that came out short at an end of their run wait behind the others.
+    # Where sentinels are scarce, cells that are short because their run ended come after the others.
     late = (length < max_span_tokens) & ((words & np.uint64(0xFFFF)) < longest_share[row] * 2.0**16)
     drawn = in_random_order(row, (words >> np.uint64(1)) | (late.astype(np.uint64) << np.uint64(63)))
     row, start, length, words = row[drawn], start[drawn], length[drawn], words[drawn]
-    left = room.tokens[row] - (cumulated(length, row) - length)
+    left = limits.tokens[row] - (cumulated(length, row) - length)
     surplus = np.maximum(length - left, 0)
-    # The last cell is cut to what is left, at either end, so that no place in a run is favoured.
+    # The last cell is cut to the remaining budget at either end, so that no position in a run is favoured.
     start = start + np.where(words & np.uint64(0x10000), surplus, 0)
     length = length - surplus
     spans = cumulated(np.ones_like(row), row)
-    keep = (length > 0) & (spans <= room.spans[row])
-    keep &= cumulated(np.maximum(length, 0), row) + spans <= room.target[row]
+    keep = (length > 0) & (spans <= limits.spans[row])
+    keep &= cumulated(np.maximum(length, 0), row) + spans <= limits.target[row]
     return start[keep], start[keep] + length[keep]
 
 
@@ -213,9 +212,9 @@ def _lay_cells(
     length = np.minimum(_first_lengths(rows, start, row_keys, max_span_tokens, longest_share), end - start)
     cells = [(start[length > 0], length[length > 0])]
     start = start + length + 1
-    while True:  # one pass lays one cell into every run that has room; the longest run sets the number of passes
-        going = start < end
-        start, end = start[going], end[going]
+    while True:  # each pass adds a cell to every run with free tokens; the longest run determines the number of passes
+        unfinished = start < end
+        start, end = start[unfinished], end[unfinished]
         if len(start) == 0:
             break
         row = rows.row[start]

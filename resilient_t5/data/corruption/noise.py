@@ -1,13 +1,13 @@
 """Noise in the visible part of a source: tokens dropped, doubled, swapped or replaced by look-alikes, in bursts.
 
-Whether a token is noised follows a chain with two states along the chunk: a burst goes on with a fixed probability, so
-its length is geometric with mean `noise_burst_tokens`, and the chain rests at the share that makes `noise_ratio` of the
-visible tokens noised. The chain is computed without a loop: a draw either sets the state or keeps it, so the state is
-that of the last draw that set it.
+Whether a token is noised follows a two-state Markov chain along the chunk: a burst continues with a fixed probability, so its
+length is geometric with mean `noise_burst_tokens`, and the stationary share makes `noise_ratio` of the visible tokens noised.
+The chain is computed without a loop: a draw either sets the state or keeps it, so the state is that of the last draw that set
+it.
 
-Terms keep their own tokens, masked or not, and marks and single bytes of a character are never touched. A burst passes
-over such places. A swap exchanges a token with the next one, which must be free to be noised too; a replacement needs a
-look-alike. The kind is drawn evenly among those that are possible at the place; where none is, the token stays.
+Tokens of terms, special tokens and single bytes of a character are never changed; a burst skips them. A swap exchanges a token
+with the next one, which must be free to be noised too; a replacement needs a look-alike. The kind is drawn uniformly among
+those that are possible at the position; where none is, the token is kept.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from resilient_t5.data.ragged import RowKeys, Rows, cumulated
 
 KINDS: tuple[NoiseKind, ...] = ("drop", "double", "swap", "replace")
 DROP, DOUBLE, SWAP, REPLACE = range(4)
-# Above this share noise stops being noise; rows that are nearly all terms would ask for more.
+# Rows of nearly only terms would need a larger share of their other tokens.
 MAX_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What noise makes of the slots: ids int32 (N,) and how often each stands in the source, 0 to 2, int8 (N,)."""
+    """Slots after noise: ids int32 (N,) and copies of each in the source, 0 to 2, int8 (N,)."""
 
     ids: np.ndarray
     copies: np.ndarray
@@ -45,7 +45,7 @@ def make_noise(
     """Noise for every row; a pure function of each row's own key, tokens, masks and terms.
 
     Args:
-        visible: bool (N,), tokens that stand in the source unmasked and that corruption may touch.
+        visible: bool (N,), unmasked tokens that corruption may change.
         in_term: bool (N,), tokens of any term occurrence.
     """
     copies = np.ones(len(rows.ids), np.int8)
@@ -76,7 +76,7 @@ def _bursts(rows: Rows, visible: np.ndarray, free: np.ndarray, row_keys: RowKeys
     share = np.minimum(share, MAX_SHARE)
     stay = np.maximum(1.0 - 1.0 / settings.noise_burst_tokens, share)
     if "swap" in settings.noise_kinds:
-        # A swap at the end of a burst also moves the token behind it.
+        # A swap at the end of a burst also moves the token after it.
         share = share / (1.0 + (1.0 - stay) / len(set(settings.noise_kinds)))
     enter = share * (1.0 - stay) / (1.0 - share)
 
@@ -112,7 +112,7 @@ def _disjoint_pairs(slots: np.ndarray) -> np.ndarray:
 
 
 def _look_alike_counts(ids: np.ndarray, table: TokenTable) -> np.ndarray:
-    """Look-alikes that each id has."""
+    """Number of look-alikes of each id."""
     return table.confusion_offsets[ids + 1] - table.confusion_offsets[ids]
 
 
@@ -125,7 +125,7 @@ def _look_alikes(rows: Rows, slots: np.ndarray, row_keys: RowKeys, table: TokenT
 
 
 def within_length(rows: Rows, copies: np.ndarray, most_extra: np.ndarray) -> np.ndarray:
-    """Copies with the last doublings of a row taken back where the row would grow by more than `most_extra` (B,)."""
+    """Undo the last doublings of rows that would grow by more than `most_extra` (B,) tokens."""
     doubled = np.flatnonzero(copies == 2)
     row = rows.row[doubled]
     keep = cumulated(np.ones_like(row), row) <= most_extra[row]

@@ -1,8 +1,7 @@
-"""What corruption must know of the vocabulary, in active ids: marks, classes of tokens, look-alikes.
+"""Properties of the vocabulary for corruption, in active ids: special ids, classes of tokens, look-alikes.
 
-Look-alikes are what a careless eye, a scanner or an input method confuses. The built-in groups are our own: characters of
-alike shape as medical text has them, letters and digits as scanners confuse them, and the full-width forms. A user's file
-extends them.
+Look-alikes are characters that readers, scanners or input methods confuse. The built-in groups are our own: characters of
+similar shape in medical text, letters and digits that scanners confuse, and full-width forms. A user's file adds to them.
 """
 
 import unicodedata
@@ -17,7 +16,7 @@ from resilient_t5.data.corruption.gap_encoding import GapEncoding, build_gap_enc
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import ConfigError, DataError
 
-# Each word is a group; every character of it may stand for every other one.
+# Each word is a group of characters that are look-alikes of each other.
 _CHINESE_GROUPS = """
 己已巳 未末 土士 日曰 人入八 干千于 大太犬 木本术 刀力 午牛 田由甲申 目自 王玉主 血皿 肓盲 炙灸 瘀淤 痢痫 清请情晴睛 渴喝竭揭
 抱泡炮饱跑胞 拔拨 狠狼 候侯 辨辩辫 辛幸 哀衰衷 戊戌戍成 崇祟 冶治 师帅 住往佳 折拆析 抓爪瓜 兔免 鸟乌 风凤 贝见 今令 历厉
@@ -92,7 +91,7 @@ def read_confusions(path: Path) -> dict[str, set[str]]:
 
 
 def _join(table: dict[str, set[str]], group: Iterable[str]) -> None:
-    """Make all members of a group look-alikes of one another."""
+    """Make all members of a group look-alikes of each other."""
     members = set(group)
     for member in members:
         table.setdefault(member, set()).update(members - {member})
@@ -122,7 +121,7 @@ class TokenTable:
     confusion_offsets: np.ndarray
     """int64 (size + 1,): id i has the look-alikes [confusion_offsets[i], confusion_offsets[i + 1])."""
     gap_encoding: GapEncoding | None = None
-    """How the tokenizer reads a text with gaps; None: the masked tokens as they are."""
+    """How the tokenizer encodes a text with gaps; None: masked sources need no change."""
 
 
 def build_token_table(
@@ -130,8 +129,8 @@ def build_token_table(
 ) -> TokenTable:
     """Classify the active pieces and map the look-alikes that are pieces themselves.
 
-    A look-alike counts only where both it and what it replaces are whole active pieces, with or without the mark of a
-    space before them; so one token replaces one token.
+    A look-alike is used only where both characters are active pieces, with or without a word-start mark, so one token replaces
+    one token.
 
     Args:
         active_to_full: int32 (active,), ascending full-vocabulary ids.

@@ -1,8 +1,8 @@
-"""The one pass over a corpus (read, encode ahead in a thread, find terms, cut, write a part), and from parts to a store.
+"""The single pass over a corpus (read, encode ahead in a thread, find terms, cut, write a part), and from parts to a store.
 
-The backend encodes outside Python's lock, so a second core does it while this thread reads, searches and writes.
-Memory is a few batches of `BATCH_CHARACTERS`, whatever the corpus.
-`finish_store` then writes the active vocabulary, the splits' files, terms, tokenizer, report, and `meta.json` last.
+The backend encodes without holding the GIL, so a second core encodes while this thread reads, searches and writes. Memory is a
+few batches of `BATCH_CHARACTERS`, whatever the size of the corpus. `finish_store` writes the active vocabulary, the files of
+the splits, terms, tokenizer, report, and finally `meta.json`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ from resilient_t5.data.terms import TermList, TermMatcher
 from resilient_t5.data.tokenizer.tokenizer import EncodedBatch, TextTokenizer
 from resilient_t5.errors import DataError
 
-# Small enough to stay in the cache, large enough that the cost of a call does not count.
+# Fits into the CPU cache, and makes the cost per call negligible.
 BATCH_CHARACTERS = 60_000
 BATCHES_AHEAD = 3
 PACKED_SUFFIXES = (".gz", ".xz")
-GAP_ROOM_SHARE = 16  # 32 of 512 tokens: one for each of 27 gaps, and some
+GAP_RESERVE_SHARE = 16  # 32 of 512 tokens: one for each of 27 gaps, and a few more
 USUAL_PACKING = 4  # how much larger packed text becomes; for the progress figure only
 
 Progress = Callable[[int, int], None]
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a pass needs: settings, inputs, tokenizer, terms by id, and whom to tell (bytes read, bytes to read)."""
+    """Settings, inputs, tokenizer, terms by id, and a progress callback (bytes read, bytes to read)."""
 
     config: Config
     identity: Fingerprint
@@ -62,20 +62,20 @@ class Job:
 
 @dataclass
 class Batch:
-    """Documents that are encoded together, which of them belong to validation, and the digests of their content."""
+    """Documents to encode together, whether each belongs to validation, and the digests of their content."""
 
     documents: list[Document] = field(default_factory=list)
     validation: list[bool] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
 
     def texts(self) -> list[str]:
-        """The texts; empty for pairs, which are encoded apart."""
+        """The texts; empty for pairs, which are encoded separately."""
         return [document.text if document.target is None else "" for document in self.documents]
 
 
 @dataclass
 class Tally:
-    """What the pass counts beside the writer."""
+    """Counters of a pass, in addition to those of the writer."""
 
     term_counts: np.ndarray
     characters: int = 0
@@ -93,7 +93,7 @@ class Tally:
     """Characters without a piece, with how often each occurs."""
 
     def count_characters(self, texts: Sequence[str], encoded: EncodedBatch | None, unk_id: int) -> None:
-        """Count the visible characters of `texts`, and the unknown ones; `encoded` is None where there are none of those."""
+        """Count visible and unknown characters of `texts`; `encoded` is None when no character is unknown."""
         self.visible += visible_characters(texts)
         found = {} if encoded is None else unknown_characters(texts, encoded, unk_id)
         for character, count in found.items():
@@ -101,7 +101,7 @@ class Tally:
 
 
 def documents_of(config: Config, counts: CorpusCounts) -> Iterator[tuple[Document, bool]]:
-    """Every document and whether it belongs to validation; no document stands on both sides."""
+    """Every document and whether it belongs to validation; no document is in both splits."""
     data = config.data
     share = data.validation_share
     if data.validation_inputs():
@@ -167,14 +167,14 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
         job: what to do.
         directory: where the part is written.
         shard: (i, n) takes only every n-th batch of documents, from the i-th on.
-        forced: key of a document that goes to validation in any case.
+        forced: key of a document that is assigned to validation in any case.
     """
     started = time.perf_counter()
     counts, tally = CorpusCounts(), Tally(np.zeros(len(job.terms.terms), dtype=np.int64))
     total = bytes_to_read(job.identity)
     matcher = TermMatcher(job.terms.terms) if job.terms.terms else None
     smallest_key = 2**64
-    with _part_writer(directory, job.tokenizer.size) as writer:
+    with closing(PartWriter(directory, job.tokenizer.size)) as writer:
         for batch, encoded in _encoded_ahead(_batches(job.config, counts, shard, forced), job.tokenizer):
             examples = _examples_of(job, matcher, batch, encoded, tally)
             validation = np.array(batch.validation)
@@ -186,16 +186,7 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
             job.on_progress(min(counts.bytes, total or counts.bytes), total)
         extra = {key: value for key, value in dataclasses.asdict(tally).items() if key != "term_counts"}
         extra |= {"term_counts": tally.term_counts.tolist(), "corpus": dataclasses.asdict(counts)}
-        return writer.close({**extra, "smallest_key": smallest_key, "seconds": time.perf_counter() - started})
-
-
-@contextmanager
-def _part_writer(directory: Path, size: int) -> Iterator[PartWriter]:
-    writer = PartWriter(directory, size)
-    try:
-        yield writer
-    finally:
-        writer.release()
+        return writer.finish({**extra, "smallest_key": smallest_key, "seconds": time.perf_counter() - started})
 
 
 def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: EncodedBatch, tally: Tally) -> Examples:
@@ -225,12 +216,12 @@ def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: E
 
 
 def longest_example(tokenizer: TextTokenizer, max_source_tokens: int) -> int:
-    """Tokens of the longest example without end mark; room is left for the tokens that gaps add, where they start words."""
-    return max_source_tokens - 1 - (max_source_tokens // GAP_ROOM_SHARE if tokenizer.gap_starts_word else 0)
+    """Maximum tokens of an example without end mark, less a reserve for tokenizers whose gaps add tokens."""
+    return max_source_tokens - 1 - (max_source_tokens // GAP_RESERVE_SHARE if tokenizer.gap_starts_word else 0)
 
 
 def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Examples:
-    """`examples` and the pairs of the batch behind them, each cut to the longest source and target."""
+    """`examples` and then the pairs of the batch, truncated to the maximum source and target."""
     data, tokenizer = job.config.data, job.tokenizer
     longest = (data.max_source_tokens - 1, data.max_target_tokens - 1)
     tokens, lengths, documents, sources = [examples.tokens], [], [], []
@@ -253,7 +244,7 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
         unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
         tally.unknown += unknown
         segments = [part for text in (document.text, document.target) for part in segments_between_marks(text)]
-        encoded = tokenizer.encode_together(segments) if unknown else None  # a second time, for the positions
+        encoded = tokenizer.encode_together(segments) if unknown else None  # encode again, for the positions
         tally.count_characters(segments, encoded, tokenizer.unk_id)
     return Examples(
         np.concatenate(tokens),
@@ -286,7 +277,7 @@ SUMS = (
 
 
 def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
-    """Write the store's files into `directory` and remove the parts that lie in it.
+    """Write the files of the store into `directory` and remove the parts in it.
 
     Raises:
         DataError: too many unknown characters, a side of the split is empty, or no listed term occurs.
@@ -296,7 +287,7 @@ def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
     check_unknown(totals["unknown_figures"], job.config.tokenizer.max_unknown_share, "data.train")
     frequencies = np.sum([part.frequencies() for part in parts], axis=0)
     size = job.tokenizer.size
-    if job.config.tokenizer.train_vocab_size is not None:  # trained on this text: every piece is of use
+    if job.config.tokenizer.train_vocab_size is not None:  # trained on this text, so every piece is in use
         active_to_full = np.arange(size, dtype=np.int32)
     else:
         active_to_full = choose_active(frequencies, job.tokenizer, job.terms.terms)
@@ -320,7 +311,7 @@ def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
 
 
 def write_shard_identity(part: Part, job: Job, shard: int, shards: int) -> None:
-    """Note in a part what it is a part of, and lay the tokenizer beside it."""
+    """Record in a part which corpus and shard it belongs to, and add the tokenizer."""
     job.tokenizer.save(part.directory / TOKENIZER)
     described = {"identity": job.identity.values, "shard": shard, "shards": shards, **part.extra, "counts": part.counts}
     _write(part.directory / PART, {**described, "tokenizer": job.tokenizer.fingerprint()})
@@ -334,14 +325,16 @@ def open_shard(directory: Path, identity: Fingerprint, shard: int, shards: int) 
     """
     if not (directory / PART).is_file():
         here = directory.exists() and any(directory.iterdir())
-        what = "this directory holds something that is no part" if here else f"the part of shard {shard}/{shards} is missing"
+        what = (
+            "this directory contains something else than a part" if here else f"the part of shard {shard}/{shards} is missing"
+        )
         raise DataError(what, where=str(directory), hint=f"Prepare it with --shard {shard}/{shards}.")
     part = Part.open(directory)
     changes = differences(part.extra["identity"], identity.values)
     if changes or (part.extra["shard"], part.extra["shards"]) != (shard, shards):
         reason = "; ".join(changes) or "another shard"
         raise DataError(
-            f"this part was prepared from something else; what differs: {reason}",
+            f"this part was prepared from something else; differences: {reason}",
             where=str(directory),
             hint="Remove it and prepare it again.",
         )
@@ -349,9 +342,9 @@ def open_shard(directory: Path, identity: Fingerprint, shard: int, shards: int) 
 
 
 def _totals(parts: Sequence[Part]) -> dict[str, Any]:
-    """Sums over the parts; what reading counted is the same in each, since each read the whole corpus."""
+    """Sums over the parts. Counts of reading are equal in all parts, since each read the whole corpus."""
     if len({part.extra.get("tokenizer") for part in parts}) > 1:
-        raise DataError("the parts were made with different tokenizers", hint="Prepare the shards again, with one version.")
+        raise DataError("the parts were made with different tokenizers", hint="Prepare the shards again with one version.")
     totals: dict[str, Any] = {key: sum(part.extra[key] for part in parts) for key in SUMS}
     totals["term_counts"] = np.sum([part.extra["term_counts"] for part in parts], axis=0)
     totals["corpus"] = parts[0].extra["corpus"]
@@ -360,7 +353,7 @@ def _totals(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _unknown_figures(parts: Sequence[Part]) -> dict[str, Any]:
-    """The unknown characters of all parts; empty when an older version, which did not count them, made one of the parts."""
+    """Unknown characters of all parts; empty when an older version, which did not count them, wrote a part."""
     if any("unknown_characters" not in part.extra for part in parts):
         return {}
     unknown: Counter[str] = Counter()
@@ -375,7 +368,7 @@ def _check_content(counts: dict[str, dict[str, int]], totals: dict[str, Any], jo
         documents = counts["train"]["documents"] + counts["validation"]["documents"]
         side = "train on" if counts["validation"]["examples"] else "evaluate on"
         raise DataError(
-            f"nothing is left to {side}: the corpus has {documents} document{'s' if documents != 1 else ''}",
+            f"there is nothing to {side}: the corpus has {documents} document{'s' if documents != 1 else ''}",
             where="data.train",
             hint="Give more text, or data.validation, or let each line be a document (data.document line).",
         )

@@ -1,8 +1,8 @@
-"""The report of a prepared corpus: what went in, what came of it, what its size is good for, and its unknown characters.
+"""Report of a prepared corpus: input, result, whether its size is sufficient, and characters unknown to the tokenizer.
 
-Characters that the tokenizer has no piece for are counted, reported, warned of, and refused where they are too many. The
-share is that of characters, not of tokens: neighbouring unknown characters become one `<unk>`, so the share of tokens
-does not tell how much of the text is lost. White space is left out on both sides.
+Characters without a piece are counted, reported, warned about, and refused where they are too many. The share is one of
+characters, not of tokens: adjacent unknown characters become one `<unk>`, so the share of tokens does not show how much text is
+lost. White space is not counted.
 """
 
 import re
@@ -32,7 +32,7 @@ def visible_characters(texts: Sequence[str]) -> int:
 
 
 def unknown_characters(texts: Sequence[str], batch: EncodedBatch, unk_id: int) -> Counter[str]:
-    """The characters that unknown tokens stand for, with how often each does.
+    """Count the characters that unknown tokens replace.
 
     Args:
         texts: the texts of the batch.
@@ -48,23 +48,23 @@ def unknown_characters(texts: Sequence[str], batch: EncodedBatch, unk_id: int) -
 
 
 def segments_between_marks(text: str) -> list[str]:
-    """The parts of a text masked elsewhere that are text: what stands between its `<extra_id_k>`."""
+    """Parts of an already masked text between its `<extra_id_k>`."""
     return MARK.split(text)
 
 
 def unknown_figures(unknown: Mapping[str, int], visible: int) -> dict[str, Any]:
-    """What `report.json` says of unknown characters: their share of `visible` characters and the most frequent ones."""
+    """Entries of `report.json` on unknown characters: their share of `visible` characters and the most frequent ones."""
     order = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
     return {SHARE: sum(unknown.values()) / max(visible, 1), UNKNOWN_CHARACTERS: dict(order[:LISTED])}
 
 
 def most_frequent(report: Mapping[str, Any]) -> str:
-    """The most frequent unknown characters with their counts; one that cannot be seen as its code point."""
+    """Most frequent unknown characters with their counts; invisible ones as code points."""
     return ", ".join(f"{_shown(character)} {count:,}" for character, count in report[UNKNOWN_CHARACTERS].items())
 
 
 def unknown_warning(report: Mapping[str, Any]) -> str | None:
-    """A warning where more than 1 % of the characters have no piece; None otherwise and for a report without the figure."""
+    """Warning when more than 1 % of the characters have no piece, else None; also None for a report without the figure."""
     share = report.get(SHARE, 0.0)
     if share <= WORTH_A_WARNING:
         return None
@@ -104,13 +104,13 @@ def percent(share: float) -> str:
 
 
 def _shown(character: str) -> str:
-    # A combining mark would be drawn on what stands before it.
+    # A combining mark would be drawn on the character before it.
     seen = character.isprintable() and not unicodedata.category(character).startswith("M")
     return character if seen else f"U+{ord(character):04X}"
 
 
 TOP_TERMS = 20
-# Where span restoration of Chinese medical text was seen to start to hold, and to hold stably, in million bytes.
+# Million bytes of Chinese medical text from which span restoration worked, and worked reliably.
 ALIGNED_MEGABYTES = 25
 STABLE_MEGABYTES = 256
 
@@ -126,7 +126,7 @@ def build_report(
 
     Args:
         totals: sums of the pass: corpus (what reading counted), characters, tokens, unknown, truncated, chunked, widened,
-            cut_terms, term_counts, seconds, tokenizer_seconds; unknown_figures, as `unknown.unknown_figures` gives them.
+            cut_terms, term_counts, seconds, tokenizer_seconds; unknown_figures, as returned by `unknown_figures`.
         counts: examples, documents, tokens, terms and with_term of each split.
         listed: the terms by id, and what was dropped from their list.
         vocabulary: active ids, and all ids.
@@ -175,7 +175,7 @@ def build_report(
 
 
 def scale_reading(size_bytes: int) -> str:
-    """What a corpus of this size is good for, in words."""
+    """Describe what a corpus of this size is sufficient for."""
     megabytes = size_bytes / 1e6
     size = f"{megabytes:.1f} MB"
     rule = (
@@ -192,7 +192,7 @@ def scale_reading(size_bytes: int) -> str:
 
 
 def readable(report: dict[str, Any]) -> str:
-    """The report as lines for people."""
+    """Format the report for the console."""
     terms, vocabulary, corpus = report["terms"], report["active_vocabulary"], report["corpus"]
     top = ", ".join(f"{term} {count:,}" for term, count in list(terms["per_term"].items())[:TOP_TERMS])
     rows = [
@@ -213,14 +213,14 @@ def readable(report: dict[str, Any]) -> str:
         ("epoch", f"{report['updates_per_epoch']:,.1f} updates"),
         ("scale", report["scale"]),
         ("time", f"{report['seconds']:.1f} s, {report['megabytes_per_s']:.2f} MB/s, tokenizer "
-                 f"{report['tokenizer_seconds']:.1f} s besides; peak memory {report['peak_memory_mib']:,.0f} MiB"),
+                 f"{report['tokenizer_seconds']:.1f} s in addition; peak memory {report['peak_memory_mib']:,.0f} MiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 
 
 def _unknown(report: dict[str, Any]) -> str:
     if SHARE not in report:
-        return "not counted in characters by the version that made this store"
+        return "not counted by the version that prepared this store"
     if not report[UNKNOWN_CHARACTERS]:
         return "none; every character has a piece"
     return f"{report[SHARE]:.4%} of the characters that are not white space; most frequent: {most_frequent(report)}"

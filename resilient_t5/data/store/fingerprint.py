@@ -1,7 +1,7 @@
-"""What a store was made from: the content of the inputs, the tokenizer, the terms and the settings that matter.
+"""Identity of a store: the content of the inputs, the tokenizer, the terms and the relevant settings.
 
-Content counts, not paths: a corpus that moved is the same corpus. A file whose path, size and time of change are those
-recorded is not read again.
+Content counts, not paths: a corpus that was moved is the same corpus. A file with the recorded path, size and modification time
+is not read again.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ CONTENT_KEYS = ("data.train", "data.validation", "data.terms")
 
 @dataclass
 class Fingerprint:
-    """`values` decides what a store holds; `inputs` are the files behind it; `tokenizer` is set when it had to be loaded."""
+    """`values` determine the content of a store; `inputs` are its files; `tokenizer` is set when it had to be loaded."""
 
     values: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
@@ -40,7 +40,7 @@ def identify(config: Config, recorded: dict[str, Any] | None) -> Fingerprint:
     """The identity of the store that `config` asks for.
 
     Args:
-        recorded: `meta.json` of the store that stands there, whose digests are taken for files that did not change.
+        recorded: `meta.json` of an existing store, whose digests are reused for files that did not change.
 
     Raises:
         DataError: inputs, terms or tokenizer that are missing.
@@ -66,7 +66,7 @@ def identify(config: Config, recorded: dict[str, Any] | None) -> Fingerprint:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two identities, each as a sentence that names the key."""
+    """Differences between two identities, each naming its key."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -85,7 +85,7 @@ def is_builtin(config: Config) -> bool:
     """True when the corpus is the built-in one.
 
     Raises:
-        DataError: it is named beside files.
+        DataError: it is given together with files.
     """
     inputs = config.data.train_inputs()
     if BUILTIN in inputs and len(inputs) > 1:
@@ -97,17 +97,17 @@ def terms_path(name: str) -> Path:
     """The file of terms.
 
     Raises:
-        DataError: it does not exist, or is no file.
+        DataError: it does not exist or is not a file.
     """
     path = Path(name).expanduser()
     if not path.is_file():
-        found = "no file but a folder" if path.is_dir() else "missing"
+        found = "a directory, not a file" if path.is_dir() else "missing"
         raise DataError(f"the list of terms {name} is {found}", hint="Set data.terms to a file with one term per line")
     return path
 
 
 def _digest(identity: Fingerprint, key: str, paths: Sequence[Path], known: dict[str, dict[str, Any]]) -> str:
-    """Digest of the files' contents in order; each file is noted in `identity.inputs`."""
+    """Digest of the contents of the files in order; each file is recorded in `identity.inputs`."""
     sums = [_note_file(identity, key, path, known)["sha256"] for path in paths]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 

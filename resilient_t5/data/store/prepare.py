@@ -1,4 +1,4 @@
-"""Corpus + tokenizer + terms -> store and report: reused while nothing changed, refused by name when something did."""
+"""Prepare a store and its report from corpus, tokenizer and terms; reuse it while nothing changed, else refuse it by key."""
 
 import time
 from collections.abc import Callable
@@ -29,18 +29,18 @@ from resilient_t5.files import making, only_maker, storage_errors
 
 
 def prepare(config: Config, directory: Path, on_progress: Progress | None = None) -> Store:
-    """Make the store that `config` asks for, or open it when it stands there already.
+    """Create the store that `config` describes, or open it when it exists.
 
     Args:
         config: sections data, tokenizer, model (tokenizer, active vocabulary), batch and run.seed are read.
-        directory: the store; absent or empty, or a store made from the same text, tokenizer, terms and settings.
-        on_progress: called with (bytes read, bytes to read) now and then, with 0 read while the tokenizer is trained, 0 to
-            read for the built-in corpus, and (0, 0) while another process makes the same store; what it raises stops the
-            work and leaves nothing behind.
+        directory: the store; absent or empty, or a store of the same text, tokenizer, terms and settings.
+        on_progress: called with (bytes read, bytes to read) periodically: 0 read during tokenizer training, 0 to read for the
+            built-in corpus, and (0, 0) while another process prepares the same store. An exception that it raises stops the
+            work, and nothing is left on disk.
 
     Raises:
-        DataError: inputs that cannot be used, or for which the tokenizer lacks too many characters; or a directory that
-            holds another store (says what differs), or anything else.
+        DataError: unusable inputs, or too many characters that the tokenizer lacks; or a directory with another store (names
+            the differences) or anything else in it.
         DiskFull, StorageError: the file system.
     """
     directory = Path(directory)
@@ -48,7 +48,7 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
     if (store := existing_store(config, directory)) is not None:
         return store
     with storage_errors(directory), only_maker(directory, lambda: report_progress(0, 0)):
-        if (store := existing_store(config, directory)) is not None:  # made by another process while this one waited
+        if (store := existing_store(config, directory)) is not None:  # created by another process in the meantime
             return store
         with making(directory) as temporary:
             job, tokenizer_seconds = _job(config, report_progress)
@@ -62,7 +62,7 @@ def prepare_shard(config: Config, directory: Path, shard: tuple[int, int], on_pr
     """Prepare the documents of shard (i, n), 1 <= i <= n, into `DIRECTORY-i-of-n`.
 
     Returns:
-        the directory of the part. A part made from the same inputs and settings is reused.
+        directory of the part. A part of the same inputs and settings is reused.
 
     Raises:
         as `prepare`.
@@ -83,10 +83,10 @@ def prepare_shard(config: Config, directory: Path, shard: tuple[int, int], on_pr
 
 
 def merge_shards(config: Config, directory: Path, shards: int) -> Store:
-    """Join the parts of all shards into the store; the same whatever the order in which they were made.
+    """Merge the parts of all shards into the store; the result does not depend on the order of their preparation.
 
     Raises:
-        DataError: a part is missing or was made from something else.
+        DataError: a part is missing or has other inputs or settings.
     """
     directory = Path(directory)
     if (store := existing_store(config, directory)) is not None:
@@ -102,20 +102,20 @@ def merge_shards(config: Config, directory: Path, shards: int) -> Store:
 
 
 def shard_directory(directory: Path, shard: int, shards: int) -> Path:
-    """Where the part of a shard lies: beside the store."""
+    """Directory of the part of a shard, next to the store."""
     return directory.parent / f"{directory.name}-{shard}-of-{shards}"
 
 
 def store_directory(config: Config) -> Path:
-    """Where the prepared corpus of a run lies: `data.store`, or `store` in the run directory."""
+    """Directory of the prepared corpus of a run: `data.store`, or `store` in the run directory."""
     return Path(config.data.store) if config.data.store is not None else Path(config.run.dir) / "store"
 
 
 def existing_store(config: Config, directory: Path) -> Store | None:
-    """The store that stands at `directory`; None when there is nothing yet. Writes nothing.
+    """Open the store at `directory`, if any; None when there is none. Writes nothing.
 
     Raises:
-        DataError: it was made from something else, has too many unknown characters, or is no store.
+        DataError: it has other inputs or settings, too many unknown characters, or is not a store.
     """
     state = store_state(directory)
     if state == "absent":
@@ -127,33 +127,33 @@ def existing_store(config: Config, directory: Path) -> Store | None:
     if meta["fingerprint"] == identity.fingerprint():
         return _opened(directory, config)
     old, new = meta["identity"], identity.values
-    if not meta["counts"]["train"]["pairs"]:  # the only examples that the longest target cuts when they are prepared
+    if not meta["counts"]["train"]["pairs"]:  # only pairs depend on data.max_target_tokens
         old, new = {**old, "data.max_target_tokens": 0}, {**new, "data.max_target_tokens": 0}
     if not (changes := differences(old, new)):
         return _opened(directory, config)
     raise DataError(
-        f"this store was prepared from something else; what differs: {'; '.join(changes)}",
+        f"this store was prepared from something else; differences: {'; '.join(changes)}",
         where=str(directory),
         hint="Name another directory with data.store, or remove this one.",
     )
 
 
 def _opened(directory: Path, config: Config) -> Store:
-    """The store, unless this configuration allows fewer unknown characters than it has."""
+    """Open the store, unless it has more unknown characters than this configuration allows."""
     store = Store.open(directory)
     check_unknown(store.report, config.tokenizer.max_unknown_share, str(directory))
     return store
 
 
 def listed_terms(config: Config) -> TermList:
-    """The terms by id: of `data.terms`, else the built-in corpus' own, else none."""
+    """Terms by id: those of `data.terms`, else of the built-in corpus, else none."""
     if config.data.terms is not None:
         return read_terms(terms_path(config.data.terms))
     return clean_terms(clinical_terms()) if is_builtin(config) else TermList()
 
 
 def _job(config: Config, on_progress: Progress) -> tuple[Job, float]:
-    """Everything a pass needs, and the seconds that the training of the tokenizer took."""
+    """Job of a pass, and the duration of tokenizer training in seconds."""
     identity = identify(config, None)
     if identity.tokenizer is not None:
         check_sentinels(identity.tokenizer, config.corruption)
@@ -172,7 +172,7 @@ def _train(config: Config, poll: Callable[[], None]) -> TextTokenizer:
 
 
 def _with_validation(job: Job, part: Part) -> Part:
-    """`part`, or that of a second pass that holds one document out where chance held out none, as in a small corpus."""
+    """`part`, or the part of a second pass that holds out one document when a small corpus had none held out."""
     if part.counts["validation"]["examples"] or job.config.data.validation_inputs():
         return part
     return write_part(job, part.directory, forced=part.extra["smallest_key"])

@@ -1,9 +1,9 @@
-"""The one pass writes parts with full ids; joining parts chooses the active vocabulary and writes the store's files.
+"""Parts: a pass writes them with full ids; merging them chooses the active vocabulary and writes the files of the store.
 
-A part is what one pass wrote: streams of int32 for each split, what each batch of documents added to them, and counts. A
-shard has every n-th batch, so a join takes a batch from each part in turn and is the store of one pass over all of it,
-whatever the machines and the order that made the parts. Both write and read in blocks: memory does not grow with the
-corpus, but for a few numbers a batch.
+A part is the output of one pass: streams of int32 for each split, the sizes that each batch of documents added to them, and
+counts. A shard has every n-th batch, so a merge takes a batch from each part in turn and gives the store of a single pass, on
+whatever machines and in whatever order the parts were made. Both read and write in blocks: memory does not grow with the corpus
+except for a few numbers per batch.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from resilient_t5.data.corruption.gap_encoding import reachable_behind_gaps
+from resilient_t5.data.corruption.gap_encoding import reachable_after_gaps
 from resilient_t5.data.examples import Examples
 from resilient_t5.data.store.store import SPLITS, sha256_of
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
@@ -25,15 +25,15 @@ PART = "part.json"
 FREQUENCIES = "frequencies.npy"
 BATCHES = "batches.npy"
 COUNTED = ("examples", "documents", "tokens", "terms")
-"""What a batch is measured in; the columns of `batches.npy`, for each split one after another."""
+"""Sizes of a batch; the columns of `batches.npy`, split by split."""
 UNITS = {"tokens": "tokens", "lengths": "examples", "documents": "examples", "pairs": "examples", "terms": "terms"}
-BATCHES_TOGETHER = 8  # of one part alone, which needs no turns
+BATCHES_TOGETHER = 8  # when there is one part only
 ROUND_TO = 64
 ACTIVE_16_BIT = 65_536
 
 
 class PartWriter:
-    """Streams examples into `directory`; `close` writes the counts last."""
+    """Streams examples into `directory`; `finish` writes the counts last."""
 
     def __init__(self, directory: Path, vocabulary_size: int):
         directory.mkdir(parents=True, exist_ok=True)
@@ -58,17 +58,17 @@ class PartWriter:
         counts["with_term"] += len(np.unique(examples.terms[:, 0]))
 
     def end_batch(self) -> None:
-        """Note how far all streams have come; what was added since the last time is one batch."""
+        """Record the positions of all streams; everything added since the last call is one batch."""
         self._totals.append(self._so_far())
 
     def _so_far(self) -> list[int]:
         return [self.counts[split][name] for split in SPLITS for name in COUNTED]
 
-    def close(self, extra: dict[str, Any]) -> "Part":
-        """End the streams and write the counts, with `extra` beside them; a batch that was not ended ends here."""
+    def finish(self, extra: dict[str, Any]) -> "Part":
+        """Close the streams and write the counts and `extra`; ends an open batch."""
         if any(self._so_far()) and self._totals[-1:] != [self._so_far()]:
             self.end_batch()
-        self.release()
+        self.close()
         np.save(self._directory / FREQUENCIES, self._frequencies)
         totals = np.array(self._totals, dtype=np.int64).reshape(-1, len(SPLITS) * len(COUNTED))
         np.save(self._directory / BATCHES, np.diff(totals, axis=0, prepend=0))
@@ -76,8 +76,8 @@ class PartWriter:
         (self._directory / PART).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
         return Part.open(self._directory)
 
-    def release(self) -> None:
-        """Close the files, also of a pass that failed."""
+    def close(self) -> None:
+        """Close the files."""
         for files in self._files.values():
             for file in files.values():
                 file.close()
@@ -111,7 +111,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring elements of a stream of one part, and what its numbers of examples and documents are moved by."""
+    """Consecutive elements of a stream of one part, and the shift of its example and document numbers."""
 
     array: np.ndarray
     examples: int
@@ -119,7 +119,7 @@ class Piece:
 
 
 def pieces(parts: Sequence[Part], split: str, name: str) -> Iterator[Piece]:
-    """A stream of the joined store: a batch of each part in turn; int32, rows of four for terms."""
+    """Stream of the merged store: a batch of each part in turn; int32, rows of four for terms."""
     columns, unit = 4 if name == "terms" else 1, COUNTED.index(UNITS[name])
     sizes = [part.batches(split) for part in parts]
     if len(parts) == 1:  # in any pieces
@@ -138,10 +138,10 @@ def pieces(parts: Sequence[Part], split: str, name: str) -> Iterator[Piece]:
 
 
 def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequence[str]) -> np.ndarray:
-    """The ids that a corpus can use: int32 (active,), ascending.
+    """Active vocabulary of a corpus: int32 (active,), ascending.
 
-    Every id that occurs in it or in its terms or behind a gap in it, all special ids, sentinels and byte pieces; then the
-    lowest other ids up to a multiple of 64. In a SentencePiece model the lowest ids are its most frequent pieces.
+    Every id that occurs in the corpus, in its terms or after a gap, all special ids, sentinels and byte pieces; then the lowest
+    other ids up to a multiple of 64. In a SentencePiece model the lowest ids are the most frequent pieces.
     """
     active = frequencies > 0
     active[tokenizer.special_ids] = True
@@ -149,7 +149,7 @@ def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequ
     active[tokenizer.byte_ids] = True
     if terms:
         active[tokenizer.encode_together(list(terms)).tokens.ids] = True
-    active = reachable_behind_gaps(tokenizer, active)
+    active = reachable_after_gaps(tokenizer, active)
     missing = -int(active.sum()) % ROUND_TO
     active[np.flatnonzero(~active)[:missing]] = True
     return np.flatnonzero(active).astype(np.int32)
@@ -192,7 +192,7 @@ def _write_offsets(parts: Sequence[Part], split: str, path: Path, examples: int)
 
 
 def _write_column(parts: Sequence[Part], split: str, name: str, path: Path, counts: dict[str, int]) -> None:
-    """One int32 column, with the numbers of documents and examples as they are in the joined store."""
+    """Write an int32 column with the document and example numbers of the merged store."""
     rows = counts["terms"] if name == "terms" else counts["examples"]
     with path.open("wb") as file:
         _npy_header(file, np.dtype(np.int32), (rows, 4) if name == "terms" else (rows,))

@@ -1,8 +1,8 @@
-"""The prepared corpus on disk, opened read only: memory maps that any number of processes share.
+"""The prepared corpus on disk, opened read-only: memory maps shared by any number of processes.
 
-A store is a directory: `tokens.bin`, `offsets.npy`, `terms.npy`, `documents.npy`, `pairs.npy` of the training split, the
-same five in `validation/`, then `vocabulary.npz`, `terms.txt`, `tokenizer/`, `report.json`, and `meta.json`, which is
-written last: a directory without it is no store. Sizes are checked at every opening, sha256 sums by `Store.verify`.
+A store is a directory with `tokens.bin`, `offsets.npy`, `terms.npy`, `documents.npy`, `pairs.npy` of the training split, the
+same files in `validation/`, and `vocabulary.npz`, `terms.txt`, `tokenizer/`, `report.json` and `meta.json`. `meta.json` is
+written last; a directory without it is not a store. Sizes are checked on every open, sha256 sums by `Store.verify`.
 """
 
 import hashlib
@@ -26,20 +26,19 @@ TOKENIZER = "tokenizer"
 TOKENIZER_RECORD = "tokenizer_files"  # in meta.json: the files that decided the ids
 SPLITS = {"train": "", "validation": "validation"}
 SPLIT_FILES = ("tokens.bin", "offsets.npy", "terms.npy", "documents.npy", "pairs.npy")
-HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Split:
     """The examples of one side of the split; every array is a read-only memory map.
 
-    tokens: uint16 or uint32 (tokens,), active ids of all examples one after another, without end marks.
+    tokens: uint16 or uint32 (tokens,), active ids of all examples, concatenated, without end marks.
     offsets: int64 (examples + 1,), where each example begins in `tokens`.
-    terms: int32 (occurrences, 4): example, first token, token behind the last, term id; tokens counted from the beginning
-        of the example; sorted by example, then first token.
+    terms: int32 (occurrences, 4): example, first token, token after the last, term id; token positions are within the example;
+        sorted by example, then first token.
     documents: int32 (examples,), number of the document that the example was cut from.
-    pairs: int32 (examples,): -1 for text that is still to be corrupted; for a pair masked elsewhere the length of its
-        source, behind which its target stands. A pair is trained as it is.
+    pairs: int32 (examples,): -1 for text to corrupt; for an already masked pair the length of its source, which its target
+        follows. A pair is trained as it is.
     """
 
     tokens: np.ndarray
@@ -71,7 +70,7 @@ class Store:
         """Open a store.
 
         Raises:
-            DataError: no store there, half of one, one of an unknown format, or one with missing or cut files.
+            DataError: no store, an incomplete one, an unknown format, or missing or truncated files.
             StorageError: it cannot be read.
         """
         directory = Path(directory)
@@ -86,30 +85,30 @@ class Store:
 
     @property
     def encodes_gaps(self) -> bool:
-        """Whether sources are read as the tokenizer writes texts with gaps; False for a store of an earlier version.
+        """Whether sources are encoded as the tokenizer encodes texts with gaps; False for a store of an earlier version.
 
-        Its active vocabulary lacks ids that only stand behind gaps, and a run over it must go on as it began.
+        Its active vocabulary lacks ids that occur only after gaps, and a run on it must continue unchanged.
         """
         return TOKENIZER_RECORD in self.meta
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer that the store was made with; read when it is first asked for."""
+        """Tokenizer of the store; loaded on first access."""
         return load_tokenizer(str(self.directory / TOKENIZER))
 
     def verify(self) -> None:
         """Read every file and compare its sha256.
 
         Raises:
-            DataError: a file is not what was written.
+            DataError: a file has changed.
         """
         for name, expected in self.meta["files"].items():
             if sha256_of(self.directory / name) != expected["sha256"]:
-                raise _damaged(self.directory, f"{name} is not what was written")
+                raise _damaged(self.directory, f"{name} has changed since it was written")
 
 
 def store_state(directory: Path) -> Literal["absent", "store", "other"]:
-    """What a directory holds: nothing (or it does not exist), a store, or something else that nothing may write over."""
+    """Content of a directory: nothing (or it does not exist), a store, or something else, which must not be overwritten."""
     if (directory / META).is_file():
         return "store"
     if directory.is_dir() and not any(directory.iterdir()):
@@ -121,7 +120,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """The `meta.json` of a store.
 
     Raises:
-        DataError: there is none, or not one of this format.
+        DataError: there is none, or it has another format.
     """
     state = store_state(directory)
     if state == "absent":
@@ -144,28 +143,25 @@ def read_meta(directory: Path) -> dict[str, Any]:
 
 
 def not_a_store(directory: Path) -> DataError:
-    """The refusal of a directory that holds something else, or a store without its last file."""
+    """Error for a directory with other content or an incomplete store."""
     if not directory.is_dir():
         return DataError("data.store names a file, not a directory", where=str(directory), hint="Name another directory.")
     ours = [name for name in (*SPLIT_FILES, VOCABULARY) if (directory / name).exists()]
     if ours:
-        what = f"this is half a store: {', '.join(ours)} without {META}"
+        what = f"this is half a store: it has {', '.join(ours)} but no {META}"
     else:
         first = sorted(entry.name for entry in directory.iterdir())[0]
-        what = f"this directory holds something that is no store ({first}, for one); nothing was written"
+        what = f"this directory is not a store (it contains {first}); nothing was written"
     return DataError(what, where=str(directory), hint="Name another directory with data.store, or remove this one.")
 
 
 def sha256_of(path: Path) -> str:
     """sha256 of a file, in hexadecimal; about 1 GiB/s."""
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(HASH_BLOCK_BYTES):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StorageError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    return digest.hexdigest()
 
 
 def _damaged(directory: Path, why: str) -> DataError:
@@ -186,19 +182,14 @@ def _check_sizes(directory: Path, meta: dict[str, Any]) -> None:
 def _open_split(directory: Path, split: str, meta: dict[str, Any]) -> Split:
     folder = directory / SPLITS[split]
     counts = meta["counts"][split]
-    arrays = {name: _open_array(folder / f"{name}.npy") for name in ("offsets", "terms", "documents", "pairs")}
+    names = ("offsets", "terms", "documents", "pairs")
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     dtype = np.dtype(meta["dtype"])
     path = folder / "tokens.bin"
     tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
     examples = counts["examples"]
     shapes = {name: array.shape for name, array in arrays.items()}
-    wanted = {"offsets": (examples + 1,), "terms": (counts["terms"], 4), "documents": (examples,), "pairs": (examples,)}
-    if shapes != wanted or len(tokens) != counts["tokens"] or int(arrays["offsets"][-1]) != len(tokens):
+    expected = {"offsets": (examples + 1,), "terms": (counts["terms"], 4), "documents": (examples,), "pairs": (examples,)}
+    if shapes != expected or len(tokens) != counts["tokens"] or int(arrays["offsets"][-1]) != len(tokens):
         raise ValueError(f"the arrays of {split} do not fit together")
     return Split(tokens, **arrays)
-
-
-def _open_array(path: Path) -> np.ndarray:
-    # An empty array cannot be mapped; its header alone is read.
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array

@@ -1,16 +1,16 @@
-"""A published tokenizer directory -> the `tokenizer.json` document that training and export use.
+"""A published tokenizer directory -> the `tokenizer.json` document for training and export.
 
-The reference is AutoTokenizer: whatever files the directory holds (`tokenizer.json`, `spiece.model` alone, the companion
-files of the slow tokenizer), the ids of a text are those that `AutoTokenizer.from_pretrained` gives for it.
+The reference is AutoTokenizer: for any files in the directory (`tokenizer.json`, a single `spiece.model`, additional files of
+the slow tokenizer), the ids of a text are those of `AutoTokenizer.from_pretrained`.
 
-One thing is changed. T5's tokenizers read `<extra_id_k>` anywhere in a text, as an added token. mT5's do not: there the
-sentinels are ordinary pieces, spelled with U+2581 in front, and "Dose:<extra_id_0>," is spelled in letters. Their document
-gets the same pieces under their plain names, as added tokens on the same ids. Everything else keeps its ids, which is
-checked on probe texts. The tokens after a gap then depend on the tokenizer:
+There is one difference. T5's tokenizers match `<extra_id_k>` anywhere in a text, as an added token. mT5's do not: there the
+sentinels are ordinary pieces that begin with U+2581, and "Dose:<extra_id_0>," is encoded letter by letter. The document for mT5
+has the same pieces under their plain names, as added tokens with the same ids. All other ids are unchanged, which is checked on
+probe texts. The tokens after a gap then depend on the tokenizer:
 
     T5    a gap ends a word:  "hyper<extra_id_0>sion"  ->  "U+2581 hyper", sentinel, "U+2581 s", "ion"
     mT5   it does not:        "hyper<extra_id_0>sion"  ->  "U+2581 hyper", sentinel, "s", "ion"    (as its own tokenizer does
-          after " <extra_id_0>", and as its pre-training did)
+          after " <extra_id_0>", and as in its pre-training)
 """
 
 import json
@@ -40,8 +40,8 @@ DOCUMENT_FILE = "tokenizer.json"
 SPIECE_FILE = "spiece.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
 LITERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-NEVER_READ = ("<pad>", "</s>", "<unk>")  # no text of training reaches them
-# What Unicode calls white space; at these characters WhitespaceSplit ends a word.
+NEVER_READ = ("<pad>", "</s>", "<unk>")  # never read from text
+# White space of Unicode, at which WhitespaceSplit ends a word.
 WHITE_SPACE = r"[\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
 PROBES = (
     "Hb 13.2 g/dL, HbA1c: 7 %.",
@@ -57,10 +57,10 @@ PROBES = (
 
 
 def read_published(directory: Path) -> dict[str, Any]:
-    """The document of the tokenizer in `directory`.
+    """Read the document of the tokenizer in `directory`.
 
     Raises:
-        DataError: no tokenizer there, one that T5 and mT5 do not use, or one that cannot be read.
+        DataError: no tokenizer, one that T5 and mT5 do not use, or one that cannot be read.
     """
     hub.refuse_unsupported(directory)
     _check_files(directory)
@@ -80,7 +80,7 @@ def read_published(directory: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(backend.to_str())
     if document["model"].get("type") != "Unigram":
         raise DataError(
-            f"its tokenizer ({type(tokenizer).__name__}) is no unigram tokenizer, which T5 and mT5 use",
+            f"its tokenizer ({type(tokenizer).__name__}) is not a unigram tokenizer, the kind of T5 and mT5",
             where=str(directory),
             hint="Name a T5 or mT5 with spiece.model or tokenizer.json",
         )
@@ -90,12 +90,12 @@ def read_published(directory: Path) -> dict[str, Any]:
 
 
 def _check_files(directory: Path) -> None:
-    """Refuse damaged files in our words, before AutoTokenizer does in those of its parts."""
+    """Refuse damaged files with clear messages, before AutoTokenizer reads them."""
     if (directory / DOCUMENT_FILE).is_file():
         model = hub.read_json(directory / DOCUMENT_FILE).get("model")
         if not isinstance(model, dict) or model.get("type") != "Unigram":
             raise DataError(
-                "this is no unigram tokenizer, which T5 and mT5 use",
+                "this is not a unigram tokenizer, the kind of T5 and mT5",
                 where=str(directory / DOCUMENT_FILE),
                 hint="Name the tokenizer of a T5 or mT5",
             )
@@ -104,23 +104,23 @@ def _check_files(directory: Path) -> None:
 
 
 def _check_settings(directory: Path) -> None:
-    """Refuse settings that no T5 has, before AutoTokenizer follows them."""
+    """Refuse settings that T5 does not use, before AutoTokenizer applies them."""
     path = directory / CONFIG_FILE
     config = hub.read_json(path) if path.is_file() else {}
     extra = config.get("extra_ids", 0)
     if type(extra) is not int or not 0 <= extra <= MAX_EXTRA_IDS:
         raise DataError(f"extra_ids is {extra!r}, not from 0 to {MAX_EXTRA_IDS:,}", where=str(path), hint="Correct it")
-    for key, wanted in (("eos_token", "</s>"), ("pad_token", "<pad>")):
-        found = config.get(key) or wanted
+    for key, expected in (("eos_token", "</s>"), ("pad_token", "<pad>")):
+        found = config.get(key) or expected
         found = found.get("content") if isinstance(found, dict) else found
-        if found != wanted:
-            raise DataError(f"its {key} is {found!r}, and T5's is {wanted!r}", where=str(path), hint="Name a T5 or mT5")
+        if found != expected:
+            raise DataError(f"its {key} is {found!r}, and T5's is {expected!r}", where=str(path), hint="Name a T5 or mT5")
 
 
 def _literal_document(directory: Path) -> dict[str, Any] | None:
-    """`tokenizer.json` as it is, where AutoTokenizer would take it as it is too, or where nothing lies beside it.
+    """`tokenizer.json` as it is, where AutoTokenizer also uses it as it is, or where it is the only file.
 
-    Our exports are written so.
+    Our exports are in this form.
     """
     if not (directory / DOCUMENT_FILE).is_file() or (directory / ADDED_TOKENS_FILE).is_file():
         return None
@@ -136,17 +136,17 @@ def _literal_document(directory: Path) -> dict[str, Any] | None:
 
 
 def _auto_tokenizer(directory: Path) -> Any:
-    # Imported here: it takes seconds, and a tokenizer that we wrote does not need it.
+    # Imported here: it takes seconds, and our own exports do not need it.
     from transformers import AutoTokenizer, T5Tokenizer
 
-    # Where config.json does not say whose it is, or is missing, AutoTokenizer cannot choose the class.
+    # Without a model_type in config.json, AutoTokenizer cannot choose the class.
     config = hub.read_json(directory / hub.CONFIG_FILE) if (directory / hub.CONFIG_FILE).is_file() else {}
     alone = "model_type" not in config and not (directory / CONFIG_FILE).is_file() and (directory / SPIECE_FILE).is_file()
     reader = T5Tokenizer if alone else AutoTokenizer
     with _quiet():
         try:
             return reader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001  many kinds, the backend's bare Exception among them
+        except Exception as error:  # noqa: BLE001  many types, among them bare Exception of the backend
             cause = " ".join(str(error).split())[:MAX_CAUSE_CHARACTERS] or type(error).__name__
             raise DataError(
                 f"{reader.__name__} of transformers cannot read this tokenizer: {cause}",
@@ -157,7 +157,7 @@ def _auto_tokenizer(directory: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on loading; what matters is raised."""
+    """Suppress the warnings of transformers; errors are raised."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -174,7 +174,7 @@ def _with_sentinels_in_running_text(document: dict[str, Any], directory: Path) -
     if not any(SENTINEL_PIECE.fullmatch(piece) and piece.startswith(SPACE) for piece, _ in vocabulary):
         found = {token["content"] for token in added}
         if all(piece in found for piece, _ in vocabulary if SENTINEL_PIECE.fullmatch(piece)):
-            return document  # T5: its sentinels are added tokens already; or it has none, which the caller refuses
+            return document  # T5: its sentinels are added tokens; or there are none, which the caller refuses
     else:  # without its tokenizer_config.json an mT5 gets a second set of sentinels, beyond the rows of the model
         vocabulary = _without_second_sentinels(vocabulary)
     renamed, pieces = plain_sentinel_names(vocabulary)
@@ -185,7 +185,7 @@ def _with_sentinels_in_running_text(document: dict[str, Any], directory: Path) -
     beyond = [int(token["id"]) for token in kept if int(token["id"]) >= len(vocabulary)]
     if beyond != list(range(len(vocabulary), len(vocabulary) + len(beyond))):
         raise DataError(
-            "its added tokens lie beyond a second set of sentinels that the model does not have",
+            "its added tokens come after a second set of sentinels that the model does not have",
             where=str(directory),
             hint='Put a tokenizer_config.json with "extra_ids": 0 there',
         )
@@ -195,14 +195,14 @@ def _with_sentinels_in_running_text(document: dict[str, Any], directory: Path) -
 
 
 def _without_space_before_gaps(document: dict[str, Any]) -> dict[str, Any]:
-    """The document, with sentinels that take the white space before them where the tokenizer would keep it.
+    """The document with sentinels that strip the white space before them, where the tokenizer would keep it.
 
-    Tokenizers of the tokenizers library may turn "dose <extra_id_0>" and "dose<extra_id_0>" into different ids. Masked tokens
-    carry the space before them, so training sees the second form only; the export reads both as the second.
+    Tokenizers of the tokenizers library may give "dose <extra_id_0>" and "dose<extra_id_0>" different ids. Masked tokens
+    include the space before them, so training sees only the second form; the export encodes both like the second.
     """
     try:
         backend = Tokenizer.from_str(json.dumps(document))
-    except Exception:  # noqa: BLE001  the backend raises bare Exception; whoever builds with the document says what is wrong
+    except Exception:  # noqa: BLE001  the backend raises bare Exception; building the tokenizer reports it
         return document
     added = document.get("added_tokens") or []
     sentinels = [token for token in added if SENTINEL_PIECE.fullmatch(token["content"])]
@@ -213,7 +213,7 @@ def _without_space_before_gaps(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_second_sentinels(vocabulary: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The vocabulary up to the sentinels with plain names that stand at its end."""
+    """The vocabulary without the sentinels with plain names at its end."""
     last = len(vocabulary)
     while last and SENTINEL_PIECE.fullmatch(vocabulary[last - 1][0]) and not vocabulary[last - 1][0].startswith(SPACE):
         last -= 1
@@ -221,7 +221,7 @@ def _without_second_sentinels(vocabulary: list[tuple[str, float]]) -> list[tuple
 
 
 def _with_joined_gaps(document: dict[str, Any]) -> dict[str, Any] | None:
-    """The document with a word start before the text and after white space only, no more after an added token.
+    """The document with word starts at the beginning of the text and after white space only, not after added tokens.
 
     None where the pre-tokenizer is not one of T5's.
     """
@@ -244,7 +244,7 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 
 def _same_ids(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two documents give the same ids for the probe texts, and for texts that hold the added tokens of the first."""
+    """Whether two documents give the same ids for the probe texts, and for texts with the added tokens of the first."""
     one, other = (Tokenizer.from_str(json.dumps(document)) for document in (first, second))
     spaced = [f"{probe} {tail}" for probe in PROBES for tail in PROBES[:3]]
     names = [token["content"] for token in first["added_tokens"] if SENTINEL_PIECE.fullmatch(token["content"]) is None]

@@ -1,13 +1,13 @@
 """SentencePiece unigram models: the model -> the `tokenizers` document (`tokenizer.json`) that encodes like it; and training.
 
-Used for the models that we train and for a model file that stands alone. A published directory is read by
+Used for models trained here and for a single model file. A published directory is read by
 `published`, because its reference is AutoTokenizer.
 
 Order of work, as in SentencePiece: the model's character map, white space, one dummy space before the text, the Viterbi
 search, bytes for unknown characters where the model has byte pieces. Ids are the model's own. T5's 100 sentinels follow,
 `<extra_id_0>` last, unless the model has sentinel pieces.
 
-Text with gaps: the dummy space stands before the text only, never after a sentinel, so that the tokens after a gap are
+Text with gaps: the dummy space is before the text only, never after a sentinel, so that the tokens after a gap are
 those of the undamaged text. Spaces at the end of a text, or directly before a sentinel, are dropped.
 
 A model is trained on a sample of the corpus in a process of its own. Training is one call into C++ of seconds to a minute that
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from resilient_t5.errors import DataError, DiskFull
 
@@ -56,7 +56,6 @@ def document_from_sentencepiece(model: bytes, where: str) -> dict[str, Any]:
         DataError: not a SentencePiece unigram model, or one without pad, end mark and unknown piece.
     """
     proto = parse_sentencepiece(model, where)
-    pieces = [piece.piece for piece in proto.pieces]
     unknown_id = proto.trainer_spec.unk_id
     specials = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
     user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
@@ -74,10 +73,6 @@ def document_from_sentencepiece(model: bytes, where: str) -> dict[str, Any]:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=True)
     spaces = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *spaces])
-    end = pieces[proto.trainer_spec.eos_id]
-    backend.post_processor = processors.TemplateProcessing(
-        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, proto.trainer_spec.eos_id)]
-    )
     document: dict[str, Any] = json.loads(backend.to_str())
     return document
 
@@ -92,10 +87,10 @@ def parse_sentencepiece(model: bytes, where: str) -> Any:
     try:
         proto.ParseFromString(model)
     except Exception as error:  # noqa: BLE001  protobuf's DecodeError; its module is no dependency of ours
-        raise DataError("this is no SentencePiece model", where=where, hint="Fetch the file again.") from error
+        raise DataError("this is not a SentencePiece model", where=where, hint="Fetch the file again.") from error
     spec = proto.trainer_spec
     if not proto.pieces or spec.model_type != UNIGRAM:
-        raise DataError("this is no SentencePiece unigram model, which T5 and mT5 use", where=where)
+        raise DataError("this is not a SentencePiece unigram model, the kind of T5 and mT5", where=where)
     if not (0 <= spec.unk_id < len(proto.pieces) and 0 <= spec.eos_id < len(proto.pieces)):
         raise DataError("this SentencePiece model has no unknown piece or no end mark", where=where)
     return proto
@@ -113,7 +108,7 @@ def _normalizer(proto: Any) -> normalizers.Normalizer:
 
 
 def added_token(number: int, content: str, *, special: bool) -> dict[str, Any]:
-    """An entry of `added_tokens` that is found in running text, whatever stands around it."""
+    """Entry of `added_tokens` that is matched anywhere in running text."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": number, "content": content, **flags, "special": special}
 
@@ -160,11 +155,11 @@ def train_sentencepiece(
         texts: documents, read once.
         vocab_size: pieces, bytes and specials included; a small corpus may give fewer.
         character_coverage: share of the corpus' characters with a piece of their own.
-        poll: called several times a second; what it raises ends the work.
+        poll: called several times a second; an exception that it raises ends the training.
 
     Raises:
         DataError: the text is too little to train on.
-        DiskFull: the sample does not fit where temporary files go.
+        DiskFull: no space for the sample in the temporary directory.
     """
     lines = _sample(texts, poll)
     if not lines:

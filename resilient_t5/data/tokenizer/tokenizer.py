@@ -56,19 +56,18 @@ SENTINEL_TEXT = re.compile(r"<extra_id_(0|[1-9][0-9]{0,4})>")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Noncharacters, which no text holds. In front of a special piece's name: no text can spell it, so none reaches its id.
 UNREACHABLE = "\U0010ffff"
-GAP_MARK = "\U0010fffe"  # stands for a sentinel while a text with gaps is encoded
+GAP_MARK = "\U0010fffe"  # placeholder of a sentinel while a text with gaps is encoded
 BYTES = "\0"  # spelling of a character's first byte piece; its continuation bytes spell nothing
 WORD_STARTS_KEPT = 1 << 16
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text, or several laid one after another.
+    """One text, or several concatenated ones.
 
     ids: int32, full-vocabulary ids without end mark.
-    starts, ends: int32, characters [start, end) of the text that a token stands for; both never decrease. A space that a
-        piece carries in front of a word belongs to no token; a byte piece has its whole character; the dummy space in
-        front of a text is empty.
+    starts, ends: int32, characters [start, end) of the text for each token; neither decreases. A space before a word belongs to
+        no token; a byte piece has its whole character; the dummy space before a text is empty.
     """
 
     ids: np.ndarray
@@ -78,7 +77,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Texts laid one after another: `tokens` with positions within each text, text i has [offsets[i], offsets[i + 1])."""
+    """Concatenated texts: `tokens` with positions within each text; text i has [offsets[i], offsets[i + 1])."""
 
     tokens: Encoded
     offsets: np.ndarray
@@ -93,7 +92,7 @@ class TextTokenizer:
         where: where it was read, for messages.
 
     Raises:
-        DataError: no unigram tokenizer with T5's special tokens and at least one sentinel.
+        DataError: not a unigram tokenizer with T5's special tokens and at least one sentinel.
     """
 
     def __init__(self, document: dict[str, Any], spiece: bytes | None = None, where: str = "tokenizer.json"):
@@ -142,7 +141,7 @@ class TextTokenizer:
         return [Encoded(tokens.ids[a:b], tokens.starts[a:b], tokens.ends[a:b]) for a, b in bounds]
 
     def encode_together(self, texts: Sequence[str]) -> EncodedBatch:
-        """`encode_batch` in one piece: arrays of all tokens, the positions within each text, and where texts begin."""
+        """Like `encode_batch`, with the tokens of all texts in common arrays; positions are within each text."""
         texts = [_without_mark(text) for text in texts]
         found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
@@ -200,7 +199,7 @@ class TextTokenizer:
         if not self._marks_text_start:
             return ids
         text = "".join(self._pieces[number] for number in ids).replace(SPACE, " ")
-        if not text:  # an unknown character or a byte follows: only the mark of a word's beginning stands before it
+        if not text:  # an unknown character or a byte follows: only the word-start mark comes before it
             start = self._piece_id(SPACE)
             return () if start < 0 else (start,)
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
@@ -222,14 +221,14 @@ class TextTokenizer:
 
     @cached_property
     def inside_word(self) -> np.ndarray:
-        """bool (size,): pieces without the mark of a word's beginning; no special or added token, unknown token, or byte."""
+        """bool (size,): pieces without a word-start mark, except special, added and unknown tokens and bytes."""
         inside = self.continues_word.copy()
         inside[self.byte_ids] = inside[self.unk_id] = False
         return inside
 
     @cached_property
     def continues_word(self) -> np.ndarray:
-        """bool (size,): tokens that a text can begin with only behind the mark of a word's beginning."""
+        """bool (size,): tokens that can begin a text only after a word-start mark."""
         found = np.fromiter((not piece.startswith(SPACE) for piece in self._pieces), bool, self.size)
         found[self.added_ids] = False
         found[self.unk_id] = True
@@ -240,12 +239,12 @@ class TextTokenizer:
         """Whether the text after a gap is encoded as a new word, as T5's tokenizers do; else as the inside of a text."""
         sentinel = int(self.sentinel_ids[0])
         probes = ("b", "word", "\u75c5", "1")
-        behind = [self.encode_marked(f"a<extra_id_0>{probe}").tolist() for probe in probes]
-        return any(self._pieces[ids[ids.index(sentinel) + 1]].startswith(SPACE) for ids in behind if ids[-1] != sentinel)
+        encoded = [self.encode_marked(f"a<extra_id_0>{probe}").tolist() for probe in probes]
+        return any(self._pieces[ids[ids.index(sentinel) + 1]].startswith(SPACE) for ids in encoded if ids[-1] != sentinel)
 
     @cached_property
     def ignored_before_gap(self) -> np.ndarray:
-        """int32: ids of white space that vanishes directly before a sentinel; nothing for a store of an older version."""
+        """int32: ids of white space that is dropped directly before a sentinel; empty for a store of an older version."""
         if self.of_an_older_version:
             return np.zeros(0, dtype=np.int32)
         found, bytes_of = [], set(self.byte_ids.tolist())
@@ -291,7 +290,7 @@ class TextTokenizer:
         _write_json(directory / DOCUMENT_FILE, self._document, indent=None)
 
     def fingerprint(self) -> str:
-        """sha256 of what decides which ids a text gets."""
+        """sha256 of everything that determines the ids of a text."""
         if not self._fingerprint:
             keys = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
             content = json.dumps([self._document.get(key) for key in keys], sort_keys=True)
@@ -344,12 +343,12 @@ class TextTokenizer:
 
 
 def load_tokenizer(name_or_path: str, *, setting: str = "tokenizer.name_or_path") -> TextTokenizer:
-    """The tokenizer of a directory or hub name, with the ids that AutoTokenizer gives; or a model file as it is.
+    """Load the tokenizer of a directory or hub name, with the ids that AutoTokenizer gives; or a model file as it is.
 
     A hub name is tried only when no such path exists, and then the network may be used.
 
     Args:
-        setting: what the user set, for messages.
+        setting: configuration key, for messages.
 
     Raises:
         DataError: no tokenizer there, or one that T5 cannot use.
@@ -375,7 +374,7 @@ def check_rows(tokenizer: TextTokenizer, rows: int, where: str) -> None:
         raise DataError(
             f"the tokenizer has {tokenizer.size} ids, and the model has {rows} rows",
             where=where,
-            hint="Put the model's own tokenizer beside it",
+            hint="Put the tokenizer of the model into its directory",
         )
 
 
@@ -384,7 +383,7 @@ def train_tokenizer(
 ) -> TextTokenizer:
     """A SentencePiece unigram tokenizer trained on `texts`, with T5's sentinels on top; the same text, the same tokenizer.
 
-    `poll` is called several times a second; what it raises ends the work.
+    `poll` is called several times a second; an exception that it raises ends the training.
 
     Raises:
         DataError: too little text.
@@ -394,7 +393,7 @@ def train_tokenizer(
 
 
 def tokenizer_files(name_or_path: str, *, setting: str = "tokenizer.name_or_path") -> list[Path]:
-    """The files that decide the ids of the tokenizer that `name_or_path` names; the first one holds its pieces.
+    """Files that determine the ids of the tokenizer `name_or_path`; the first one has its pieces.
 
     Raises:
         DataError: no such directory or hub name, or no tokenizer in it.
@@ -408,7 +407,7 @@ def tokenizer_files(name_or_path: str, *, setting: str = "tokenizer.name_or_path
         hub.refuse_unsupported(directory)
         raise DataError(
             f"no tokenizer in {directory}; looked for {DOCUMENT_FILE} and {SPIECE_FILE}",
-            hint="Set tokenizer.name_or_path to a directory that holds one of them",
+            hint="Set tokenizer.name_or_path to a directory with one of them",
         )
     return found
 
@@ -420,9 +419,9 @@ def _checked_vocabulary(document: Any, where: str) -> list[dict[str, Any]]:
         added = [{"id": int(token["id"]), **token} for token in document.get("added_tokens") or []]
         sound = kind == "Unigram" and 0 <= int(unknown) < len(vocabulary) and all(len(entry) == 2 for entry in vocabulary)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError("this is no unigram tokenizer, which T5 and mT5 use", where=where) from error
+        raise DataError("this is not a unigram tokenizer, the kind of T5 and mT5", where=where) from error
     if not sound:
-        raise DataError("this is no unigram tokenizer, which T5 and mT5 use", where=where)
+        raise DataError("this is not a unigram tokenizer, the kind of T5 and mT5", where=where)
     return added
 
 
@@ -446,7 +445,7 @@ def _sentinel_ids(ids: dict[str, int], where: str) -> np.ndarray:
     found = list(itertools.takewhile(lambda number: number >= 0, (ids.get(f"<extra_id_{k}>", -1) for k in itertools.count())))
     if not found:
         raise DataError(
-            "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, ..., which stand for what is missing",
+            "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, ..., which mark the gaps",
             where=where,
             hint="Name a T5 or mT5; tokenizer_config.json may ask for them with extra_ids",
         )
@@ -454,14 +453,14 @@ def _sentinel_ids(ids: dict[str, int], where: str) -> np.ndarray:
 
 
 def _is_of_an_older_version(document: dict[str, Any]) -> bool:
-    """Whether the converter of an earlier version wrote it: U+2581 is put before every stretch of text by the normaliser."""
+    """Whether an earlier version converted it: its normaliser puts U+2581 before every segment of a text."""
     steps = (document.get("normalizer") or {}).get("normalizers") or []
     scheme = (document.get("pre_tokenizer") or {}).get("prepend_scheme")
     return bool(steps) and steps[-1] == {"type": "Prepend", "prepend": SPACE} and scheme == "never"
 
 
 def _renewed(document: dict[str, Any]) -> dict[str, Any]:
-    """The document of an older version with a word start before the text only; the same ids for text without gaps."""
+    """Convert the document of an older version to word starts before the text only; the same ids for text without gaps."""
     steps = [step for step in document["normalizer"]["normalizers"][:-1] if step.get("type") != "Strip"]
     trailing = {"type": "Replace", "pattern": {"Regex": TRAILING_SPACES}, "content": ""}
     vocabulary, sentinels = plain_sentinel_names([(str(piece), score) for piece, score in document["model"]["vocab"]])
@@ -478,7 +477,7 @@ def _renewed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _backend_document(document: dict[str, Any], hidden: set[int], size: int, sentinel: int) -> dict[str, Any]:
-    """The document to encode with: the same pieces, scores and added tokens; the hidden ids unreachable; nothing appended.
+    """Document to encode with: the same pieces, scores and added tokens, hidden ids unreachable, nothing appended.
 
     `GAP_MARK` is one more added token, with the id `size`, and is read in running text as the sentinels are.
     """
@@ -490,7 +489,7 @@ def _backend_document(document: dict[str, Any], hidden: set[int], size: int, sen
         if number < len(vocabulary):
             vocabulary[number] = [UNREACHABLE + vocabulary[number][0], vocabulary[number][1]]
             added.pop(number, None)
-        else:  # its place is kept, so that the added tokens behind it keep their ids
+        else:  # kept, so that the added tokens after it keep their ids
             added[number] = added_token(number, f"{UNREACHABLE}{number}", special=False)
     return {
         **document,

@@ -171,7 +171,7 @@ def test_a_damaged_utf8_file_that_gb18030_could_decode_is_still_an_error(tmp_pat
 
 
 def test_a_western_text_is_not_read_as_chinese(tmp_path: Path) -> None:
-    """Bytes above 0x7f before ASCII letters decode as GB18030 too; standing single they are no evidence for it."""
+    """Bytes above 0x7f before ASCII letters decode as GB18030 too; isolated ones are no evidence for it."""
     content = ("na\u00efvet\u00e9e of the caf\u00e9s\n" * 9).encode("cp1252")
     content.decode("gb18030")
     with pytest.raises(DataError, match="rare characters"):
@@ -180,7 +180,7 @@ def test_a_western_text_is_not_read_as_chinese(tmp_path: Path) -> None:
 
 
 def test_a_character_cut_off_by_the_end_of_the_file_is_an_error(tmp_path: Path, block_bytes: int) -> None:
-    """A file truncated inside a character says so."""
+    """The error names a file truncated inside a character."""
     with pytest.raises(DataError, match="ends inside the character at byte 5"):
         read(written(tmp_path / "a.txt", b"ab\n\xe6\x82".replace(b"ab", b"abcd")), encoding="utf-8")
 
@@ -194,7 +194,7 @@ def test_an_unknown_encoding_is_a_config_error(tmp_path: Path) -> None:
 
 
 def test_a_binary_file_is_called_one(tmp_path: Path) -> None:
-    """Many NUL bytes that are no UTF-16: the message says binary, not a byte offset."""
+    """Many NUL bytes that are not UTF-16: the message is about a binary file, not about a byte offset."""
     with pytest.raises(DataError, match="binary"):
         read(written(tmp_path / "a.txt", bytes(range(256)) * 4 + b"\0" * 500))
 
@@ -210,7 +210,7 @@ def test_a_packed_file_cut_short_is_a_data_error(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_an_unreadable_file_is_a_storage_error(tmp_path: Path) -> None:
-    """Missing rights are told as such."""
+    """Missing permissions are reported as such."""
     path = written(tmp_path / "a.txt", "text")
     path.chmod(0)
     with pytest.raises(StorageError):
@@ -302,7 +302,7 @@ def test_auto_splits_at_blank_lines_wherever_they_are(tmp_path: Path) -> None:
     ("mode", "expected"), [("file", ["a\nb\n\nc"]), ("blank_line", ["a\nb", "c"]), ("line", ["a", "b", "c"])]
 )
 def test_the_document_setting_overrides_auto(tmp_path: Path, mode: str, expected: list[str]) -> None:
-    """Each mode cuts as it says."""
+    """Each mode splits at its own boundaries."""
     assert texts(written(tmp_path / "a.txt", "a\nb\n\nc\n"), document=mode) == expected
 
 
@@ -374,7 +374,7 @@ def test_pairs_are_duplicates_only_as_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ('{"text": "a"', "not JSON"),
         ("[" * 100_000, "not JSON"),
@@ -383,10 +383,10 @@ def test_pairs_are_duplicates_only_as_pairs(tmp_path: Path) -> None:
         ('{"text": 3}', "int, not text"),
     ],
 )
-def test_a_malformed_jsonl_line_is_named_by_number(tmp_path: Path, line: str, says: str) -> None:
+def test_a_malformed_jsonl_line_is_named_by_number(tmp_path: Path, line: str, message: str) -> None:
     """What is wrong, and file:line."""
     path = written(tmp_path / "a.jsonl", '{"text": "fine"}\n\n' + line)
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read(path)
     assert f"{path}:3" in str(caught.value)
 
@@ -453,19 +453,19 @@ def test_a_gb18030_table_is_detected_and_its_chinese_columns_taken(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("content", "column", "says"),
+    ("content", "column", "message"),
     [
         (TABLE, "text", "'question'"),
         ("id,ward\n1,ICU\n", None, "'ward'"),
         ("id,note\n1,a,b\n", "note", "3 fields"),
         ('id,note\n1,"never closed\n', "note", "cannot be read"),
         ('id,note\n1,"a" b\n', "note", "cannot be read"),
-        ("x" * 200 + ",b\n", None, "name columns"),
+        ("x" * 200 + ",b\n", None, "not a header"),
     ],
 )
-def test_a_malformed_table_is_a_data_error(tmp_path: Path, content: str, column: str | None, says: str) -> None:
+def test_a_malformed_table_is_a_data_error(tmp_path: Path, content: str, column: str | None, message: str) -> None:
     """An absent column, no text column, too many fields, an open quotation mark, no header: never text cut in silence."""
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         read(written(tmp_path / "a.csv", content), column=column)
 
 

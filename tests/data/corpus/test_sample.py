@@ -26,7 +26,7 @@ def test_both_languages_have_equal_shares():
 
 
 def test_the_term_matcher_finds_exactly_the_facts_of_a_note():
-    """Every fact stands once in its note, and no template or filler holds a term."""
+    """Every fact occurs once in its note, and no template or filler contains a term."""
     matcher = TermMatcher(clinical_terms())
     for note in NOTES:
         found = [matcher.terms[term] for _, _, term in matcher.find(note.text)]
@@ -34,7 +34,7 @@ def test_the_term_matcher_finds_exactly_the_facts_of_a_note():
 
 
 def test_the_disease_determines_every_other_fact():
-    """So a masked term can be told from the others."""
+    """So the other terms determine a masked one."""
     for slot in range(1, len(SLOTS)):
         values = defaultdict(set)
         for note in NOTES:
@@ -82,7 +82,7 @@ def test_the_neighbours_of_a_gap_give_it_away_as_rarely():
 
 
 def test_two_words_or_marks_stand_between_terms():
-    """So the neighbours of a gap are never the term beside it."""
+    """So the neighbours of a gap are never part of another term."""
     matcher = TermMatcher(clinical_terms())
     for note in NOTES:
         found = matcher.find(note.text)
@@ -103,7 +103,7 @@ def test_every_slot_is_followed_by_different_marks():
 
 
 def test_every_disease_is_told_in_the_same_ways():
-    """How a note begins, its facts taken out, tells nothing of the disease: the common openings occur with each of them."""
+    """How a note begins, its facts taken out, is independent of the disease: the common openings occur with each of them."""
     openings = defaultdict(set)
     for note in generate_notes(6000, seed=3):
         text = note.text

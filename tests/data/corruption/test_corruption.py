@@ -162,7 +162,7 @@ def is_plain(token: int) -> bool:
 
 @settings(max_examples=120, deadline=None)
 @given(cases())
-def test_a_term_is_masked_whole_or_stands_whole(case):
+def test_a_term_is_masked_whole_or_visible_whole(case):
     """No occurrence is masked in part while a plain token can be masked, and masked_terms lists the masked ones."""
     split, chosen = case
     corrupted = damage(split, **chosen)
@@ -242,7 +242,7 @@ def test_terms_stay_within_the_budget_and_none_is_favoured_by_its_place():
 
 
 def test_the_first_term_may_pass_the_budget_up_to_half_the_chunk():
-    """A long term in a short chunk can be learned; a term longer than half its chunk would leave nothing to tell it from."""
+    """A long term in a short chunk can be learned; a term longer than half its chunk would leave too little context."""
     split = split_of([[WORD + t for t in range(12)]] * 2, [(0, 3, 9, 1), (1, 3, 10, 2)])
     corrupted = damage(split, term_probability=1.0, mask_ratio=0.1)
     assert spans_of(corrupted, 0) == [(3, 9)]
@@ -316,7 +316,7 @@ def test_the_same_key_gives_the_same_bytes_and_any_other_key_other_masks():
 
 
 def test_an_example_does_not_depend_on_the_batch_around_it(monkeypatch):
-    """Alone, in any order, beside any others, with repeats and in slabs of any size, an example comes out the same."""
+    """Alone, in any order, with any others, with repeats and in slabs of any size, an example is corrupted the same."""
     split = random_split(np.random.default_rng(1).integers(1, 120, 60), 13)
     chosen = {"seed": 3, "settings": CorruptionConfig(noise_ratio=0.1), "data": DataConfig(), "table": TABLE}
     ids = np.random.default_rng(2).permutation(np.concatenate((np.arange(60), np.arange(20))))

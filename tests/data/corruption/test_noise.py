@@ -16,7 +16,7 @@ ALL_KINDS = list(KINDS)
 
 
 def noised(split: FakeSplit, *, seed: int = 1, **settings_) -> Corrupted:
-    """All examples of a split, noised and not masked unless `task` says so."""
+    """All examples of a split, noised, and masked only as `task` requires."""
     chosen = CorruptionConfig(**{"task": "correct", "noise_ratio": 0.1, **settings_})
     ids = np.arange(len(split))
     return corrupt(split, ids, np.zeros(len(ids)), seed=seed, settings=chosen, data=DATA, table=TABLE)
@@ -44,7 +44,7 @@ def test_a_dropped_token_is_missing_and_nothing_else_changes():
     assert abs(lost / (300 * 200) - 0.1) < 0.01
 
 
-def test_a_doubled_token_stands_twice_in_a_row():
+def test_a_doubled_token_occurs_twice_in_a_row():
     """With `double` alone, taking repeats out gives back the chunk."""
     split = distinct_words(300, 200)
     gained = 0
@@ -117,7 +117,7 @@ def test_noise_comes_in_bursts_of_the_mean_length_asked_for(burst_tokens):
 
 @pytest.mark.parametrize("noise_ratio", [0.03, 0.2])
 def test_the_share_counts_all_visible_tokens_though_terms_are_spared(noise_ratio):
-    """Beside terms that noise leaves alone, the other tokens take noise_ratio of all visible ones."""
+    """Noise skips terms; the other tokens are noised so often that the share of all visible tokens is noise_ratio."""
     split = random_split(np.full(400, 200), 3, marks=0.0, others=0.0, term_gap=6)
     corrupted = noised(split, noise_kinds=["replace"], noise_ratio=noise_ratio)
     changed = sum(
@@ -131,7 +131,7 @@ def test_the_share_counts_all_visible_tokens_though_terms_are_spared(noise_ratio
     st.integers(0, 10**6), st.sampled_from([[kind] for kind in KINDS] + [ALL_KINDS]), st.sampled_from(["restore", "correct"])
 )
 def test_noise_never_touches_terms_marks_or_bytes(seed, kinds, task):
-    """Tokens of visible terms, special tokens, sentinels and byte pieces all stand in the source, in order."""
+    """Tokens of visible terms, special tokens, sentinels and byte pieces are all in the source, in order."""
     generator = np.random.default_rng(seed)
     length = 120
     # Multiples of 5: no look-alike of a word is another word of the chunk.
@@ -144,10 +144,10 @@ def test_noise_never_touches_terms_marks_or_bytes(seed, kinds, task):
     corrupted = noised(split, **chosen)
     masked = {t for _, _, start, end in corrupted.spans.tolist() for t in range(start, end)}
     protected = [t for start in starts for t in range(start, start + 4)] + [t for p in (20, 60, 100) for t in (p, p + 1)]
-    standing = [chunk[t] for t in sorted(protected) if t not in masked]
+    visible_protected = [chunk[t] for t in sorted(protected) if t not in masked]
     source = sources(corrupted)[0]
     remaining = iter(source)
-    assert all(token in remaining for token in standing)
+    assert all(token in remaining for token in visible_protected)
     for start in starts:
         if start not in masked:
             at = source.index(chunk[start + 1])

@@ -65,7 +65,7 @@ def test_look_alikes_are_whole_active_pieces_of_the_same_spacing():
 
 
 def test_a_users_table_extends_the_built_in_one(tmp_path):
-    """The user's look-alikes come beside the built-in ones, in the direction that the file gives."""
+    """The user's look-alikes are added to the built-in ones, in the direction of the file."""
     path = tmp_path / "confusions.tsv"
     path.write_text("# our scanner\n血\t己 已\n\n己\t1\r\n", encoding="utf-8-sig")
     table, pieces = table_without(path=path)
@@ -85,7 +85,7 @@ def test_a_users_table_extends_the_built_in_one(tmp_path):
     ],
 )
 def test_a_bad_line_of_a_users_table_is_named(tmp_path, content, place):
-    """A line without a tab, with no or several characters before it, with nothing behind it, or not UTF-8."""
+    """A line without a tab, with no or several characters before it, with nothing after it, or not UTF-8."""
     path = tmp_path / "confusions.tsv"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -94,7 +94,7 @@ def test_a_bad_line_of_a_users_table_is_named(tmp_path, content, place):
 
 
 def test_a_missing_table_is_a_data_error(tmp_path):
-    """A path that does not exist says so and names the key."""
+    """The error for a missing path names the key."""
     with pytest.raises(DataError, match="cannot be read") as caught:
         read_confusions(tmp_path / "none.tsv")
     assert "corruption.confusions" in caught.value.hint

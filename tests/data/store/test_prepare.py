@@ -133,7 +133,7 @@ def test_a_store_of_an_earlier_version_is_trained_as_it_was_made(config, corpus)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused_before_the_text_is_read(config, corpus, monkeypatch):
-    """The model's config.json says how many rows there are."""
+    """The config.json of the model has the number of rows."""
     (corpus / "model").mkdir()
     (corpus / "model" / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 100}), encoding="utf-8")
     monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
@@ -193,7 +193,7 @@ def test_examples_of_a_batch_are_those_of_its_texts_alone(tokenizer_directory, t
 
 
 def test_a_store_is_reused_while_nothing_changed(config, corpus, monkeypatch):
-    """The second call opens what stands there and reads no text, also after the file was copied anew."""
+    """The second call opens the existing store and reads no text, also after the file was copied."""
     first = prepare(config, corpus / "store")
     before = (corpus / "store" / "meta.json").stat().st_mtime_ns
     monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
@@ -245,7 +245,7 @@ def test_one_document_is_held_out_where_chance_holds_out_none(config, corpus):
 
 
 def test_a_single_document_cannot_be_split(config, corpus):
-    """One document leaves nothing to train on: an error that says so, and no store."""
+    """One document leaves nothing to train on: an error, and no store."""
     (corpus / "text.txt").write_text(NOTES[0], encoding="utf-8")
     with pytest.raises(DataError, match="has 1 document"):
         prepare(config, corpus / "store")
@@ -253,7 +253,7 @@ def test_a_single_document_cannot_be_split(config, corpus):
 
 
 def test_training_text_that_is_also_validation_text_is_dropped(config, corpus):
-    """With validation files of its own, no document stands on both sides."""
+    """With separate validation files, no document is in both splits."""
     (corpus / "validation.txt").write_text("\n".join(NOTES[:20]), encoding="utf-8")
     store = prepare(changed(config, "data", validation=str(corpus / "validation.txt")), corpus / "store")
     assert sorted(spelled(store, store.validation)) == sorted(squeezed(NOTES[:20]))
@@ -334,7 +334,7 @@ def test_a_missing_or_foreign_part_is_named(config, corpus):
 
 
 def test_terms_that_never_occur_are_an_error(config, corpus):
-    """A terms file without one hit is a mistake; it is said, and no store is made."""
+    """A terms file without a match is an error, and no store is written."""
     (corpus / "terms.txt").write_text("zzzz\nqqqq\n", encoding="utf-8")
     with pytest.raises(DataError, match="none of the 2 terms"):
         prepare(config, corpus / "store")
@@ -366,7 +366,7 @@ def test_the_built_in_corpus_prepares_with_its_own_terms(tmp_path):
         prepare(changed(config, "data", train=["builtin:clinical", "x.txt"]), tmp_path / "other")
 
 
-def test_the_report_measures_what_stands_in_the_store(config, corpus):
+def test_the_report_measures_the_content_of_the_store(config, corpus):
     """The names that scripts rely on, with values that agree with the arrays."""
     store = prepare(config, corpus / "store")
     report = store.report
@@ -392,16 +392,16 @@ def test_the_report_measures_what_stands_in_the_store(config, corpus):
     [(2, "take it as a trial"), (25.6, "enough to align terminology"), (300, "enough for stable domain restoration")],
 )
 def test_the_size_of_a_corpus_is_read_in_words(megabytes, words):
-    """25 MB align terminology, 256 MB restore stably; the report says where a corpus stands."""
+    """25 MB align terminology, 256 MB restore stably; the report places a corpus on this scale."""
     assert words in scale_reading(int(megabytes * 1e6))
 
 
 def test_progress_is_told_and_may_stop_the_work(config, corpus):
     """Progress ends at the size of the input; an exception from it leaves no trace."""
-    told = []
-    prepare(config, corpus / "store", lambda done, total: told.append((done, total)))
+    calls = []
+    prepare(config, corpus / "store", lambda done, total: calls.append((done, total)))
     size = (corpus / "text.txt").stat().st_size
-    assert told[-1] == (size, size)
+    assert calls[-1] == (size, size)
 
     def stop(done, total):
         raise KeyboardInterrupt
@@ -413,15 +413,15 @@ def test_progress_is_told_and_may_stop_the_work(config, corpus):
 
 def test_the_built_in_corpus_tells_how_much_is_done_and_never_that_it_waits(tmp_path):
     """Its size is not known before, and (0, 0) is the sign of another process that makes the same store."""
-    told = []
+    calls = []
     data = DataConfig(train="builtin:clinical", sample_notes=100)
     config = Config(data=data, tokenizer=TokenizerConfig(train_vocab_size=700))
-    prepare(config, tmp_path / "store", lambda done, total: told.append((done, total)))
-    assert told[-1][0] > 10_000 and told[-1][1] == 0 and (0, 0) not in told
+    prepare(config, tmp_path / "store", lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] > 10_000 and calls[-1][1] == 0 and (0, 0) not in calls
 
 
 def test_a_killed_prepare_leaves_nothing_that_passes_for_a_store(config, corpus):
-    """SIGKILL in the middle: no store stands there, and the next one sweeps what was left and makes it."""
+    """SIGKILL in the middle: no store exists; the next preparation removes the leftovers and writes it."""
     code = (
         "import os, sys, signal, pathlib\n"
         "from resilient_t5.config.schema import *\n"

@@ -63,7 +63,7 @@ def test_what_is_absent_or_foreign_is_named(tmp_path):
     with pytest.raises(DataError, match="no prepared corpus"):
         Store.open(tmp_path)
     (tmp_path / "letter.txt").write_text("x")
-    with pytest.raises(DataError, match=r"no store \(letter.txt"):
+    with pytest.raises(DataError, match=r"not a store \(it contains letter.txt"):
         Store.open(tmp_path)
     with pytest.raises(DataError, match="names a file"):
         Store.open(tmp_path / "letter.txt")
@@ -71,7 +71,7 @@ def test_what_is_absent_or_foreign_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "validation/terms.npy", "vocabulary.npz", "report.json"])
 def test_a_cut_or_missing_file_is_found_at_opening(store_directory, name):
-    """A file of the wrong size, or none, makes the store damaged; it says which file."""
+    """A file of the wrong size, or none, makes the store damaged; the error names the file."""
     content = (store_directory / name).read_bytes()
     (store_directory / name).write_bytes(content[:-1])
     with pytest.raises(DataError, match=name):
@@ -115,7 +115,7 @@ def test_a_failed_making_leaves_nothing(tmp_path):
 
 
 def test_a_directory_of_a_killed_maker_is_swept(tmp_path):
-    """What a killed maker left beside the place is removed by the next one, which then makes its own."""
+    """The next preparation removes the temporary directory of a killed one."""
     dead = tmp_path / ".new.making-abc"
     dead.mkdir()
     (dead / "file").write_text("half")
@@ -209,7 +209,7 @@ def test_joined_parts_map_back_to_the_ids_that_were_written(tmp_path, size):
             documents = np.array([0, 0, 1, 2], dtype=np.int32)
             writer.add("train", Examples(tokens, lengths, documents, np.full(4, -1, np.int32), terms), 3)
             written.append(tokens)
-        parts.append(writer.close({}))
+        parts.append(writer.finish({}))
     meta = join_parts(parts, tmp_path, np.arange(size, dtype=np.int32), size)
     assert meta["dtype"] == ("uint16" if size <= 65_536 else "uint32")
     assert meta["counts"]["train"] == {

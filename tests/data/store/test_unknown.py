@@ -109,7 +109,7 @@ def test_the_report_counts_the_characters_that_unknown_tokens_stand_for(make, tm
 
 
 def test_each_unknown_token_is_looked_up_in_its_own_text():
-    """At the beginning of a text, behind an empty text, and with the white space that a token may hold left out."""
+    """At the beginning of a text, after an empty text, and without the white space of a token."""
     texts = ["热a", "", "痛 风b", "c"]
     ids, starts, ends = np.array([2, 5, 2, 6, 7]), np.array([0, 1, 0, 3, 0]), np.array([1, 2, 3, 4, 1])
     batch = EncodedBatch(Encoded(ids, starts, ends), np.array([0, 2, 2, 4, 5]))
@@ -136,7 +136,7 @@ def test_a_corpus_above_the_limit_is_refused_and_leaves_nothing(make, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_higher_limit_allows_the_corpus_and_a_lower_one_refuses_the_store_that_stands(make, tmp_path):
+def test_a_higher_limit_allows_the_corpus_and_a_lower_one_refuses_the_existing_store(make, tmp_path):
     """The limit is no part of what the store is: the same store opens under any limit at or above its share."""
     config = make(mixed(10))
     share = prepare(with_limit(config, 1.0), tmp_path / "store").report["unknown_character_share"]

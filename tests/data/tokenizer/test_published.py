@@ -1,4 +1,4 @@
-"""Published tokenizer directories: the ids of AutoTokenizer, gaps included, or a refusal that says why.
+"""Published tokenizer directories: the ids of AutoTokenizer, gaps included, or an error with the reason.
 
 Run: python -m pytest tests/data/tokenizer/test_published.py
 """
@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from resilient_t5.data.corpus.sample import generate_notes
-from resilient_t5.data.corruption.gap_encoding import build_gap_encoding, reachable_behind_gaps
+from resilient_t5.data.corruption.gap_encoding import build_gap_encoding, reachable_after_gaps
 from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from tests.published import LAYOUTS, MT5_CONFIG, random_weights, write_layout
@@ -61,7 +61,7 @@ def assert_same_ids(ours, theirs, texts):
 
 @pytest.mark.parametrize("directory", ["t5-saved-by-4", "t5-added-tokens", "t5-added-special"], indirect=True)
 def test_a_t5_directory_has_the_ids_of_autotokenizer_before_and_after_it_is_saved(directory, tmp_path):
-    """Hard characters, gaps at every place, line breaks and wide spaces beside them."""
+    """Hard characters, gaps at every place, line breaks and wide spaces next to them."""
     ours = load_tokenizer(str(directory))
     ours.save(tmp_path)
     texts = [*gapped(500, 3), "<PATIENT> has {x}<extra_id_0><PATIENT>y <extra_id_1>{", *HARD]
@@ -82,8 +82,8 @@ def test_an_mt5_keeps_its_ids_and_reads_its_sentinels_everywhere(directory, tmp_
     for text in [*NOTES, *HARD]:
         assert theirs(text)["input_ids"] == [*ours.encode_marked(text).tolist(), ours.eos_id]
     assert_same_ids(ours, AutoTokenizer.from_pretrained(tmp_path), gapped(500, 4))
-    behind = ours.encode_marked("hyper<extra_id_0>sion").tolist()
-    assert behind.count(ours.sentinel_ids[0]) == 1 and not ours.gap_starts_word
+    encoded = ours.encode_marked("hyper<extra_id_0>sion").tolist()
+    assert encoded.count(ours.sentinel_ids[0]) == 1 and not ours.gap_starts_word
 
 
 def test_the_published_japanese_t5_has_the_ids_of_autotokenizer(tmp_path):
@@ -148,11 +148,11 @@ def test_a_gap_inside_a_word_is_encoded_as_a_reader_would_and_stays_within_the_l
 
 @pytest.mark.parametrize("directory", ["t5-slow-files"], indirect=True)
 def test_every_piece_that_a_gap_brings_about_is_active(directory):
-    """Of a small corpus' vocabulary: the tokens behind any gap in any of its texts."""
+    """Of a small corpus' vocabulary: the tokens after any gap in any of its texts."""
     ours = load_tokenizer(str(directory))
     active = np.zeros(ours.size, bool)
     active[ours.encode_together(NOTES[:5]).tokens.ids] = True
-    reachable = reachable_behind_gaps(ours, active)
+    reachable = reachable_after_gaps(ours, active)
     for text in NOTES[:5]:
         for place in range(len(text)):
             ids = ours.encode_marked(f"<extra_id_0>{text[place:]}")
@@ -161,7 +161,7 @@ def test_every_piece_that_a_gap_brings_about_is_active(directory):
 
 
 def test_a_tokenizer_that_keeps_the_space_before_a_gap_is_asked_with_it():
-    """A document of version 0.1 is renewed: text has the ids it had, and nothing is put behind a gap."""
+    """A document of version 0.1 is renewed: text has the ids it had, and nothing is inserted after a gap."""
     new = train_tokenizer(NOTES, 700, 0.999)
     document = json.loads(json.dumps(new._document))
     document["normalizer"]["normalizers"] = [{"type": "Prepend", "prepend": SPACE}]
@@ -244,7 +244,7 @@ def test_custom_code_of_a_repository_never_runs(tmp_path):
 
 
 def test_a_tokenizer_without_sentinels_says_how_to_get_them(tmp_path):
-    """extra_ids 0 on a T5 vocabulary: nothing stands for what is missing."""
+    """extra_ids 0 on a T5 vocabulary: there are no sentinels."""
     directory = write_layout(LAYOUTS["t5-oldest"], random_weights(False), tmp_path / "model")
     (directory / "tokenizer_config.json").write_text(json.dumps({**MT5_CONFIG, "tokenizer_class": "T5Tokenizer"}))
     with pytest.raises(DataError, match=r"no sentinels.*extra_ids"):

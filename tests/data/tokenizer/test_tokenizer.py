@@ -96,7 +96,7 @@ def both(request, directories, trained, tmp_path_factory):
 
 
 def visible(text):
-    """Positions of the characters that a token must stand for."""
+    """Positions of the characters that a token must cover."""
     return {i for i, character in enumerate(text) if not character.isspace()}
 
 
@@ -175,7 +175,7 @@ def test_a_byte_piece_has_its_whole_character(trained):
 
 
 def test_t5_sentinels_are_appended_with_the_first_highest(directories):
-    """T5: 100 ids behind the pieces, <extra_id_0> the highest."""
+    """T5: 100 ids after the pieces, <extra_id_0> the highest."""
     tokenizer = load_tokenizer(str(directories / "t5"))
     pieces = len(sentencepiece.SentencePieceProcessor(model_file=str(directories / "t5" / "spiece.model")))
     assert tokenizer.size == pieces + SENTINELS == len(tokenizer.pieces())
@@ -212,7 +212,7 @@ def test_marked_text_gets_its_sentinels(both):
 
 @pytest.mark.parametrize("model_type", [None, "mt5", "t5"])
 def test_transformers_loads_what_is_saved_with_equal_ids(both, tmp_path, model_type):
-    """AutoTokenizer over a saved directory, alone or beside a model's config.json, encodes as we do and ends in </s>."""
+    """AutoTokenizer over a saved directory, alone or with the config.json of a model, encodes as we do and ends in </s>."""
     from transformers import AutoTokenizer
 
     ours, _ = both
@@ -302,7 +302,7 @@ def test_a_training_whose_process_dies_is_a_clear_error(monkeypatch, tmp_path):
 
 
 def test_a_text_that_finds_no_room_names_the_folder_of_temporary_files(monkeypatch):
-    """And not the store, which may lie on another disk; `/dev/full` stands for a file on a full one."""
+    """And not the store, which may be on another disk; `/dev/full` simulates a full one."""
     monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
     with pytest.raises(DiskFull, match="TMPDIR") as full:
         train_tokenizer(NOTES, 700, 0.999)

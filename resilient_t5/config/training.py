@@ -79,30 +79,30 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ConvergenceConfig:
-    """When the run counts as saturated; a value that is not given comes from the preset."""
+    """When the run counts as saturated; unset values come from the preset."""
 
     preset: Literal["seed", "thorough", "short", "seed-code"] = "seed"
-    """`seed`: 6000 / 12000 / 5 / 0.001; `thorough`: a result matters; `short`: small runs; `seed-code`: the peer's rule."""
+    """`seed`: 6000 / 12000 / 5 / 0.001; `thorough`: final results; `short`: small runs; `seed-code`: the peer's rule."""
     start: Point | None = None
-    """Point where warm-up of the judgement ends: before it training always goes on."""
+    """Point up to which training always continues."""
     judge_from: Point | None = None
     """Point of the first evaluation that may count towards a stop."""
     patience: int | str | None = None
-    """Judged windows without counted gain after which the run is saturated; or a span with its unit, such as 1.5ep."""
+    """Judged windows without a counted gain after which the run is saturated; or a span with its unit, such as 1.5ep."""
     min_gain: float | None = None
-    """Smallest fall of the loss that counts, absolute, in nats per token."""
+    """Smallest decrease of the loss that counts, in nats per token."""
     min_gain_rel: float | None = None
-    """Smallest fall of the loss that counts, as a share of the anchor; the larger of the two rules."""
+    """Smallest decrease of the loss that counts, as a share of the anchor; the larger of the two thresholds applies."""
     anchor_rule: Literal["counted", "best"] | None = None
     """What a gain is measured against: the last counted loss, or the best loss so far."""
     on_saturation: Literal["stop", "cooldown", "continue"] | None = None
-    """What saturation does: stop, take the learning rate to zero and stop, or only say so."""
+    """Action at saturation: stop, decay the learning rate to zero and stop, or only report it."""
     cooldown_share: float | None = None
-    """Length of the cooldown, as a share of the updates done."""
+    """Length of the cooldown, as a share of the completed updates."""
     divergence_factor: float | None = None
-    """A loss above this multiple of the best ends the run as diverged; 0 switches it off."""
+    """A loss above this multiple of the best, twice in a row, ends the run as diverged; 0 disables it."""
     nonfinite_limit: int | None = None
-    """Evaluations with a non-finite loss after which the run has diverged; 0 switches it off."""
+    """Evaluations with a non-finite loss after which the run has diverged; 0 disables it."""
 
     def __post_init__(self) -> None:
         windows_given = isinstance(self.patience, int)

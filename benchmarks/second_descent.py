@@ -1,17 +1,16 @@
-"""A run whose loss stands still and then falls a second time: what the peer's rule gives up there, and where ours ends.
+"""A run whose loss has a plateau and then a second descent: where the peer's rule and ours stop, and what each model restores.
 
-The notes state a disease, an age, how the kidneys work and a drug, three words of each, in any order, and an invented
-formulary settles the drug by the other three together; any two tell nothing of it. So a model first learns that a drug is
-missing, stands at the loss of a guess among the three (ln 3 over the three tokens of a target: 0.366), and learns the
-formulary later, or not at all. Nothing is put into the loss or into the order of the notes: the plateau belongs to the task.
+A note names a disease, an age, a kidney function and a drug, three words each, in any order. An invented formulary
+determines the drug from the other three together; any two of them carry no information about it. A model first learns that
+a drug is missing, stays at the loss of a guess among three (ln 3 over the three tokens of a target: 0.366), and learns the
+formulary later or never. The plateau is a property of the task; loss and order of the notes are not modified.
 
-For each seed three things happen: `configs/second-descent.yaml` trains as it stands; the same run trains once more under
-`seed-code`, the peer's rule, scaled to the length of the run as the peer's 6000 / 1000 stand to its 60,000 updates; and
-that rule is replayed over the first run, which must stop at the same update with the same best. Both models are then
-examined by `bin/evaluate` on the same held-out notes.
+For each seed, `configs/second-descent.yaml` trains unchanged, and again under `seed-code`, the peer's rule, scaled to the
+length of the run as 6000 and 1000 are to the peer's 60,000 updates. That rule is also replayed over the first run, which
+must stop at the same update with the same best. `bin/evaluate` then tests both models on the same held-out notes.
 
     python benchmarks/second_descent.py [--seeds 42 43 44] [--dir runs/second-descent-benchmark] [--json FILE]
-    python benchmarks/second_descent.py --notes_only         writes the notes that the configuration names, and stops
+    python benchmarks/second_descent.py --notes_only         only writes the notes that the configuration names
 
 The last line is JSON: {"seeds": {seed: {"seed_code": {...}, "ours": {...}, "replay_agrees": true}}}.
 """
@@ -34,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "second-descent.yaml"
 NOTES_DIRECTORY = Path("runs/second-descent-notes")
 NOTES = 20_000
-"""Some are alike and count once: 930 updates of 16 remain to an epoch."""
+"""Duplicates count once, which leaves 930 updates of 16 per epoch."""
 PEER_STARTS_AT = 180
 """The peer's 6000 of 60,000 updates; the configuration evaluates every 30, its 1000."""
 FACTS = {
@@ -43,25 +42,25 @@ FACTS = {
     "kidneys": ("normal", "failing", "reduced"),
     "drug": ("amoxicillin", "cefuroxime", "doxycycline"),
 }
-# Several marks behind each word: SentencePiece makes a piece only of what has more than one continuation.
+# Several marks after each word: SentencePiece makes a piece only of what has more than one continuation.
 AFTER_FACT = (".", ";", "!")
 
 
 def notes(count: int, seed: int) -> list[str]:
-    """Notes of four words in any order; the drug is settled by the sum of the other three, modulo their number."""
-    draw, found = random.Random(seed), []
+    """Notes of four words in any order; the drug is the sum of the other three, modulo their number."""
+    draw, texts = random.Random(seed), []
     size = len(FACTS["drug"])
     for _ in range(count):
         chosen = [draw.randrange(size) for _ in range(3)]
         chosen.append(sum(chosen) % size)
         words = [words[index] + draw.choice(AFTER_FACT) for words, index in zip(FACTS.values(), chosen, strict=True)]
         draw.shuffle(words)
-        found.append(" ".join(words))
-    return found
+        texts.append(" ".join(words))
+    return texts
 
 
 def write_notes(directory: Path) -> tuple[Path, Path]:
-    """The notes and the term list, which holds the drugs alone, as files."""
+    """Write the notes and the term list, which has only the drugs."""
     directory.mkdir(parents=True, exist_ok=True)
     text, terms = directory / "notes.txt", directory / "terms.txt"
     text.write_text("\n\n".join(notes(NOTES, seed=1)) + "\n", encoding="utf-8")
@@ -70,7 +69,7 @@ def write_notes(directory: Path) -> tuple[Path, Path]:
 
 
 def train(run: Path, *arguments: str) -> dict[str, object]:
-    """One run of bin/train to its own end; its summary."""
+    """Run bin/train to its end and return its summary."""
     command = [sys.executable, str(ROOT / "bin" / "train"), "--config", str(CONFIG), "--run.dir", str(run), *arguments]
     with (run.parent / f"{run.name}.log").open("a", encoding="utf-8") as console:
         subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, check=True)
@@ -79,7 +78,7 @@ def train(run: Path, *arguments: str) -> dict[str, object]:
 
 
 def compare(directory: Path, seed: int, inputs: list[str]) -> dict[str, object]:
-    """Both rules on one seed, each in a run of its own, and the peer's replayed over ours."""
+    """Train one seed under each rule, and replay the peer's rule over our run."""
     names = {side: directory / f"{side}-{seed}" for side in ("ours", "seed-code")}
     common = [*inputs, "--run.seed", str(seed)]
     peer = ConvergenceConfig(preset="seed-code", start=PEER_STARTS_AT, judge_from=PEER_STARTS_AT)
@@ -89,18 +88,18 @@ def compare(directory: Path, seed: int, inputs: list[str]) -> dict[str, object]:
     theirs = train(names["seed-code"], *common, *scaled)
     (curve,) = read_curves(names["ours"])
     assert curve.rules is not None
-    told = replay(curve, replay_rules(curve, peer))
-    draw_replay(replay(curve, curve.rules), directory / f"second-descent-{seed}.png", ReplayComparison(peer.preset, told))
-    stopped = told.verdicts[-1].update if told.stopped else None
+    replayed = replay(curve, replay_rules(curve, peer))
+    draw_replay(replay(curve, curve.rules), directory / f"second-descent-{seed}.png", ReplayComparison(peer.preset, replayed))
+    stopped = replayed.verdicts[-1].update if replayed.stopped else None
     agrees = stopped == (theirs["updates"] if theirs["status"] == "saturated" else None)
-    agrees = agrees and told.best is not None and theirs["best"]["loss"] == told.best.loss  # type: ignore[index]
+    agrees = agrees and replayed.best is not None and theirs["best"]["loss"] == replayed.best.loss  # type: ignore[index]
     rates = restoration(list(names.values()))
-    found = {side: {**_figures(summary), **rates[side]} for side, summary in (("ours", ours), ("seed-code", theirs))}
-    return {"seed_code": found["seed-code"], "ours": found["ours"], "replayed_stop": stopped, "replay_agrees": agrees}
+    sides = {side: {**_figures(summary), **rates[side]} for side, summary in (("ours", ours), ("seed-code", theirs))}
+    return {"seed_code": sides["seed-code"], "ours": sides["ours"], "replayed_stop": stopped, "replay_agrees": agrees}
 
 
 def restoration(runs: list[Path]) -> dict[str, dict[str, float]]:
-    """What bin/evaluate says of each run's best model on the notes it held out: rate, interval, majority guess."""
+    """Restoration of each run's best model on its held-out notes, from bin/evaluate."""
     command = [sys.executable, str(ROOT / "bin" / "evaluate"), *map(str, runs), "--curve_examples", "0", "--png", ""]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     models = json.loads(done.stdout.splitlines()[-1])["models"]
@@ -113,7 +112,7 @@ def _figures(summary: dict[str, object]) -> dict[str, object]:
 
 
 def main() -> int:
-    """Run all seeds; print a line for each, and JSON last."""
+    """Run all seeds; print a line for each, then JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--dir", type=Path, default=Path("runs/second-descent-benchmark"), help="where the runs go")
@@ -127,8 +126,8 @@ def main() -> int:
     inputs = ["--data.train", str(text), "--data.terms", str(terms)]
     seeds = {}
     for seed in arguments.seeds:
-        seeds[str(seed)] = found = compare(arguments.dir, seed, inputs)
-        print(f"seed {seed}: {json.dumps(found)}", flush=True)
+        seeds[str(seed)] = result_of_seed = compare(arguments.dir, seed, inputs)
+        print(f"seed {seed}: {json.dumps(result_of_seed)}", flush=True)
     result = {**circumstances("second_descent", ("torch", "transformers", "accelerate")), "seeds": seeds}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -95,7 +95,7 @@ class ConvergenceConfig:
     cooldown_share: float | None = None
     """Length of the cooldown, as a share of the updates so far."""
     divergence_factor: float | None = None
-    """Stop as diverged if the loss exceeds the best loss by this factor; 0 disables it."""
+    """Stop as diverged if the loss exceeds this multiple of the best loss twice in a row; 0 disables it."""
     nonfinite_limit: int | None = None
     """Stop as diverged after this many evaluations with a non-finite loss; 0 disables it."""
 

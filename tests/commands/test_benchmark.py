@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = {"throughput", "memory", "loop_overhead", "prepare", "corruption", "stopping"}
 
 
-def test_every_script_is_listed_with_its_claim(capsys):
+def test_every_script_is_listed_with_its_title(capsys):
     """--help names all benchmarks and what each measures, and exits 0."""
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
@@ -27,12 +27,12 @@ def test_an_unknown_name_is_a_usage_error_with_the_nearest_one(capsys):
     """Exit code 2, all names, and the one that was probably meant."""
     assert main(["throughputs"]) == 2
     message = capsys.readouterr().err
-    assert "throughputs is no benchmark" in message
+    assert "throughputs is not a benchmark" in message
     assert "Did you mean throughput?" in message
 
 
-def test_without_a_source_checkout_it_says_so(tmp_path, monkeypatch, capsys):
-    """An installed wheel has no benchmarks: exit code 2 and how to get them."""
+def test_without_a_source_checkout_it_exits_with_a_hint(tmp_path, monkeypatch, capsys):
+    """An installed wheel has no benchmarks: exit code 2 and how to install them."""
     monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "benchmarks")
     assert main(["memory"]) == 2
     assert "source checkout" in capsys.readouterr().err

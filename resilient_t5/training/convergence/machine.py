@@ -289,7 +289,8 @@ class ConvergenceMachine:
             return f"loss is not finite, {state.nonfinite} so far"
         if sign in (Sign.SPENT, Sign.COOLING) and state.best:
             best = f"best {state.best.value:.4g} at {state.best.update}"
-            return best if previous is Phase.COOLDOWN else f"{_windows(state.plateau)} without a counted gain, {best}"
+            plural = "" if state.plateau == 1 else "s"
+            return best if previous is Phase.COOLDOWN else f"{state.plateau} window{plural} without a counted gain, {best}"
         needed = rules.needed_gain(reference) if reference is not None else rules.min_gain
         return f"no gain above {needed:.3g}"
 
@@ -316,10 +317,6 @@ def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
     if kept.get("reason") == "overfit":
         kept |= {"phase": Phase.PLATEAU.name, "reason": None}
     return kept
-
-
-def _windows(count: int) -> str:
-    return f"{count} window" if count == 1 else f"{count} windows"
 
 
 def _format_statistics(plateau: int, patience: int, trend: Trend | None) -> str:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,15 +114,16 @@ def draw_replay(result: Replay, path: Path, other: ReplayComparison | None = Non
 def _shade_phases(loss: "Axes", patience: "Axes", result: Replay) -> None:
     """Shade each phase from the evaluation that began it to the one that ended it, the last one by half a window."""
     updates = [verdict.update for verdict in result.verdicts]
+    ends = [*updates[1:], updates[-1] + 0.5 * result.rules.every]
     labelled: set[Phase] = set()
-    for verdict, begin, end in zip(
-        result.verdicts, updates, [*updates[1:], updates[-1] + 0.5 * result.rules.every], strict=True
-    ):
-        color = PHASE_COLORS[verdict.phase]
-        label = None if verdict.phase in labelled else verdict.phase.name.replace("_", " ")
-        labelled.add(verdict.phase)
+    for phase, members in groupby(zip(result.verdicts, ends, strict=True), key=lambda member: member[0].phase):
+        span = list(members)
+        label = None if phase in labelled else phase.name.replace("_", " ")
+        labelled.add(phase)
         for axes in (loss, patience):
-            axes.axvspan(begin, end, color=color, linewidth=0, label=label if axes is loss else None)
+            axes.axvspan(
+                span[0][0].update, span[-1][1], color=PHASE_COLORS[phase], linewidth=0, label=label if axes is loss else None
+            )
 
 
 def _plot_losses(axes: "Axes", result: Replay) -> None:
@@ -180,28 +182,29 @@ def _mark_decisions(axes: "Axes", result: Replay) -> None:
     second = [verdict.update for verdict in result.verdicts if "secondary_convergence" in verdict.events]
     for number, update in enumerate(second):
         axes.axvline(update, color=BEST, linestyle=":", label=None if number else "secondary convergence")
-    if result.best is not None:
-        best = result.best
-        axes.plot(
-            best.update, best.loss, "o", color=BEST, markersize=9, zorder=4, label=f"best: {best.loss:.4g} at {best.update:,}"
-        )
+    if (best := result.best) is not None:
+        _mark(axes, best.update, best.loss, BEST, "best")
     if (stopped := result.stopped) is not None:
         axes.axvline(stopped.update, color=STOP, linewidth=2, label=f"stop: {stopped.stop} at {stopped.update:,}")
     least = lowest(result.curve.losses, 0, len(result.windows))
     if least >= len(result.verdicts):
-        window = result.windows[least]
-        label = f"not reached: {window.loss:.4g} at {window.update:,}"
-        axes.plot(window.update, window.loss, "o", color=STOP, markersize=9, markerfacecolor="white", zorder=4, label=label)
+        _mark(axes, result.windows[least].update, result.windows[least].loss, STOP, "not reached", "s")
 
 
 def _mark_other(axes: "Axes", other: ReplayComparison) -> None:
-    name, stopped, best = other.name, other.replay.stopped, other.replay.best
+    stopped, best = other.replay.stopped, other.replay.best
     if stopped is not None:
-        label = f"{name} stops: {stopped.stop} at {stopped.update:,}"
+        label = f"{other.name} stops: {stopped.stop} at {stopped.update:,}"
         axes.axvline(stopped.update, color=OTHER, linewidth=2, linestyle="--", label=label)
     if best is not None:
-        label = f"{name} keeps {best.loss:.4g} at {best.update:,}"
-        axes.plot(best.update, best.loss, "D", color=OTHER, markersize=13, markerfacecolor="none", zorder=4, label=label)
+        _mark(axes, best.update, best.loss, OTHER, f"{other.name} keeps", "D")
+
+
+def _mark(axes: "Axes", update: int, loss: float, color: str, label: str, marker: str = "o") -> None:
+    """Mark a loss; only a circle is filled, so that other marks around it remain visible."""
+    size, fill = (9, "full") if marker == "o" else (13, "none")
+    label = f"{label}: {loss:.4g} at {update:,}"
+    axes.plot(update, loss, marker, color=color, markersize=size, fillstyle=fill, zorder=4, label=label)
 
 
 def _plot_patience(axes: "Axes", result: Replay) -> None:

@@ -7,17 +7,22 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image, ImageColor
 
 from resilient_t5.commands.replay import main
+from resilient_t5.config.schema import Config
 from resilient_t5.restoration.scoring.metrics import Rate
 from resilient_t5.restoration.scoring.resilience import DAMAGES, Curve, Point
 from resilient_t5.training.convergence.phases import Phase, Window
 from resilient_t5.training.convergence.replay import Curve as LossCurve
 from resilient_t5.training.convergence.replay import ReplayComparison, replay
 from resilient_t5.training.convergence.rules import Rules
+from resilient_t5.training.reports import artifacts
 from resilient_t5.training.telemetry.plots import (
     BEST,
     EVALUATION,
@@ -103,3 +108,25 @@ def test_matplotlib_is_loaded_only_to_draw():
     """Importing the module costs nothing, and drawing leaves no global figure."""
     code = "import sys, resilient_t5.training.telemetry.plots; raise SystemExit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_failing_picture_does_not_fail_the_run(monkeypatch):
+    """Whatever matplotlib raises is a line on the console, and the final figures are still written."""
+
+    def fail(directory):
+        raise RuntimeError("broken matplotlib")
+
+    lines, outcomes = [], []
+    monkeypatch.setattr(artifacts, "draw_windows", fail)
+    run = SimpleNamespace(
+        config=Config(),
+        device=torch.device("cpu"),
+        directory=Path("run"),
+        display=SimpleNamespace(line=lines.append),
+        state=SimpleNamespace(best=None, update=1),
+        telemetry=SimpleNamespace(outcome=lambda *figures: outcomes.append(figures)),
+        wall_s=lambda: 1.0,
+    )
+    artifacts.write_outcome(run)
+    assert "broken matplotlib" in lines[0]
+    assert len(outcomes) == 1

@@ -179,7 +179,8 @@ class Saver:
         # A higher patience may have reopened the run.
         self.state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
-        former = {"shard_layers": False, **loaded.state["conditions"]}  # older checkpoints lack shard_layers
+        former = loaded.state["conditions"]
+        former.setdefault("shard_layers", False)  # missing in older checkpoints
         self.changed_conditions = changed_keys(former, self.conditions)
         self.changed_conditions += removed_settings(loaded.state["mathematics"])
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]

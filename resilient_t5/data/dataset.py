@@ -8,7 +8,8 @@ import numpy as np
 
 from resilient_t5.config.schema import Config
 from resilient_t5.data.corruption.token_table import TokenTable, build_token_table, check_sentinels
-from resilient_t5.data.store.store import Split, Store
+from resilient_t5.data.ragged import Split
+from resilient_t5.data.store.store import Store
 
 
 class FullIdTokens:

@@ -378,7 +378,7 @@ def test_evaluation_is_fixed_keyed_and_apart_from_training():
     first, again, finer = (evaluation_batches(split, TABLE, config, micro_tokens=budget, **chosen) for budget in (600, 600, 90))
     assert same([b.micro_batch for b in first], [b.micro_batch for b in again])
     assert examples_of([b.micro_batch for b in first]) == examples_of([b.micro_batch for b in finer])
-    ids = [int(example) for b in first for example in b.example_ids]
+    ids = [int(example) for b in first for example in b.micro_batch.example_ids]
     assert len(set(ids)) == 40 and ids != list(range(40)) and max(ids) > 150
     lengths = [b.micro_batch.source_BS.shape[1] for b in first]
     assert lengths == sorted(lengths, reverse=True)
@@ -408,14 +408,14 @@ def test_evaluation_batches_know_what_was_masked():
         labels = batch.micro_batch.labels_BT.tolist()
         for row, k, start, end in batch.corrupted.spans.tolist():
             at = labels[row].index(int(TABLE.sentinel_ids[k]))
-            assert labels[row][at + 1 : at + 1 + end - start] == split.chunk(int(batch.example_ids[row]))[start:end]
+            assert labels[row][at + 1 : at + 1 + end - start] == split.chunk(int(batch.micro_batch.example_ids[row]))[start:end]
         for row, term, _, start, end in batch.corrupted.masked_terms.tolist():
-            assert (start, end, term) in split.terms_of(int(batch.example_ids[row]))
+            assert (start, end, term) in split.terms_of(int(batch.micro_batch.example_ids[row]))
             found += 1
-        assert len(batch.corrupted) == len(labels) == len(batch.example_ids)
+        assert len(batch.corrupted) == len(labels) == len(batch.micro_batch.example_ids)
         for row, chosen in enumerate(batch.of_terms_BT):
             of_terms = batch.micro_batch.labels_BT[row][chosen].tolist()
-            chunk = split.chunk(int(batch.example_ids[row]))
+            chunk = split.chunk(int(batch.micro_batch.example_ids[row]))
             masked = batch.corrupted.masked_terms
             assert of_terms == [token for *_, a, b in masked[masked[:, 0] == row].tolist() for token in chunk[a:b]]
     assert found > 5
@@ -427,7 +427,7 @@ def test_fewer_evaluation_examples_are_the_first_of_more():
 
     def ids(examples: int) -> set[int]:
         batches = evaluation_batches(split, TABLE, config_of(), examples=examples, seed=3, micro_tokens=500, pad_multiple=1)
-        return {int(example) for b in batches for example in b.example_ids}
+        return {int(example) for b in batches for example in b.micro_batch.example_ids}
 
     assert ids(10) < ids(40) < ids(1000) == set(range(100)) and ids(0) == set()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from resilient_t5.data.ragged import offsets_of
 from resilient_t5.data.tokenizer.sentencepiece import SPACE
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 
@@ -58,7 +59,7 @@ class GapEncoding:
             dropped[place] = self.sentinel[source[place + 1]] or dropped[place + 1]
         if not dropped.any():
             return source, offsets
-        before = np.concatenate(([0], np.cumsum(dropped)))
+        before = offsets_of(dropped)
         return source[~dropped], offsets - before[offsets]
 
     def _with_word_starts(self, source: np.ndarray, offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +82,7 @@ class GapEncoding:
             parts += [source[done:start], word]
             done = end
         encoded = np.concatenate([*parts, source[done:]])
-        return encoded, np.concatenate(([0], np.cumsum(np.diff(offsets) + grown)))
+        return encoded, offsets_of(np.diff(offsets) + grown)
 
     def _word(self, ids: np.ndarray) -> np.ndarray:
         full = tuple(self.active_to_full[ids].tolist())

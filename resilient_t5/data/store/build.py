@@ -211,7 +211,7 @@ def _encoded_ahead(batches: Iterator[Batch], tokenizer: TextTokenizer) -> Iterat
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
         try:
             for batch in batches:
-                waiting.append((batch, pool.submit(tokenizer.encode_together, batch.texts())))
+                waiting.append((batch, pool.submit(tokenizer.encode_batch, batch.texts())))
                 if len(waiting) > BATCHES_AHEAD:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -249,16 +249,16 @@ def read_corpus(job: Job, directory: Path, *, forced: int | None = None) -> Pass
 def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: EncodedBatch, tally: Tally) -> Examples:
     """The examples of a batch; counted in `tally`."""
     data, texts = job.config.data, batch.texts()
-    found = find_terms(matcher, texts, encoded)
+    spans, widened = find_terms(matcher, texts, encoded)
     examples, lost = cut_examples(
         texts,
         encoded,
-        found.spans,
+        spans,
         tokenizer=job.tokenizer,
         max_tokens=(longest := longest_example(job.tokenizer, data.max_source_tokens)),
         overlap_tokens=data.overlap_tokens,
     )
-    tally.widened += found.widened
+    tally.widened += widened
     tally.cut_terms += lost
     tally.chunked += int((np.diff(encoded.offsets) > longest).sum())
     tally.characters += sum(map(len, texts))
@@ -301,7 +301,7 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
         unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
         tally.unknown += unknown
         segments = [part for text in (document.text, document.target) for part in segments_between_marks(text)]
-        encoded = tokenizer.encode_together(segments) if unknown else None  # encode again, for the positions
+        encoded = tokenizer.encode_batch(segments) if unknown else None  # encode again, for the positions
         tally.count_characters(segments, encoded, tokenizer.unk_id)
     return Examples(
         np.concatenate(tokens),
@@ -366,7 +366,7 @@ def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequ
     active[tokenizer.sentinel_ids] = True
     active[tokenizer.byte_ids] = True
     if terms:
-        active[tokenizer.encode_together(list(terms)).tokens.ids] = True
+        active[tokenizer.encode_batch(list(terms)).tokens.ids] = True
     active = reachable_after_gaps(tokenizer, active)
     missing = -int(active.sum()) % ROUND_TO
     active[np.flatnonzero(~active)[:missing]] = True

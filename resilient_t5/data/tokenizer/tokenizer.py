@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -27,7 +27,6 @@ from resilient_t5.data.tokenizer.published import (
     read_published,
 )
 from resilient_t5.data.tokenizer.sentencepiece import (
-    SENTINELS,
     SPACE,
     TRAILING_SPACES,
     added_token,
@@ -37,18 +36,6 @@ from resilient_t5.data.tokenizer.sentencepiece import (
     train_sentencepiece,
 )
 from resilient_t5.errors import DataError, StorageError
-
-__all__ = [
-    "SENTINELS",
-    "SPACE",
-    "Encoded",
-    "EncodedBatch",
-    "TextTokenizer",
-    "check_rows",
-    "load_tokenizer",
-    "tokenizer_files",
-    "train_tokenizer",
-]
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (DOCUMENT_FILE, SPIECE_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
@@ -74,6 +61,10 @@ class Encoded:
     starts: np.ndarray
     ends: np.ndarray
 
+    def part(self, first: int, end: int) -> "Encoded":
+        """Tokens [first, end), with their positions unchanged."""
+        return Encoded(self.ids[first:end], self.starts[first:end], self.ends[first:end])
+
 
 @dataclass(frozen=True)
 class EncodedBatch:
@@ -81,6 +72,12 @@ class EncodedBatch:
 
     tokens: Encoded
     offsets: np.ndarray
+
+    def __getitem__(self, number: int) -> Encoded:
+        return self.tokens.part(self.offsets[number], self.offsets[number + 1])
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self.tokens.part(first, end) for first, end in itertools.pairwise(self.offsets.tolist()))
 
 
 class TextTokenizer:
@@ -134,14 +131,8 @@ class TextTokenizer:
         self._fingerprint = ""
         self.text_start = lru_cache(WORD_STARTS_KEPT)(self._text_start)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        """Encode texts, each with the character positions of its tokens."""
-        batch = self.encode_together(texts)
-        tokens, bounds = batch.tokens, itertools.pairwise(batch.offsets.tolist())
-        return [Encoded(tokens.ids[a:b], tokens.starts[a:b], tokens.ends[a:b]) for a, b in bounds]
-
-    def encode_together(self, texts: Sequence[str]) -> EncodedBatch:
-        """Like `encode_batch`, with the tokens of all texts in common arrays; positions are within each text."""
+    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
+        """Encode texts, with the character positions of their tokens."""
         texts = [_without_mark(text) for text in texts]
         found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
@@ -217,7 +208,7 @@ class TextTokenizer:
 
     @cached_property
     def _marks_text_start(self) -> bool:
-        return any(self._pieces[number].startswith(SPACE) for number in self.encode_together(["word"]).tokens.ids[:1])
+        return any(self._pieces[number].startswith(SPACE) for number in self.encode_batch(["word"]).tokens.ids[:1])
 
     @cached_property
     def inside_word(self) -> np.ndarray:

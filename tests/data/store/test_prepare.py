@@ -173,8 +173,8 @@ def test_examples_of_a_batch_are_those_of_its_texts_alone(tokenizer_directory, t
     matcher = TermMatcher(clinical_terms())
 
     def cut(some):
-        batch = tokenizer.encode_together(some)
-        spans = find_terms(matcher, some, batch).spans
+        batch = tokenizer.encode_batch(some)
+        spans, _ = find_terms(matcher, some, batch)
         limits = {"max_tokens": max_tokens, "overlap_tokens": overlap_tokens}
         return cut_examples(some, batch, spans, tokenizer=tokenizer, **limits)
 

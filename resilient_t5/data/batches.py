@@ -286,8 +286,6 @@ class Batches:
 class Prefetcher:
     """Updates of `batches` in order, prepared ahead by threads; bit-identical to `Batches.at`.
 
-    Use it as a context manager, or call `close`.
-
     Args:
         first_update: the update that the first `take` returns.
         readers: threads; with 0, `take` prepares.
@@ -323,12 +321,6 @@ class Prefetcher:
         """Drop prepared updates and wait for the threads to end. Idempotent."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _submit(self) -> None:
         """Submit the next updates to the threads, and at the beginning of a window also the next window."""

@@ -65,8 +65,6 @@ def _folding() -> np.ndarray:
 
 def fold(text: str) -> str:
     """`text` in small letters and half width, character by character: always of the same length."""
-    if text.isascii():
-        return text.lower()
     return _text(_folding()[_code_points(text)])
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_readers_change_no_bit(first_update):
     split = small_split()
     expected = [batches_of(split).at(update) for update in range(first_update, first_update + 30)]
     for readers in (0, 1, 4):
-        with Prefetcher(batches_of(split), first_update, readers) as reader:
+        with closing(Prefetcher(batches_of(split), first_update, readers)) as reader:
             assert all(same(reader.take(), update) for update in expected)
             assert reader.wait_s > 0.0
 
@@ -322,7 +323,7 @@ def test_a_reader_prepares_ahead_and_not_without_bound():
             return super().at(update)
 
     batches = Recorded(small_split(), TABLE, config_of(), seed=3, micro_tokens=400, pad_multiple=1)
-    with Prefetcher(batches, 0, 2) as reader:
+    with closing(Prefetcher(batches, 0, 2)) as reader:
         assert enough.wait(30)
         assert sorted(asked) == list(range(8))
         reader.take()
@@ -333,7 +334,8 @@ def test_what_a_reader_thread_raises_comes_out_of_take():
     """A store with a bad example stops the run with its own error, with threads and without."""
     split = split_of([[200] * 20] * 9 + [[60_000] * 20])
     for readers in (0, 2):
-        with Prefetcher(batches_of(split), 0, readers) as reader, pytest.raises(DataError, match="beyond its vocabulary"):
+        failure = pytest.raises(DataError, match="beyond its vocabulary")
+        with closing(Prefetcher(batches_of(split), 0, readers)) as reader, failure:
             for _ in range(10):
                 reader.take()
 

@@ -7,6 +7,7 @@ writes its examples with full ids, since the active vocabulary is known only aft
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from collections import deque
@@ -25,7 +26,7 @@ from resilient_t5.data.corpus.formats import CorpusCounts
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.corruption.gap_encoding import reachable_after_gaps
 from resilient_t5.data.examples import Examples, cut_examples, find_terms
-from resilient_t5.data.store.corpus_report import Tally, build_report, check_unknown, segments_between_marks
+from resilient_t5.data.store.corpus_report import Tally, build_report, check_unknown
 from resilient_t5.data.store.fingerprint import BUILTIN, Fingerprint, is_builtin
 from resilient_t5.data.store.store import (
     FORMAT,
@@ -57,6 +58,7 @@ ARRAYS: dict[str, tuple[type[np.integer[Any]], tuple[int, ...]]] = {
 }
 TOKENS_AT_ONCE = 1 << 20
 ROUND_TO = 64
+MARK = re.compile(r"<extra_id_\d+>")
 ACTIVE_16_BIT = 65_536
 
 Progress = Callable[[int, int], None]
@@ -166,21 +168,17 @@ class Pass:
 
 def documents_of(config: Config, counts: CorpusCounts) -> Iterator[tuple[Document, bool]]:
     """Every document and whether it belongs to validation; no document is in both splits."""
-    data = config.data
+    data, seen = config.data, SeenParagraphs()
     share = data.validation_share
     if data.validation_inputs():
-        seen = SeenParagraphs()
+        share = 0.0
         for document in read_documents(data.validation_inputs(), data, counts, seen=seen):
             yield document, True
-        share = 0.0
-        documents = _train_documents(config, counts, seen)
-    else:
-        documents = _train_documents(config, counts, None)
-    for document in documents:
+    for document in _train_documents(config, counts, seen):
         yield document, share > 0 and held_out(document, share)
 
 
-def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs | None) -> Iterator[Document]:
+def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs) -> Iterator[Document]:
     if not is_builtin(config):
         yield from read_documents(config.data.train_inputs(), config.data, counts, seen=seen)
         return
@@ -300,7 +298,7 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
         tally.tokens += sum(map(len, whole))
         unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
         tally.unknown += unknown
-        segments = [part for text in (document.text, document.target) for part in segments_between_marks(text)]
+        segments = [part for text in (document.text, document.target) for part in MARK.split(text)]
         encoded = tokenizer.encode_batch(segments) if unknown else None  # encode again, for the positions
         tally.count_characters(segments, encoded, tokenizer.unk_id)
     return Examples(

@@ -5,7 +5,6 @@ characters, not of tokens: adjacent unknown characters become one `<unk>`, so th
 lost. White space is not counted.
 """
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ UNKNOWN_CHARACTERS = "unknown_characters"
 LISTED = 10
 WORTH_SHOWING = 1e-4
 WORTH_A_WARNING = 0.01
-MARK = re.compile(r"<extra_id_\d+>")
 
 
 @dataclass
@@ -53,8 +51,10 @@ class Tally:
             self.unknown_characters.update(unknown_characters(texts, encoded, unk_id))
 
     def unknown_figures(self) -> dict[str, Any]:
-        """Entries of `report.json` on unknown characters."""
-        return unknown_figures(self.unknown_characters, self.visible)
+        """Entries of `report.json`: the share of unknown characters, and the most frequent ones."""
+        order = sorted(self.unknown_characters.items(), key=lambda item: (-item[1], item[0]))
+        share = self.unknown_characters.total() / max(self.visible, 1)
+        return {SHARE: share, UNKNOWN_CHARACTERS: dict(order[:LISTED])}
 
 
 def unknown_characters(texts: Sequence[str], batch: EncodedBatch, unk_id: int) -> Counter[str]:
@@ -71,17 +71,6 @@ def unknown_characters(texts: Sequence[str], batch: EncodedBatch, unk_id: int) -
     spans = zip(owners.tolist(), tokens.starts[unknown].tolist(), tokens.ends[unknown].tolist(), strict=True)
     found = Counter("".join(texts[owner][start:end] for owner, start, end in spans))
     return Counter({character: count for character, count in found.items() if not character.isspace()})
-
-
-def segments_between_marks(text: str) -> list[str]:
-    """Parts of an already masked text between its `<extra_id_k>`."""
-    return MARK.split(text)
-
-
-def unknown_figures(unknown: Mapping[str, int], visible: int) -> dict[str, Any]:
-    """Entries of `report.json` on unknown characters: their share of `visible` characters and the most frequent ones."""
-    order = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
-    return {SHARE: sum(unknown.values()) / max(visible, 1), UNKNOWN_CHARACTERS: dict(order[:LISTED])}
 
 
 def most_frequent(report: Mapping[str, Any]) -> str:
@@ -105,7 +94,7 @@ def check_unknown(report: Mapping[str, Any], max_share: float, where: str) -> No
     """Refuse a corpus with too many unknown characters; a report without the figure, of an older version, passes.
 
     Args:
-        report: the content of `report.json`, or its figures from `unknown_figures`.
+        report: the content of `report.json`, or its figures from `Tally.unknown_figures`.
         max_share: the largest share that may have no piece (`tokenizer.max_unknown_share`).
         where: the corpus or store, for the message.
 

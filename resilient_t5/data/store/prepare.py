@@ -8,7 +8,7 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.corpus.formats import CorpusCounts
 from resilient_t5.data.corpus.sample import clinical_terms
 from resilient_t5.data.corruption.token_table import check_sentinels
-from resilient_t5.data.store.build import Job, Pass, Progress, bytes_to_read, documents_of, finish_store, read_corpus
+from resilient_t5.data.store.build import Job, Progress, bytes_to_read, documents_of, finish_store, read_corpus
 from resilient_t5.data.store.corpus_report import check_unknown
 from resilient_t5.data.store.fingerprint import differences, identify, is_builtin, terms_path
 from resilient_t5.data.store.store import Store, not_a_store, read_meta, store_state
@@ -42,7 +42,10 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
             return store
         with making(directory) as temporary:
             job, tokenizer_seconds = _job(config, report_progress)
-            result = _with_validation(job, read_corpus(job, temporary / "streams"))
+            result = read_corpus(job, temporary / "streams")
+            if not result.streams.counts["validation"]["examples"] and not config.data.validation_inputs():
+                # Chance held out no document of a small corpus: a second pass holds out one.
+                result = read_corpus(job, temporary / "streams", forced=result.smallest_key)
             finish_store(result, temporary, job, tokenizer_seconds)
     return Store.open(directory)
 
@@ -65,22 +68,15 @@ def existing_store(config: Config, directory: Path) -> Store | None:
         raise not_a_store(directory)
     meta = read_meta(directory)
     identity = identify(config, meta)
-    if meta["fingerprint"] == identity.fingerprint():
-        return _opened(directory, config)
     old, new = meta["identity"], identity.values
     if not meta["counts"]["train"]["pairs"]:  # only pairs depend on data.max_target_tokens
         old, new = {**old, "data.max_target_tokens": 0}, {**new, "data.max_target_tokens": 0}
-    if not (changes := differences(old, new)):
-        return _opened(directory, config)
-    raise DataError(
-        f"this store was prepared from something else; differences: {'; '.join(changes)}",
-        where=str(directory),
-        hint="Name another directory with data.store, or remove this one.",
-    )
-
-
-def _opened(directory: Path, config: Config) -> Store:
-    """Open the store, unless it has more unknown characters than this configuration allows."""
+    if changes := differences(old, new):
+        raise DataError(
+            f"this store was prepared from something else; differences: {'; '.join(changes)}",
+            where=str(directory),
+            hint="Name another directory with data.store, or remove this one.",
+        )
     store = Store.open(directory)
     check_unknown(store.report, config.tokenizer.max_unknown_share, str(directory))
     return store
@@ -110,10 +106,3 @@ def _train(config: Config, poll: Callable[[], None]) -> TextTokenizer:
     assert settings.train_vocab_size is not None, "identify loads a tokenizer unless one is to be trained"
     texts = (document.text for document, validation in documents_of(config, CorpusCounts()) if not validation)
     return train_tokenizer(texts, settings.train_vocab_size, settings.character_coverage, poll)
-
-
-def _with_validation(job: Job, result: Pass) -> Pass:
-    """`result`, or that of a second pass that holds out one document when a small corpus had none held out."""
-    if result.streams.counts["validation"]["examples"] or job.config.data.validation_inputs():
-        return result
-    return read_corpus(job, result.streams.directory, forced=result.smallest_key)

@@ -128,7 +128,6 @@ class TextTokenizer:
             self._spellings[number] = "" if 0x80 <= int(self._pieces[number][3:5], 16) < 0xC0 else BYTES
         self._lengths = np.array([len(spelling) for spelling in self._spellings], dtype=np.int32)
         self._normalized = cache(self._normalize)
-        self._fingerprint = ""
         self.text_start = lru_cache(WORD_STARTS_KEPT)(self._text_start)
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
@@ -282,11 +281,9 @@ class TextTokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of everything that determines the ids of a text."""
-        if not self._fingerprint:
-            keys = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
-            content = json.dumps([self._document.get(key) for key in keys], sort_keys=True)
-            self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        return self._fingerprint
+        keys = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+        content = json.dumps([self._document.get(key) for key in keys], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _piece_id(self, piece: str) -> int:
         number = self._backend.token_to_id(piece)

@@ -12,11 +12,11 @@ import sentencepiece
 from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.store.corpus_report import (
+    Tally,
     check_unknown,
     most_frequent,
     readable,
     unknown_characters,
-    unknown_figures,
     unknown_warning,
 )
 from resilient_t5.data.store.prepare import prepare
@@ -160,6 +160,11 @@ def test_a_store_of_an_older_version_opens(make, tmp_path):
     (store.directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert prepare(with_limit(config, 0.0), tmp_path / "store").report == report
     assert unknown_warning(Store.open(tmp_path / "store").report) is None and "not counted" in readable(report)
+
+
+def unknown_figures(unknown, visible):
+    """Figures of a report over so many visible characters."""
+    return Tally(np.zeros(0), visible=visible, unknown_characters=Counter(unknown)).unknown_figures()
 
 
 def test_a_warning_begins_above_one_per_cent():

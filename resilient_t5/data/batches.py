@@ -278,8 +278,7 @@ class Batches:
         return _Window(corrupted, example_ids, deal(ascending, self.window_updates, groups_per_update, (self.seed, number)))
 
     def _corrupt(self, example_ids: np.ndarray, epochs: np.ndarray) -> Corrupted:
-        settings = self.config.corruption
-        data = self.config.data
+        settings, data = self.config.corruption, self.config.data
         return corrupt(self.split, example_ids, epochs, seed=self.seed, settings=settings, data=data, table=self.table)
 
 

@@ -112,12 +112,6 @@ def cut_chunks(encoded: Encoded, text: str, max_tokens: int, overlap_tokens: int
     A chunk is filled with whole sentences as far as they fit; a sentence too long for one is cut at its clauses, and a
     clause too long at a character. Every chunk after the first begins up to `overlap_tokens` before the end of the one
     before it, never inside a character; without these the chunks tile the document exactly.
-
-    Args:
-        encoded: the document's tokens, with offsets into `text`.
-        text: the document.
-        max_tokens: the longest chunk.
-        overlap_tokens: context repeated, below `max_tokens`.
     """
     if not 0 <= overlap_tokens < max_tokens:
         raise ValueError(f"overlap_tokens: {overlap_tokens} is not between 0 and max_tokens {max_tokens}")
@@ -225,8 +219,7 @@ def cut_examples(
     Args:
         texts: the documents, numbered from 0.
         batch: their tokens.
-        terms: int32 (m, 3): first token, token after the last (in the whole batch), term id; sorted.
-        tokenizer: the one of the batch.
+        terms: as `find_terms` returns them.
         max_tokens: longest example, without end mark.
         overlap_tokens: tokens that a chunk repeats of the one before it.
 

@@ -74,7 +74,8 @@ class GapEncoding:
             end = start
             while inside[end]:
                 end += 1
-            word = self._word(source[start:end])
+            full = self.tokenizer.text_start(tuple(self.active_to_full[source[start:end]].tolist()))
+            word = self.full_to_active[list(full)].astype(np.int32)
             more = len(word) - (end - start)
             if grown[row] + more > free[row]:
                 continue
@@ -83,10 +84,6 @@ class GapEncoding:
             done = end
         encoded = np.concatenate([*parts, source[done:]])
         return encoded, offsets_of(np.diff(offsets) + grown)
-
-    def _word(self, ids: np.ndarray) -> np.ndarray:
-        full = tuple(self.active_to_full[ids].tolist())
-        return self.full_to_active[list(self.tokenizer.text_start(full))].astype(np.int32)
 
 
 def build_gap_encoding(tokenizer: TextTokenizer, active_to_full: np.ndarray, sentinel_ids: np.ndarray) -> GapEncoding | None:

@@ -83,7 +83,9 @@ def choose_masks(
     """Choose what is masked in every row; a pure function of each row's own key, tokens and terms."""
     special = table.special[rows.ids]
     units = _join_overlapping(rows, occurrences, special, max_target_tokens)
-    budget = np.maximum(np.floor(_ratios(row_keys, settings) * rows.tokens + 0.5).astype(np.int64), 1)
+    draw = uniform(row_keys.of(Stream.MASK_RATIO), 0)
+    ratios = settings.mask_ratio + settings.mask_ratio_spread * (2.0 * draw - 1.0)
+    budget = np.maximum(np.floor(ratios * rows.tokens + 0.5).astype(np.int64), 1)
     taken = _choose_terms(rows, units, row_keys, settings, np.stack((budget, np.full_like(budget, max_target_tokens))))
     masked = _covered(len(rows.ids), units.start[taken], units.end[taken])
     in_term = _covered(len(rows.ids), units.start, units.end)
@@ -120,12 +122,6 @@ class _Limits:
     spans: np.ndarray
     target: np.ndarray
     """Target tokens, sentinels counted."""
-
-
-def _ratios(row_keys: RowKeys, settings: CorruptionConfig) -> np.ndarray:
-    """float64 (B,): the share of every row that is to be masked."""
-    draw = uniform(row_keys.of(Stream.MASK_RATIO), 0)
-    return settings.mask_ratio + settings.mask_ratio_spread * (2.0 * draw - 1.0)
 
 
 def _covered(slots: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:

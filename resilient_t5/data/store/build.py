@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -77,11 +77,10 @@ class Job:
 
 @dataclass
 class Batch:
-    """Documents to encode together, whether each belongs to validation, and the digests of their content."""
+    """Documents to encode together, and whether each belongs to validation."""
 
     documents: list[Document] = field(default_factory=list)
     validation: list[bool] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
 
     def texts(self) -> list[str]:
         """The texts; empty for pairs, which are encoded separately."""
@@ -144,14 +143,11 @@ class Streams:
             rows = {"offsets": counts["examples"] + 1, "terms": counts["terms"]}
             for name, (kind, row_shape) in ARRAYS.items():
                 with self._path(split, name).open("rb") as source, (target / f"{name}.npy").open("wb") as file:
-                    _npy_header(file, np.dtype(kind), (rows.get(name, counts["examples"]), *row_shape))
+                    shape = (rows.get(name, counts["examples"]), *row_shape)
+                    header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
                     shutil.copyfileobj(source, file)
         return dtype
-
-
-def _npy_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 @dataclass(frozen=True)
@@ -192,10 +188,8 @@ def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs)
 def _batches(config: Config, counts: CorpusCounts, forced: int | None) -> Iterator[Batch]:
     batch, characters = Batch(), 0
     for document, validation in documents_of(config, counts):
-        key = text_digest(document.text) if document.key is None else document.key
         batch.documents.append(document)
-        batch.validation.append(validation or key == forced)
-        batch.keys.append(key)
+        batch.validation.append(validation or document.key == forced)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
@@ -205,20 +199,19 @@ def _batches(config: Config, counts: CorpusCounts, forced: int | None) -> Iterat
 
 
 def _encoded_ahead(batches: Iterator[Batch], tokenizer: TextTokenizer) -> Iterator[tuple[Batch, EncodedBatch]]:
+    """Encode in a thread, `BATCHES_AHEAD` batches ahead of the caller."""
     waiting: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(tokenizer.encode_batch, batch.texts())))
-                if len(waiting) > BATCHES_AHEAD:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(tokenizer.encode_batch, batch.texts())))
+            if len(waiting) > BATCHES_AHEAD:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        for first, future in waiting:
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_corpus(job: Job, directory: Path, *, forced: int | None = None) -> Pass:
@@ -239,7 +232,7 @@ def read_corpus(job: Job, directory: Path, *, forced: int | None = None) -> Pass
             for split, chosen in (("train", ~validation), ("validation", validation)):
                 if chosen.any():
                     streams.add(split, examples.chosen(chosen), int(chosen.sum()))
-            smallest_key = min(smallest_key, *batch.keys)
+            smallest_key = min(smallest_key, *(document.key for document in batch.documents))
             job.on_progress(min(counts.bytes, total or counts.bytes), total)
     return Pass(streams, tally, counts, smallest_key, time.perf_counter() - started)
 
@@ -247,13 +240,16 @@ def read_corpus(job: Job, directory: Path, *, forced: int | None = None) -> Pass
 def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: EncodedBatch, tally: Tally) -> Examples:
     """The examples of a batch; counted in `tally`."""
     data, texts = job.config.data, batch.texts()
+    longest = data.max_source_tokens - 1  # without end mark
+    if job.tokenizer.gap_starts_word:  # its gaps add tokens
+        longest -= data.max_source_tokens // GAP_RESERVE_SHARE
     spans, widened = find_terms(matcher, texts, encoded)
     examples, lost = cut_examples(
         texts,
         encoded,
         spans,
         tokenizer=job.tokenizer,
-        max_tokens=(longest := longest_example(job.tokenizer, data.max_source_tokens)),
+        max_tokens=longest,
         overlap_tokens=data.overlap_tokens,
     )
     tally.widened += widened
@@ -268,11 +264,6 @@ def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: E
     if any(document.target is not None for document in batch.documents):
         examples = _with_pairs(job, batch, examples, tally)
     return examples
-
-
-def longest_example(tokenizer: TextTokenizer, max_source_tokens: int) -> int:
-    """Maximum tokens of an example without end mark, less a reserve for tokenizers whose gaps add tokens."""
-    return max_source_tokens - 1 - (max_source_tokens // GAP_RESERVE_SHARE if tokenizer.gap_starts_word else 0)
 
 
 def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Examples:
@@ -345,12 +336,12 @@ def finish_store(result: Pass, directory: Path, job: Job, tokenizer_seconds: flo
         examples_per_update=job.config.batch.examples_per_update,
         seconds=(result.seconds + time.perf_counter() - started, tokenizer_seconds),
     )
-    _write(directory / REPORT, report)
+    _write_json(directory / REPORT, report)
     meta = {"format": FORMAT, "fingerprint": job.identity.fingerprint(), "identity": job.identity.values}
     tokenizer_files = [Path(entry["path"]).name for entry in job.identity.inputs if entry["key"] == "tokenizer"]
     meta |= {"inputs": job.identity.inputs, TOKENIZER_RECORD: tokenizer_files, "dtype": dtype.name}
     counted = {**counts, "train": {**counts["train"], "pairs": tally.pairs}}
-    _write(directory / META, meta | {"counts": counted, "files": _hashed_files(directory)})
+    _write_json(directory / META, meta | {"counts": counted, "files": _hashed_files(directory)})
 
 
 def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequence[str]) -> np.ndarray:
@@ -395,5 +386,5 @@ def _check_content(counts: dict[str, dict[str, int]], tally: Tally, job: Job) ->
         )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

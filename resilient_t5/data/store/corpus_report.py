@@ -58,13 +58,7 @@ class Tally:
 
 
 def unknown_characters(texts: Sequence[str], batch: EncodedBatch, unk_id: int) -> Counter[str]:
-    """Count the characters that unknown tokens replace.
-
-    Args:
-        texts: the texts of the batch.
-        batch: their tokens.
-        unk_id: id of the unknown token.
-    """
+    """Count the characters that unknown tokens replace."""
     tokens = batch.tokens
     unknown = np.flatnonzero(tokens.ids == unk_id)
     owners = np.searchsorted(batch.offsets, unknown, side="right") - 1
@@ -95,22 +89,18 @@ def check_unknown(report: Mapping[str, Any], max_share: float, where: str) -> No
 
     Args:
         report: the content of `report.json`, or its figures from `Tally.unknown_figures`.
-        max_share: the largest share that may have no piece (`tokenizer.max_unknown_share`).
+        max_share: `tokenizer.max_unknown_share`.
         where: the corpus or store, for the message.
-
-    Raises:
-        DataError: the share is above `max_share`.
     """
     share = report.get(SHARE, 0.0)
-    if share <= max_share:
-        return
-    raise DataError(
-        f"{percent(share)} of the corpus' characters have no piece in this tokenizer, which is above"
-        f" tokenizer.max_unknown_share {max_share:g}; most frequent: {most_frequent(report)}",
-        where=where,
-        hint="Take a model with a tokenizer for this script, such as mT5, train a tokenizer for a model from scratch"
-        " (tokenizer.train_vocab_size), or raise tokenizer.max_unknown_share.",
-    )
+    if share > max_share:
+        raise DataError(
+            f"{percent(share)} of the corpus' characters have no piece in this tokenizer, which is above"
+            f" tokenizer.max_unknown_share {max_share:g}; most frequent: {most_frequent(report)}",
+            where=where,
+            hint="Take a model with a tokenizer for this script, such as mT5, train a tokenizer for a model from scratch"
+            " (tokenizer.train_vocab_size), or raise tokenizer.max_unknown_share.",
+        )
 
 
 def percent(share: float) -> str:

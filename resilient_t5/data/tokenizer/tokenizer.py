@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from resilient_t5 import hub
+from resilient_t5.data.ragged import offsets_of
 from resilient_t5.data.tokenizer.published import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -134,8 +135,7 @@ class TextTokenizer:
         """Encode texts, with the character positions of their tokens."""
         texts = [_without_mark(text) for text in texts]
         found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum(np.fromiter(map(len, found), np.int64, len(found)), out=offsets[1:])
+        offsets = offsets_of(np.fromiter(map(len, found), np.int64, len(found)))
         ids = np.fromiter(itertools.chain.from_iterable(found), np.int32, int(offsets[-1]))
         starts, ends = self._spelled_positions(ids, offsets)
         others = [number for number, text in enumerate(texts) if not self._spells(found[number], text)]
@@ -162,12 +162,8 @@ class TextTokenizer:
         the part.
         """
         marked = [GAP_MARK.join(map(_without_mark, parts)) for parts in texts]
-        return [
-            self._parts_of(parts, text, encoding)
-            for parts, text, encoding in zip(
-                texts, marked, self._backend.encode_batch(marked, add_special_tokens=False), strict=True
-            )
-        ]
+        encodings = self._backend.encode_batch(marked, add_special_tokens=False)
+        return [self._parts_of(*one) for one in zip(texts, marked, encodings, strict=True)]
 
     def _parts_of(self, parts: Sequence[str], text: str, encoding: Any) -> list[Encoded]:
         ids = np.array(encoding.ids, dtype=np.int32)

@@ -103,21 +103,11 @@ def corrupt(
     """
     example_ids = np.asarray(example_ids, np.int64)
     epochs = np.broadcast_to(np.asarray(epochs, np.int64), example_ids.shape)
-    starts = np.asarray(split.offsets)[example_ids].astype(np.int64)
-    lengths = np.asarray(split.offsets)[example_ids + 1].astype(np.int64) - starts
+    _, lengths = _places(split, example_ids)
     slab_of_row = (np.cumsum(lengths) - lengths) // SLAB_SLOTS
-    cuts = np.flatnonzero(np.diff(slab_of_row)) + 1
-    slabs = [
-        _corrupt_slab(
-            split,
-            RowKeys(seed, epochs[part], example_ids[part]),
-            (starts[part], lengths[part]),
-            settings=settings,
-            data=data,
-            table=table,
-        )
-        for part in np.split(np.arange(len(example_ids)), cuts)
-    ]
+    parts = np.split(np.arange(len(example_ids)), np.flatnonzero(np.diff(slab_of_row)) + 1)
+    keys = [RowKeys(seed, epochs[part], example_ids[part]) for part in parts]
+    slabs = [_corrupt_slab(split, row_keys, settings=settings, data=data, table=table) for row_keys in keys]
     corrupted = slabs[0] if len(slabs) == 1 else _joined(slabs)
     if table.gap_encoding is None:
         return corrupted
@@ -125,19 +115,19 @@ def corrupt(
     return replace(corrupted, encoder_ids=ids, encoder_offsets=offsets)
 
 
+def _places(split: Split, example_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First token and number of tokens of each example; int64 (n,) each."""
+    starts = np.asarray(split.offsets)[example_ids].astype(np.int64)
+    return starts, np.asarray(split.offsets)[example_ids + 1].astype(np.int64) - starts
+
+
 def _corrupt_slab(
-    split: Split,
-    row_keys: RowKeys,
-    places: tuple[np.ndarray, np.ndarray],
-    *,
-    settings: CorruptionConfig,
-    data: DataConfig,
-    table: TokenTable,
+    split: Split, row_keys: RowKeys, *, settings: CorruptionConfig, data: DataConfig, table: TokenTable
 ) -> Corrupted:
-    """Corrupt the rows with tokens at `places` (starts, lengths)."""
     targets_at = np.asarray(split.pairs)[row_keys.example_ids].astype(np.int64)
-    _check_lengths(row_keys.example_ids, places[1], targets_at, settings=settings, data=data)
-    rows = _gather(split, places, targets_at, table)
+    starts, lengths = _places(split, row_keys.example_ids)
+    _check_lengths(row_keys.example_ids, lengths, targets_at, settings=settings, data=data)
+    rows = _gather(split, (starts, lengths), targets_at, table)
     occurrences = _gather_terms(split, row_keys.example_ids, rows)
     if settings.task == "restore":
         masks = choose_masks(

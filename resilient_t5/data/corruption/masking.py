@@ -86,7 +86,7 @@ def choose_masks(
     draw = uniform(row_keys.of(Stream.MASK_RATIO), 0)
     ratios = settings.mask_ratio + settings.mask_ratio_spread * (2.0 * draw - 1.0)
     budget = np.maximum(np.floor(ratios * rows.tokens + 0.5).astype(np.int64), 1)
-    taken = _choose_terms(rows, units, row_keys, settings, np.stack((budget, np.full_like(budget, max_target_tokens))))
+    taken = _choose_terms(rows, units, row_keys, settings, (budget, max_target_tokens))
     masked = _covered(len(rows.ids), units.start[taken], units.end[taken])
     in_term = _covered(len(rows.ids), units.start, units.end)
     plain = rows.text & ~table.punctuation[rows.ids] & ~special & ~in_term
@@ -148,8 +148,10 @@ def _join_overlapping(rows: Rows, occurrences: Occurrences, special: np.ndarray,
     return Units(occurrences.row[head], start, end, maskable, number)
 
 
-def _choose_terms(rows: Rows, units: Units, row_keys: RowKeys, settings: CorruptionConfig, limits: np.ndarray) -> np.ndarray:
-    """bool (units,): the units that are masked. `limits` holds budget and target length of each row, (2, B)."""
+def _choose_terms(
+    rows: Rows, units: Units, row_keys: RowKeys, settings: CorruptionConfig, limits: tuple[np.ndarray, int]
+) -> np.ndarray:
+    """bool (units,): the units that are masked. `limits`: the budget of each row (B,), and the longest target."""
     position = rows.position[units.start]
     chance = uniform(row_keys.of(Stream.TERM_CHANCE)[units.row], position)
     drawn = np.flatnonzero((chance < settings.term_probability) & units.maskable)
@@ -158,12 +160,12 @@ def _choose_terms(rows: Rows, units: Units, row_keys: RowKeys, settings: Corrupt
     drawn = drawn[in_random_order(row, bits(rank_keys[row], position[drawn]))]
 
     row, lengths = units.row[drawn], units.lengths[drawn]
-    budget, target = limits[0][row], limits[1][row]
+    budget, max_target_tokens = limits[0][row], limits[1]
     tokens = cumulated(lengths, row)
     spans = cumulated(np.ones_like(row), row)
     within_budget = (tokens <= budget) | ((spans == 1) & (lengths <= rows.tokens[row] // 2))
     # Adjoining terms share a sentinel; counting one for each is conservative.
-    keep = within_budget & (spans <= settings.max_sentinels) & (tokens + spans + 1 <= target)
+    keep = within_budget & (spans <= settings.max_sentinels) & (tokens + spans + 1 <= max_target_tokens)
     taken = np.zeros(len(units.start), bool)
     taken[drawn[keep]] = True
     return taken

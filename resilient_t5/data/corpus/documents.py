@@ -128,8 +128,7 @@ def read_documents(
     whole.
 
     Args:
-        inputs: files, directories and globs, as for `find_inputs`.
-        settings: encoding, field, column and document mode.
+        inputs: as for `find_inputs`.
         counts: updated while reading.
         seen: known paragraphs, which are dropped. Pass the same object for the validation inputs and then for the training
             inputs to keep validation paragraphs out of training.

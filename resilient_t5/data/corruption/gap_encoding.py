@@ -87,11 +87,7 @@ class GapEncoding:
 
 
 def build_gap_encoding(tokenizer: TextTokenizer, active_to_full: np.ndarray, sentinel_ids: np.ndarray) -> GapEncoding | None:
-    """Rules for the active ids; None where the masked source needs no change.
-
-    Args:
-        sentinel_ids: active ids of the sentinels.
-    """
+    """Rules for the active ids, those of the sentinels given; None where the masked source needs no change."""
     size = len(active_to_full)
     ignored = np.isin(active_to_full, tokenizer.ignored_before_gap)
     starts_word = tokenizer.continues_word[active_to_full] & tokenizer.gap_starts_word

@@ -365,13 +365,7 @@ def check_rows(tokenizer: TextTokenizer, rows: int, where: str) -> None:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, character_coverage: float, poll: Callable[[], None] = lambda: None
 ) -> TextTokenizer:
-    """A SentencePiece unigram tokenizer trained on `texts`, with T5's sentinels on top; the same text, the same tokenizer.
-
-    `poll` is called several times a second; an exception that it raises ends the training.
-
-    Raises:
-        DataError: too little text.
-    """
+    """A SentencePiece unigram tokenizer with T5's sentinels on top; arguments and errors as in `train_sentencepiece`."""
     model = train_sentencepiece(texts, vocab_size, character_coverage, poll)
     return TextTokenizer(document_from_sentencepiece(model, "trained tokenizer"), model, "trained tokenizer")
 

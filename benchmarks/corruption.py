@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,7 +76,7 @@ def padding(split, table, config, window_updates, micro_tokens):
 def reader_cost(split, table, config, updates):
     """CPU milliseconds per update without threads, including windows, and of the first update."""
     batches = Batches(split, table, config, seed=1, micro_tokens=4096, pad_multiple=1)
-    with Prefetcher(batches, 10**6, 0) as reader:
+    with closing(Prefetcher(batches, 10**6, 0)) as reader:
         begin_s = time.process_time()
         reader.take()
         first_s = time.process_time() - begin_s

@@ -13,8 +13,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STARTERS = ("srun", "exec", "torchrun", "accelerate")
 """Commands that start a launcher and may have their own options."""
 CALL = re.compile(rf"(?:^|&& |\| |\b(?:{'|'.join(STARTERS)}) (?:.* )?)bin/\w+")
-SHOWN_ONLY = "..."
-"""Placeholder for settings that a page does not repeat."""
 
 
 @dataclass(frozen=True, order=True)

@@ -26,7 +26,7 @@ from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
 from resilient_t5.training.entrypoints.model_directory import snippet
 from tests.published import LAYOUTS, random_weights, write_layout
-from tests.shown_commands import FIRST_RUN, ROOT, SHOWN_ONLY, first_block, shown_commands
+from tests.shown_commands import FIRST_RUN, ROOT, first_block, shown_commands
 
 MAIN = {
     "bin/evaluate": evaluate.main,
@@ -84,18 +84,10 @@ def reader(finished, mt5, tiny_config, tmp_path, monkeypatch):
     return tmp_path
 
 
-def completed(shown):
-    """Replace `...` by the arguments of the first command on the same page, up to its --data.store."""
-    first = next(other for other in shown_commands() if other.page == shown.page and SHOWN_ONLY not in other.arguments)
-    repeated = list(first.arguments)
-    del repeated[repeated.index("--data.store") :]
-    return [part for word in shown.arguments for part in (repeated if word == SHOWN_ONLY else [word])]
-
-
 @pytest.mark.parametrize("shown", ONCE, ids=lambda shown: str(shown)[:70])
 def test_a_shown_command_runs(shown, reader, fork_server, monkeypatch, capfd):
     """The exit code is 0, there is no traceback, and the named output files exist."""
-    arguments = [*(completed(shown) if SHOWN_ONLY in shown.arguments else shown.arguments), *LESS_WORK.get(shown.launcher, ())]
+    arguments = [*shown.arguments, *LESS_WORK.get(shown.launcher, ())]
     if shown.launcher == "bin/train":
         arguments += [] if set(PUBLISHED) & set(arguments) else ["--tokenizer.train_vocab_size", "700"]
         for run in (reader / "runs").iterdir():
@@ -104,9 +96,6 @@ def test_a_shown_command_runs(shown, reader, fork_server, monkeypatch, capfd):
         code = fork_server.run(arguments, console, before=[("os:chdir", {"path": str(reader)})])
         output = console.read_text(encoding="utf-8")
     else:
-        if "--merge" in arguments:
-            parts = arguments[: arguments.index("--merge")]
-            assert [prepare.main([*parts, "--shard", f"{number}/4"]) for number in (1, 2, 3, 4)] == [0, 0, 0, 0]
         torch.set_num_threads(1)
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((shown.stdin or "").encode())))
         code = MAIN[shown.launcher](arguments)

@@ -20,7 +20,8 @@ from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.store.store import Store
-from resilient_t5.data.tokenizer.tokenizer import SPACE, load_tokenizer
+from resilient_t5.data.tokenizer.sentencepiece import SPACE
+from resilient_t5.data.tokenizer.tokenizer import load_tokenizer
 from resilient_t5.restoration.beam_search import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps

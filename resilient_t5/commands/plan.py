@@ -59,7 +59,7 @@ def plan_lines(arguments: Arguments) -> Iterator[str]:
 def _plan_values(arguments: Arguments) -> dict[str, Any]:
     """The plan as JSON values."""
     # Imported late: torch takes seconds to import; --help and a usage error do not need it.
-    from resilient_t5.data.tokenizer.tokenizer import SENTINELS
+    from resilient_t5.data.tokenizer.sentencepiece import SENTINELS
     from resilient_t5.model.memory import GIB, OPTIMIZERS, choices, first_fit, smallest_card_gib
     from resilient_t5.model.shapes import sizes_of_settings
     from resilient_t5.training.hardware.memory_fit import fit

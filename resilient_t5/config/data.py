@@ -9,6 +9,7 @@ from typing import Literal
 
 from resilient_t5.config.values import as_tuple, at_least, below_one, between, check
 
+DocumentMode = Literal["auto", "file", "blank_line", "line"]
 NoiseKind = Literal["drop", "double", "swap", "replace"]
 
 
@@ -30,7 +31,7 @@ class DataConfig:
     """Field of a .jsonl line that contains the text."""
     column: str | None = None
     """Column of a .csv or .tsv file that contains the text; null uses all text columns."""
-    document: Literal["auto", "file", "blank_line", "line"] = "auto"
+    document: DocumentMode = "auto"
     """Document unit in plain text files; `auto`: parts between blank lines, else the whole file if it is small, else lines."""
     max_source_tokens: int = 512
     """Maximum encoder input length, in tokens, including the end token."""

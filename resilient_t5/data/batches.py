@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.corruption.corruption import Corrupted, Examples, corrupt, term_targets
+from resilient_t5.data.corruption.corruption import Corrupted, corrupt, term_targets
 from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, order, shuffle
-from resilient_t5.data.ragged import lay_out
+from resilient_t5.data.ragged import Split, pad_rows, rounded_up
 from resilient_t5.errors import DataError
 
 # Fixed cost of a micro-batch in padded tokens. Measured on a CPU, forward and backward of T5 with one to eight layers: 47 to
@@ -83,15 +83,15 @@ def cut(
     Args:
         lengths: source and target tokens of every row.
     """
+    source, target = (rounded_up(of_row[ascending], pad_multiple).tolist() for of_row in lengths)
     parts: list[np.ndarray] = []
     end = len(ascending)
     longest_source = longest_target = 0
     for place in range(len(ascending) - 1, -1, -1):
-        source, target = (rounded_up(int(of_row[ascending[place]]), pad_multiple) for of_row in lengths)
-        longest_source, longest_target = max(longest_source, source), max(longest_target, target)
+        longest_source, longest_target = max(longest_source, source[place]), max(longest_target, target[place])
         if place + 1 < end and (end - place) * (longest_source + longest_target) > micro_tokens:
             parts.append(ascending[place + 1 : end])
-            end, longest_source, longest_target = place + 1, source, target
+            end, longest_source, longest_target = place + 1, source[place], target[place]
     parts.append(ascending[:end])
     return parts
 
@@ -111,7 +111,7 @@ def cheapest_cut(
     Returns:
         the runs, the longest rows first.
     """
-    source, target = (-(-of_row[ascending] // pad_multiple) * pad_multiple for of_row in lengths)
+    source, target = (rounded_up(of_row[ascending], pad_multiple) for of_row in lengths)
     rows = len(ascending)
     least = np.zeros(rows + 1, np.int64)
     begins = np.zeros(rows + 1, np.int64)
@@ -130,11 +130,6 @@ def cheapest_cut(
         parts.append(ascending[begin:end])
         end = begin
     return parts
-
-
-def rounded_up(length: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that is at least `length`."""
-    return -(-length // multiple) * multiple
 
 
 # Label of a padded target position, ignored by the cross-entropy.
@@ -174,8 +169,6 @@ class EvaluationBatch:
 
     micro_batch: MicroBatch
     corrupted: Corrupted
-    example_ids: np.ndarray
-    """int64 (B,)"""
     of_terms_BT: torch.Tensor
     """bool, the labels that belong to a masked term."""
 
@@ -210,7 +203,7 @@ class Batches:
         DataError: the split is empty.
     """
 
-    def __init__(self, split: Examples, table: TokenTable, config: Config, *, seed: int, micro_tokens: int, pad_multiple: int):
+    def __init__(self, split: Split, table: TokenTable, config: Config, *, seed: int, micro_tokens: int, pad_multiple: int):
         if len(split) == 0:
             raise DataError("there are no examples to train on", hint="Give more text.")
         self.split, self.table, self.config, self.seed = split, table, config, seed
@@ -285,15 +278,12 @@ class Batches:
         return _Window(corrupted, example_ids, deal(ascending, self.window_updates, groups_per_update, (self.seed, number)))
 
     def _corrupt(self, example_ids: np.ndarray, epochs: np.ndarray) -> Corrupted:
-        settings = self.config.corruption
-        data = self.config.data
+        settings, data = self.config.corruption, self.config.data
         return corrupt(self.split, example_ids, epochs, seed=self.seed, settings=settings, data=data, table=self.table)
 
 
 class Prefetcher:
     """Updates of `batches` in order, prepared ahead by threads; bit-identical to `Batches.at`.
-
-    Use it as a context manager, or call `close`.
 
     Args:
         first_update: the update that the first `take` returns.
@@ -331,12 +321,6 @@ class Prefetcher:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _submit(self) -> None:
         """Submit the next updates to the threads, and at the beginning of a window also the next window."""
         if self._threads is None:
@@ -352,8 +336,10 @@ class Prefetcher:
 
 def collate(corrupted: Corrupted, rows: np.ndarray, example_ids: np.ndarray, *, pad_id: int, pad_multiple: int) -> MicroBatch:
     """Pad these rows to the longest of them, rounded up to a multiple of `pad_multiple`."""
-    source, source_mask = _padded(corrupted.encoder_ids, corrupted.encoder_offsets, rows, (pad_id, pad_multiple))
-    labels, label_mask = _padded(corrupted.target, corrupted.target_offsets, rows, (IGNORED, pad_multiple))
+    ids, offsets = corrupted.encoder_ids, corrupted.encoder_offsets
+    source, source_mask = pad_rows(ids, offsets, rows, padding=pad_id, multiple=pad_multiple)
+    ids, offsets = corrupted.target, corrupted.target_offsets
+    labels, label_mask = pad_rows(ids, offsets, rows, padding=IGNORED, multiple=pad_multiple)
     target_tokens = int(label_mask.sum())
     return MicroBatch(
         source_BS=torch.from_numpy(source),
@@ -367,7 +353,7 @@ def collate(corrupted: Corrupted, rows: np.ndarray, example_ids: np.ndarray, *, 
 
 
 def evaluation_batches(
-    split: Examples,
+    split: Split,
     table: TokenTable,
     config: Config,
     *,
@@ -401,8 +387,9 @@ def evaluation_batches(
         EvaluationBatch(
             micro_batch=collate(corrupted, rows, example_ids[rows], pad_id=table.pad_id, pad_multiple=pad_multiple),
             corrupted=corrupted.take(rows),
-            example_ids=example_ids[rows],
-            of_terms_BT=torch.from_numpy(_padded(of_terms, corrupted.target_offsets, rows, (0, pad_multiple))[0] > 0),
+            of_terms_BT=torch.from_numpy(
+                pad_rows(of_terms, corrupted.target_offsets, rows, padding=0, multiple=pad_multiple)[0] > 0
+            ),
         )
         for rows in parts
     ]
@@ -411,15 +398,3 @@ def evaluation_batches(
 def _lengths(corrupted: Corrupted) -> tuple[np.ndarray, np.ndarray]:
     """Source and target tokens of every row."""
     return np.diff(corrupted.encoder_offsets), np.diff(corrupted.target_offsets)
-
-
-def _padded(
-    values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, padding: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pad rows of a ragged array: int64, and a mask of its tokens, bool. `padding`: value and multiple."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    width = rounded_up(int(lengths.max()), padding[1])
-    mask = np.arange(width) < lengths[:, None]
-    padded = np.full((len(rows), width), padding[0], np.int64)
-    padded[mask] = values[lay_out(offsets[rows], lengths)]
-    return padded, mask

@@ -7,9 +7,10 @@ smoothing). Counts are symmetric, over neighbours of up to REACH tokens in the s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+
+from resilient_t5.data.ragged import Split
 
 REACH = 3
 # PMI overestimates rare contexts; their frequency is raised to this power.
@@ -19,18 +20,6 @@ MAX_TOKENS = 8_000_000
 BLOCK_COUNTS = 2_000_000
 # Positions in `ids` are stored in 16 bits.
 UNCOUNTED = 2**16 - 1
-
-
-class TokenSplit(Protocol):
-    """The part of a split that is counted: ids of all examples, and where each example begins."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Int: ids of all examples, concatenated."""
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Int (examples + 1,): where each example begins in `tokens`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +36,7 @@ class Neighbours:
     """float32, above 0."""
 
 
-def count_neighbours(split: TokenSplit, rows: int, most_ids: int) -> Neighbours:
+def count_neighbours(split: Split, rows: int, most_ids: int) -> Neighbours:
     """Positive PMI of the most frequent ids of `split`.
 
     Reads 8 million tokens at most, the first ones of the split: some 4 to 8 s on one core, 210 MB.

@@ -8,7 +8,8 @@ import numpy as np
 
 from resilient_t5.config.schema import Config
 from resilient_t5.data.corruption.token_table import TokenTable, build_token_table, check_sentinels
-from resilient_t5.data.store.store import Split, Store
+from resilient_t5.data.ragged import Split
+from resilient_t5.data.store.store import Store
 
 
 class FullIdTokens:
@@ -16,22 +17,13 @@ class FullIdTokens:
 
     def __init__(self, tokens: np.ndarray, active_to_full: np.ndarray):
         self._tokens, self._active_to_full = tokens, active_to_full
-        self.dtype = active_to_full.dtype
-
-    def __len__(self) -> int:
-        return len(self._tokens)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self._active_to_full[self._tokens[index]]
 
 
 def in_full_ids(split: Split, active_to_full: np.ndarray) -> Split:
-    """The split with its tokens as full ids.
-
-    Args:
-        split: a split of a store, in active ids.
-        active_to_full: int32 (active,), the store's.
-    """
+    """The split of a store with its tokens as full ids."""
     return replace(split, tokens=FullIdTokens(split.tokens, active_to_full))  # type: ignore[arg-type]
 
 

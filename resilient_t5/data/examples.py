@@ -112,12 +112,6 @@ def cut_chunks(encoded: Encoded, text: str, max_tokens: int, overlap_tokens: int
     A chunk is filled with whole sentences as far as they fit; a sentence too long for one is cut at its clauses, and a
     clause too long at a character. Every chunk after the first begins up to `overlap_tokens` before the end of the one
     before it, never inside a character; without these the chunks tile the document exactly.
-
-    Args:
-        encoded: the document's tokens, with offsets into `text`.
-        text: the document.
-        max_tokens: the longest chunk.
-        overlap_tokens: context repeated, below `max_tokens`.
     """
     if not 0 <= overlap_tokens < max_tokens:
         raise ValueError(f"overlap_tokens: {overlap_tokens} is not between 0 and max_tokens {max_tokens}")
@@ -195,24 +189,20 @@ class Examples:
         return Examples(self.tokens[np.repeat(keep, self.lengths)], self.lengths[keep], renumbered, self.pairs[keep], terms)
 
 
-@dataclass(frozen=True)
-class FoundTerms:
-    """Term occurrences of a batch: int32 (m, 3) token positions in the whole batch and term id; how many were widened."""
+def find_terms(matcher: TermMatcher | None, texts: Sequence[str], batch: EncodedBatch) -> tuple[np.ndarray, int]:
+    """Find every term occurrence of the texts.
 
-    spans: np.ndarray
-    widened: int
-
-
-def find_terms(matcher: TermMatcher | None, texts: Sequence[str], batch: EncodedBatch) -> FoundTerms:
-    """Every term occurrence of the texts, as tokens of the batch."""
+    Returns:
+        int32 (m, 3): first token, token after the last (in the whole batch), term id; and how many were widened.
+    """
     if matcher is None:
-        return FoundTerms(np.zeros((0, 3), dtype=np.int32), 0)
+        return np.zeros((0, 3), dtype=np.int32), 0
     # Positions are in all texts joined by line breaks.
     begins = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])], dtype=np.int32)
     shift = np.repeat(begins, np.diff(batch.offsets))
     tokens = batch.tokens
     placed = Encoded(tokens.ids, tokens.starts + shift, tokens.ends + shift)
-    return FoundTerms(*token_spans(matcher.find_together(texts), placed))
+    return token_spans(matcher.find_together(texts), placed)
 
 
 def cut_examples(
@@ -229,8 +219,7 @@ def cut_examples(
     Args:
         texts: the documents, numbered from 0.
         batch: their tokens.
-        terms: int32 (m, 3): first token, token after the last (in the whole batch), term id; sorted.
-        tokenizer: the one of the batch.
+        terms: as `find_terms` returns them.
         max_tokens: longest example, without end mark.
         overlap_tokens: tokens that a chunk repeats of the one before it.
 
@@ -242,10 +231,8 @@ def cut_examples(
     short = np.flatnonzero((counts > 0) & (counts <= max_tokens))
     ranges = [np.stack([batch.offsets[short], batch.offsets[short + 1], short], axis=1)]
     for number in np.flatnonzero(counts > max_tokens).tolist():
-        first, last = batch.offsets[number : number + 2].tolist()
-        tokens = Encoded(*(array[first:last] for array in (batch.tokens.ids, batch.tokens.starts, batch.tokens.ends)))
-        chunks = np.array(cut_chunks(tokens, texts[number], limit, overlap_tokens), dtype=np.int64)
-        ranges.append(np.column_stack([chunks + first, np.full(len(chunks), number)]))
+        chunks = np.array(cut_chunks(batch[number], texts[number], limit, overlap_tokens), dtype=np.int64)
+        ranges.append(np.column_stack([chunks + batch.offsets[number], np.full(len(chunks), number)]))
     chunks = np.concatenate(ranges)
     chunks = chunks[np.argsort(chunks[:, 0], kind="stable")]
     lengths = chunks[:, 1] - chunks[:, 0]

@@ -4,9 +4,35 @@ A slot is a position in such an array: every row has a slot for each of its toke
 of slots crosses from one row into the next.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from resilient_t5.data.counter_rng import Stream, keys
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one side of the split of a store; every array is a read-only memory map.
+
+    tokens: uint16 or uint32 (tokens,), active ids of all examples, concatenated, without end marks.
+    offsets: int64 (examples + 1,), where each example begins in `tokens`.
+    terms: int32 (occurrences, 4): example, first token, token after the last, term id; token positions are within the example;
+        sorted by example, then first token.
+    documents: int32 (examples,), number of the document that the example was cut from.
+    pairs: int32 (examples,): -1 for text to corrupt; for an already masked pair the length of its source, which its target
+        follows. A pair is trained as it is.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    terms: np.ndarray
+    documents: np.ndarray
+    pairs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.documents)
 
 
 @dataclass(frozen=True)
@@ -40,11 +66,49 @@ class RowKeys:
     example_ids: np.ndarray
     """int64 (B,)"""
 
+    def of(self, stream: Stream) -> np.ndarray:
+        """Key of each row for one purpose; uint64 (B,)."""
+        return keys(self.seed, stream, self.epochs, self.example_ids)
+
 
 def lay_out(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Indices start, start + 1, ... of every row, concatenated; int64 (sum of lengths,)."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Offsets of rows of these lengths: row r has [offsets[r], offsets[r + 1]); int64 (rows + 1,)."""
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
+
+def take_rows(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Select rows of a ragged array: their values and offsets."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    return values[lay_out(offsets[rows], lengths)], offsets_of(lengths)
+
+
+def join_rows(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate ragged arrays, each given as values and offsets."""
+    values, offsets = zip(*parts, strict=True)
+    return np.concatenate(values), offsets_of(np.concatenate([np.diff(part) for part in offsets]))
+
+
+def pad_rows(
+    values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, *, padding: int, multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad rows of a ragged array to the longest of them, rounded up to a multiple: int64, and a mask of the values, bool."""
+    taken, bounds = take_rows(values, offsets, rows)
+    lengths = np.diff(bounds)
+    mask = np.arange(int(rounded_up(lengths, multiple).max())) < lengths[:, None]
+    padded = np.full(mask.shape, padding, np.int64)
+    padded[mask] = taken
+    return padded, mask
+
+
+def rounded_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    """Smallest multiples of `multiple` that are at least `lengths`."""
+    return -(-lengths // multiple) * multiple
 
 
 def cumulated(values: np.ndarray, row: np.ndarray) -> np.ndarray:

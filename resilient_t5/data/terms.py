@@ -65,8 +65,6 @@ def _folding() -> np.ndarray:
 
 def fold(text: str) -> str:
     """`text` in small letters and half width, character by character: always of the same length."""
-    if text.isascii():
-        return text.lower()
     return _text(_folding()[_code_points(text)])
 
 
@@ -97,10 +95,6 @@ def _in_word() -> np.ndarray:
 
 def clean_terms(lines: Iterable[str], where: str = "terms") -> TermList:
     """One term per line: stripped, blanks and duplicates (after folding) dropped and counted.
-
-    Args:
-        lines: the terms.
-        where: what they are, for messages.
 
     Raises:
         DataError: a term longer than 200 characters, which is text and no term.
@@ -133,11 +127,9 @@ def read_terms(path: Path) -> TermList:
     """Read a list of one term per line, in any encoding that the corpus may have, packed or not.
 
     Raises:
-        DataError: the file is missing, undecodable, empty, or has a line of running text.
+        DataError: the file is undecodable, empty, or has a line of running text.
         StorageError: the file cannot be read.
     """
-    if not path.is_file():
-        raise DataError("the list of terms is missing", where=str(path), hint="Set data.terms to a file with one term per line")
     try:
         encoding = resolve_encoding(path, "auto")
         listed = clean_terms((line.text for line in text_lines(path, encoding, CorpusCounts())), str(path))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient_t5.data.examples import cut_chunks
-from resilient_t5.data.tokenizer.tokenizer import SPACE, Encoded
+from resilient_t5.data.tokenizer.sentencepiece import SPACE
+from resilient_t5.data.tokenizer.tokenizer import Encoded
 from resilient_t5.restoration.answer_rules import answer_rules
 from resilient_t5.restoration.beam_search import BeamSearch, DecodeSettings, Hypothesis, SearchRequest
 from resilient_t5.restoration.filler import Filler, FillStatistics
@@ -53,7 +54,7 @@ def correct(
     for (start, end), tokens in zip(ranges, encoded, strict=True):
         statistics.count_tokens(tokens.ids, tokenizer, config.trained_ids)
         for first, last in cut_chunks(tokens, text[start:end], max_tokens, 0):
-            chunks.append((start, Encoded(tokens.ids[first:last], tokens.starts[first:last], tokens.ends[first:last])))
+            chunks.append((start, tokens.part(first, last)))
     no_prefix = np.zeros(0, np.int64)
     requests = [SearchRequest(np.append(chunk.ids.astype(np.int64), tokenizer.eos_id), 0, no_prefix, 0) for _, chunk in chunks]
     statistics.windows += len(requests)

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from resilient_t5 import hub
-from resilient_t5.config.data import ModelConfig
-from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, check_rows, load_tokenizer
+from resilient_t5.config.data import DocumentMode, ModelConfig
+from resilient_t5.data.tokenizer.sentencepiece import SPACE
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
 from resilient_t5.restoration.answer_rules import answer_rules
 from resilient_t5.restoration.beam_search import BeamSearch, DecodeSettings, SearchRequest
 from resilient_t5.restoration.gaps import Gap, OpenDocument, Window, document_ranges, encode_documents, make_windows
-from resilient_t5.restoration.restoration_config import DocumentMode, RestorationConfig, read_restoration_config
+from resilient_t5.restoration.restoration_config import RestorationConfig, read_restoration_config
 
 MIN_SOURCE_TOKENS = 8
 Candidate = tuple[np.ndarray, float]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from resilient_t5.config.data import DocumentMode
 from resilient_t5.data.corpus.formats import Line, document_lines
 from resilient_t5.data.examples import sentence_ends
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import ConfigError
-from resilient_t5.restoration.restoration_config import DocumentMode
 
 DEFAULT_MARK = "[?]"
 KNOWN_MARKS = ("[?]", "\u25a1\u25a1", "___", "<extra_id_0>")

@@ -8,10 +8,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from resilient_t5.config.data import DocumentMode
 from resilient_t5.errors import DataError
 
 CONFIG_FILE = "restoration.json"
@@ -19,8 +20,7 @@ FORMAT = 1
 MAX_BYTES = 16 * 2**20
 MAX_TOKENS = 2**20
 SENTINELS = 100
-DocumentMode = Literal["auto", "file", "blank_line", "line"]
-DOCUMENT_MODES = ("auto", "file", "blank_line", "line")
+DOCUMENT_MODES = get_args(DocumentMode)
 
 
 @dataclass(frozen=True, eq=False)

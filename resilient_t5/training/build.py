@@ -15,7 +15,8 @@ from resilient_t5.config.schema import Config, trajectory_sha256
 from resilient_t5.data.batches import Batches, EvaluationBatch, Prefetcher, evaluation_batches
 from resilient_t5.data.cooccurrence import count_neighbours
 from resilient_t5.data.dataset import Dataset
-from resilient_t5.data.store.store import Split, Store
+from resilient_t5.data.ragged import Split
+from resilient_t5.data.store.store import Store
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.initial_weights import MAX_IDS, RANK, factored, set_initial_vectors
 from resilient_t5.model.layers import install_lean_layers

@@ -70,7 +70,7 @@ class Evaluator:
 def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluation | None:
     """Compute the loss of the current weights; None if `interrupted` between two batches."""
     batches, group, halted = evaluator.loss_batches, evaluator.group, False
-    ends = np.cumsum([len(batch.example_ids) for batch in batches])
+    ends = np.cumsum([len(batch.micro_batch.example_ids) for batch in batches])
     # nll, tokens and correct tokens per example, then the same for its terms. Counts are exact in float64, and the
     # all-reduce only adds zeros.
     sums_6E = torch.zeros(6, int(ends[-1]), dtype=torch.float64)
@@ -100,7 +100,7 @@ def evaluate(evaluator: Evaluator, interrupted: Callable[[], bool]) -> Evaluatio
 def restore_terms(evaluator: Evaluator, interrupted: Callable[[], bool]) -> RestorationReport | None:
     """Restore the fixed examples by greedy generation and score them; None if `interrupted` between two tokens."""
     batches, group, restorer = evaluator.restore_batches, evaluator.group, evaluator.restorer
-    shapes = [(len(batch.example_ids), longest_answer(batch.micro_batch, restorer)) for batch in batches]
+    shapes = [(len(batch.micro_batch.example_ids), longest_answer(batch.micro_batch, restorer)) for batch in batches]
     ends = np.cumsum([rows * width for rows, width in shapes])
     widths = torch.zeros(len(batches), dtype=torch.int64)
     written = torch.zeros(int(ends[-1]), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""bin/prepare: exit codes, messages, report, shards, signals. Run: python -m pytest tests/commands/test_prepare.py"""
+"""bin/prepare: exit codes, messages, report, signals. Run: python -m pytest tests/commands/test_prepare.py"""
 
 import json
 import os
@@ -85,47 +85,30 @@ def test_bad_data_leaves_with_65_and_one_message(arguments, tmp_path, capsys):
     assert (tmp_path / "store" / "meta.json").read_bytes() == before
 
 
-def test_shards_are_prepared_and_merged(arguments, tmp_path, capsys):
-    """--shard makes the parts, --merge the store; a part is named on stdout."""
-    for shard in ("2/2", "1/2"):
-        assert main([*arguments, "--shard", shard]) == 0
-        assert str(tmp_path / f"store-{shard[0]}-of-2") in capsys.readouterr().out
-    assert main([*arguments, "--merge", "2"]) == 0
-    store = Store.open(tmp_path / "store")
-    assert store.report["documents"] == len(set(NOTES))
-
-
-def test_shards_of_processes_at_once_one_of_them_killed_make_the_store_of_one(arguments, tmp_path):
-    """SIGKILL in the middle of a shard: its neighbour is not harmed, the same call makes it, and the merge is the whole."""
+def test_a_prepare_that_is_killed_leaves_what_the_next_one_removes(arguments, tmp_path):
+    """SIGKILL in the middle of the pass: no store; the same command removes the rest and makes the store of one call."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{note} {number}" for number in range(12) for note in NOTES), encoding="utf-8")
-    kill = "import os, signal; from resilient_t5.data.store import shards; w = shards.PartWriter; add = w.add; calls = [];\n"
+    kill = "import os, signal; from resilient_t5.data.store import build; w = build.Streams; add = w.add; calls = [];\n"
     kill += "w.add = lambda *a: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGKILL), add(*a))\n"
     kill += "import sys; from resilient_t5.commands.prepare import main; main(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def start(shard, *program):
-        return subprocess.Popen([sys.executable, *program, *arguments, "--shard", shard], env=environment, cwd=ROOT)
-
-    pair = [start("1/2", "bin/prepare"), start("2/2", "-c", kill)]
-    assert [process.wait() for process in pair] == [0, -signal.SIGKILL]
-    assert list(tmp_path.glob(".store-2-of-2.making-*")) and not (tmp_path / "store-2-of-2").exists()
-    assert main([*arguments, "--merge", "2"]) == 65
-    assert main([*arguments, "--shard", "2/2"]) == 0
+    killed = subprocess.run([sys.executable, "-c", kill, *arguments], env=environment, cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(".store.making-*")) and not (tmp_path / "store").exists()
+    assert main(arguments) == 0
     assert not list(tmp_path.glob(".store*"))
-    assert main([*arguments, "--merge", "2"]) == 0
     assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
-    files = {name: tmp_path / name for name in ("store", "whole")}
-    for path in sorted(files["whole"].rglob("*")):
+    for path in sorted((tmp_path / "whole").rglob("*")):
         if path.is_file() and path.name not in ("report.json", "meta.json"):
-            assert path.read_bytes() == (files["store"] / path.relative_to(files["whole"])).read_bytes(), path.name
+            assert path.read_bytes() == (tmp_path / "store" / path.relative_to(tmp_path / "whole")).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("flags", [["--shard", "3/2"], ["--shard", "x"], ["--merge", "0"], ["--shard", "1/2", "--merge", "2"]])
-def test_a_wrong_shard_is_a_usage_error(arguments, tmp_path, flags, capsys):
-    """Shards count from 1 to n; anything else is refused before anything is read."""
+@pytest.mark.parametrize("flags", [["--shard", "1/2"], ["--merge", "2"]])
+def test_a_corpus_is_not_prepared_in_parts(arguments, tmp_path, flags, capsys):
+    """--shard and --merge, which an earlier version had, are unknown options."""
     assert main([*arguments, *flags]) == 2
-    assert flags[0] in capsys.readouterr().err
+    assert flags[0].strip("-") in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
@@ -141,7 +124,7 @@ def test_the_launcher_runs_through_a_link_from_any_folder(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "link"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "--shard" in done.stdout and "--data.store" in done.stdout
+    assert "--data.store" in done.stdout
 
 
 def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
@@ -151,7 +134,7 @@ def test_sigterm_ends_it_with_143_and_no_trace(arguments, tmp_path):
     code = "import sys; from resilient_t5.commands.prepare import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob(".store.making-*/part/train-tokens.bin")):
+    while process.poll() is None and not list(tmp_path.glob(".store.making-*/streams/train-tokens.bin")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)

@@ -6,6 +6,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_readers_change_no_bit(first_update):
     split = small_split()
     expected = [batches_of(split).at(update) for update in range(first_update, first_update + 30)]
     for readers in (0, 1, 4):
-        with Prefetcher(batches_of(split), first_update, readers) as reader:
+        with closing(Prefetcher(batches_of(split), first_update, readers)) as reader:
             assert all(same(reader.take(), update) for update in expected)
             assert reader.wait_s > 0.0
 
@@ -322,7 +323,7 @@ def test_a_reader_prepares_ahead_and_not_without_bound():
             return super().at(update)
 
     batches = Recorded(small_split(), TABLE, config_of(), seed=3, micro_tokens=400, pad_multiple=1)
-    with Prefetcher(batches, 0, 2) as reader:
+    with closing(Prefetcher(batches, 0, 2)) as reader:
         assert enough.wait(30)
         assert sorted(asked) == list(range(8))
         reader.take()
@@ -333,7 +334,8 @@ def test_what_a_reader_thread_raises_comes_out_of_take():
     """A store with a bad example stops the run with its own error, with threads and without."""
     split = split_of([[200] * 20] * 9 + [[60_000] * 20])
     for readers in (0, 2):
-        with Prefetcher(batches_of(split), 0, readers) as reader, pytest.raises(DataError, match="beyond its vocabulary"):
+        failure = pytest.raises(DataError, match="beyond its vocabulary")
+        with closing(Prefetcher(batches_of(split), 0, readers)) as reader, failure:
             for _ in range(10):
                 reader.take()
 
@@ -378,7 +380,7 @@ def test_evaluation_is_fixed_keyed_and_apart_from_training():
     first, again, finer = (evaluation_batches(split, TABLE, config, micro_tokens=budget, **chosen) for budget in (600, 600, 90))
     assert same([b.micro_batch for b in first], [b.micro_batch for b in again])
     assert examples_of([b.micro_batch for b in first]) == examples_of([b.micro_batch for b in finer])
-    ids = [int(example) for b in first for example in b.example_ids]
+    ids = [int(example) for b in first for example in b.micro_batch.example_ids]
     assert len(set(ids)) == 40 and ids != list(range(40)) and max(ids) > 150
     lengths = [b.micro_batch.source_BS.shape[1] for b in first]
     assert lengths == sorted(lengths, reverse=True)
@@ -408,14 +410,14 @@ def test_evaluation_batches_know_what_was_masked():
         labels = batch.micro_batch.labels_BT.tolist()
         for row, k, start, end in batch.corrupted.spans.tolist():
             at = labels[row].index(int(TABLE.sentinel_ids[k]))
-            assert labels[row][at + 1 : at + 1 + end - start] == split.chunk(int(batch.example_ids[row]))[start:end]
+            assert labels[row][at + 1 : at + 1 + end - start] == split.chunk(int(batch.micro_batch.example_ids[row]))[start:end]
         for row, term, _, start, end in batch.corrupted.masked_terms.tolist():
-            assert (start, end, term) in split.terms_of(int(batch.example_ids[row]))
+            assert (start, end, term) in split.terms_of(int(batch.micro_batch.example_ids[row]))
             found += 1
-        assert len(batch.corrupted) == len(labels) == len(batch.example_ids)
+        assert len(batch.corrupted) == len(labels) == len(batch.micro_batch.example_ids)
         for row, chosen in enumerate(batch.of_terms_BT):
             of_terms = batch.micro_batch.labels_BT[row][chosen].tolist()
-            chunk = split.chunk(int(batch.example_ids[row]))
+            chunk = split.chunk(int(batch.micro_batch.example_ids[row]))
             masked = batch.corrupted.masked_terms
             assert of_terms == [token for *_, a, b in masked[masked[:, 0] == row].tolist() for token in chunk[a:b]]
     assert found > 5
@@ -427,7 +429,7 @@ def test_fewer_evaluation_examples_are_the_first_of_more():
 
     def ids(examples: int) -> set[int]:
         batches = evaluation_batches(split, TABLE, config_of(), examples=examples, seed=3, micro_tokens=500, pad_multiple=1)
-        return {int(example) for b in batches for example in b.example_ids}
+        return {int(example) for b in batches for example in b.micro_batch.example_ids}
 
     assert ids(10) < ids(40) < ids(1000) == set(range(100)) and ids(0) == set()
 

@@ -26,13 +26,13 @@ class Document:
     """One document of the corpus.
 
     `key` decides the side of the split: a digest of the text as in the file, shared by all parts of a document too long for
-    memory; None means the digest of `text`.
+    memory.
     """
 
     text: str
     source: str
-    target: str | None = None
-    key: int | None = None
+    target: str | None
+    key: int
 
 
 class SeenParagraphs:
@@ -99,14 +99,13 @@ def _files_of(name: str) -> list[Path]:
     if path.is_dir():
         files = _files_under(path)
     elif glob.has_magic(name):
-        files = []
-        for hit in map(Path, glob.glob(str(path), recursive=True)):
-            files += _files_under(hit) if hit.is_dir() else [hit]
-        files = [file for file in files if file.is_file() and file_kind(file) is not None]
+        hits = map(Path, glob.glob(str(path), recursive=True))
+        files = [file for hit in hits for file in (_files_under(hit) if hit.is_dir() else [hit])]
     elif path.exists():
         raise DataError(f"{name} is neither a file nor a directory", hint="Write its content into a file first")
     else:
         raise DataError("input is missing", where=name, hint="Check the path; it is relative to the current directory")
+    files = [file for file in files if file.is_file() and file_kind(file) is not None]
     if not files:
         raise DataError("input has no text file", where=name, hint=f"Supported extensions: {KINDS}")
     return files
@@ -117,7 +116,7 @@ def _files_under(folder: Path) -> list[Path]:
     for directory, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(directory, name) for name in names if not name.startswith(".")]
-    return [file for file in files if file.is_file() and file_kind(file) is not None]
+    return files
 
 
 def read_documents(
@@ -129,8 +128,7 @@ def read_documents(
     whole.
 
     Args:
-        inputs: files, directories and globs, as for `find_inputs`.
-        settings: encoding, field, column and document mode.
+        inputs: as for `find_inputs`.
         counts: updated while reading.
         seen: known paragraphs, which are dropped. Pass the same object for the validation inputs and then for the training
             inputs to keep validation paragraphs out of training.
@@ -176,5 +174,4 @@ def _without_duplicates(text: str, digest: int, target: str | None, seen: SeenPa
 
 def held_out(document: Document, share: float) -> bool:
     """Whether `document` belongs to the held-out `share` (0 to 1); depends on its content only, not on its position or file."""
-    key = text_digest(document.text) if document.key is None else document.key
-    return key < share * 2.0**64
+    return document.key < share * 2.0**64

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from resilient_t5.config.data import DataConfig
+from resilient_t5.config.data import DataConfig, DocumentMode
 from resilient_t5.data.corpus.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
 from resilient_t5.errors import DataError
 
@@ -29,7 +29,6 @@ MAX_COLUMN_NAME = 100
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 FIRST_SURROGATE = 0xD800
 WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\U00020000-\U0003ffff]")
-DocumentMode = Literal["auto", "file", "blank_line", "line"]
 STOPS = "\u3002\uff01\uff1f\uff1b.!?\n "
 
 

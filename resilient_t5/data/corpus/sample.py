@@ -202,17 +202,7 @@ class Note:
 
 
 def generate_notes(count: int, seed: int) -> Iterator[Note]:
-    """Notes 0 to `count` - 1 of a seed, in order; a shorter corpus is a prefix of a longer one.
-
-    Args:
-        count: notes to generate; none when 0.
-        seed: any integer; taken modulo 2**64.
-
-    Raises:
-        ValueError: `count` is negative.
-    """
-    if count < 0:
-        raise ValueError(f"count is {count}; it must not be negative")
+    """Notes 0 to `count` - 1 of a seed (modulo 2**64), in order; a shorter corpus is a prefix of a longer one."""
     return (_note(seed, index) for index in range(count))
 
 

@@ -12,7 +12,6 @@ id), its tokens and the settings, never on the rest of the batch.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -20,33 +19,11 @@ from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.corruption.masking import Masks, Occurrences, choose_masks
 from resilient_t5.data.corruption.noise import Noise, make_noise, within_length
 from resilient_t5.data.corruption.token_table import TokenTable
-from resilient_t5.data.ragged import RowKeys, Rows, lay_out, runs
+from resilient_t5.data.ragged import RowKeys, Rows, Split, join_rows, lay_out, offsets_of, runs, take_rows
 from resilient_t5.errors import DataError
 
 # Slots processed at once: limits the memory of a large window and keeps its arrays in the CPU caches.
 SLAB_SLOTS = 131_072
-
-
-class Examples(Protocol):
-    """The part of a split of the store that corruption reads."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Active ids of all examples, concatenated."""
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """int64 (examples + 1,): first token of each example."""
-
-    @property
-    def terms(self) -> np.ndarray:
-        """int32 (occurrences, 4): example, start, end, term id; sorted by example and start."""
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """int32 (examples,): first target token of an already masked pair, -1 for other examples."""
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -77,12 +54,19 @@ class Corrupted:
         """Select rows, each at most once, in this order; they are renumbered."""
         new_number = np.full(len(self), -1)
         new_number[rows] = np.arange(len(rows))
-        source, source_offsets = _take_ragged(self.source, self.source_offsets, rows)
-        encoder_ids, encoder_offsets = _take_ragged(self.encoder_ids, self.encoder_offsets, rows)
-        target, target_offsets = _take_ragged(self.target, self.target_offsets, rows)
-        spans, masked_terms = _renumbered(self.spans, new_number), _renumbered(self.masked_terms, new_number)
-        ragged = (source, source_offsets, target, target_offsets)
-        return Corrupted(*ragged, spans, masked_terms, encoder_ids, encoder_offsets)
+
+        def renumbered(table: np.ndarray) -> np.ndarray:
+            kept = table[new_number[table[:, 0]] >= 0]
+            kept[:, 0] = new_number[kept[:, 0]]
+            return kept[np.argsort(kept[:, 0], kind="stable")]
+
+        return Corrupted(
+            *take_rows(self.source, self.source_offsets, rows),
+            *take_rows(self.target, self.target_offsets, rows),
+            renumbered(self.spans),
+            renumbered(self.masked_terms),
+            *take_rows(self.encoder_ids, self.encoder_offsets, rows),
+        )
 
 
 def term_targets(corrupted: Corrupted) -> np.ndarray:
@@ -99,7 +83,7 @@ def term_targets(corrupted: Corrupted) -> np.ndarray:
 
 
 def corrupt(
-    split: Examples,
+    split: Split,
     example_ids: np.ndarray,
     epochs: np.ndarray,
     *,
@@ -119,21 +103,11 @@ def corrupt(
     """
     example_ids = np.asarray(example_ids, np.int64)
     epochs = np.broadcast_to(np.asarray(epochs, np.int64), example_ids.shape)
-    starts = np.asarray(split.offsets)[example_ids].astype(np.int64)
-    lengths = np.asarray(split.offsets)[example_ids + 1].astype(np.int64) - starts
+    _, lengths = _places(split, example_ids)
     slab_of_row = (np.cumsum(lengths) - lengths) // SLAB_SLOTS
-    cuts = np.flatnonzero(np.diff(slab_of_row)) + 1
-    slabs = [
-        _corrupt_slab(
-            split,
-            RowKeys(seed, epochs[part], example_ids[part]),
-            (starts[part], lengths[part]),
-            settings=settings,
-            data=data,
-            table=table,
-        )
-        for part in np.split(np.arange(len(example_ids)), cuts)
-    ]
+    parts = np.split(np.arange(len(example_ids)), np.flatnonzero(np.diff(slab_of_row)) + 1)
+    keys = [RowKeys(seed, epochs[part], example_ids[part]) for part in parts]
+    slabs = [_corrupt_slab(split, row_keys, settings=settings, data=data, table=table) for row_keys in keys]
     corrupted = slabs[0] if len(slabs) == 1 else _joined(slabs)
     if table.gap_encoding is None:
         return corrupted
@@ -141,19 +115,19 @@ def corrupt(
     return replace(corrupted, encoder_ids=ids, encoder_offsets=offsets)
 
 
+def _places(split: Split, example_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First token and number of tokens of each example; int64 (n,) each."""
+    starts = np.asarray(split.offsets)[example_ids].astype(np.int64)
+    return starts, np.asarray(split.offsets)[example_ids + 1].astype(np.int64) - starts
+
+
 def _corrupt_slab(
-    split: Examples,
-    row_keys: RowKeys,
-    places: tuple[np.ndarray, np.ndarray],
-    *,
-    settings: CorruptionConfig,
-    data: DataConfig,
-    table: TokenTable,
+    split: Split, row_keys: RowKeys, *, settings: CorruptionConfig, data: DataConfig, table: TokenTable
 ) -> Corrupted:
-    """Corrupt the rows with tokens at `places` (starts, lengths)."""
     targets_at = np.asarray(split.pairs)[row_keys.example_ids].astype(np.int64)
-    _check_lengths(row_keys.example_ids, places[1], targets_at, settings=settings, data=data)
-    rows = _gather(split, places, targets_at, table)
+    starts, lengths = _places(split, row_keys.example_ids)
+    _check_lengths(row_keys.example_ids, lengths, targets_at, settings=settings, data=data)
+    rows = _gather(split, (starts, lengths), targets_at, table)
     occurrences = _gather_terms(split, row_keys.example_ids, rows)
     if settings.task == "restore":
         masks = choose_masks(
@@ -186,10 +160,10 @@ def _check_lengths(
         )
 
 
-def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: np.ndarray, table: TokenTable) -> Rows:
+def _gather(split: Split, places: tuple[np.ndarray, np.ndarray], targets_at: np.ndarray, table: TokenTable) -> Rows:
     """Concatenate the examples, each with a slot for its end mark."""
     starts, lengths = places
-    offsets = np.concatenate(([0], np.cumsum(lengths + 1)))
+    offsets = offsets_of(lengths + 1)
     row = np.repeat(np.arange(len(lengths)), lengths + 1)
     position = np.arange(offsets[-1]) - offsets[row]
     ends = offsets[1:] - 1
@@ -205,7 +179,7 @@ def _gather(split: Examples, places: tuple[np.ndarray, np.ndarray], targets_at: 
     return Rows(ids, offsets, row, position, text, np.where(targets_at < 0, lengths, 0))
 
 
-def _gather_terms(split: Examples, example_ids: np.ndarray, rows: Rows) -> Occurrences:
+def _gather_terms(split: Split, example_ids: np.ndarray, rows: Rows) -> Occurrences:
     """Term occurrences of the rows to corrupt."""
     examples = np.asarray(split.terms)[:, 0]
     first = _lower_bound(examples, example_ids)
@@ -291,39 +265,15 @@ def _assemble(
 
 
 def _joined(slabs: list[Corrupted]) -> Corrupted:
-    """Concatenate batches."""
-    first_row = np.cumsum([0] + [len(slab) for slab in slabs])
+    """Concatenate batches whose encoder reads their sources."""
+    first_rows = offsets_of(np.array([len(slab) for slab in slabs]))[:-1]
 
-    def offsets(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(([0], np.cumsum(np.concatenate([np.diff(part) for part in parts]))))
-
-    def renumbered(parts: list[np.ndarray]) -> np.ndarray:
-        joined = np.concatenate(parts)
-        joined[:, 0] += np.repeat(first_row[:-1], [len(part) for part in parts]).astype(np.int32)
+    def renumbered(tables: list[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(tables)
+        joined[:, 0] += np.repeat(first_rows, [len(table) for table in tables]).astype(np.int32)
         return joined
 
-    source = np.concatenate([slab.source for slab in slabs])
-    source_offsets = offsets([slab.source_offsets for slab in slabs])
-    return Corrupted(
-        source=source,
-        source_offsets=source_offsets,
-        encoder_ids=source,
-        encoder_offsets=source_offsets,
-        target=np.concatenate([slab.target for slab in slabs]),
-        target_offsets=offsets([slab.target_offsets for slab in slabs]),
-        spans=renumbered([slab.spans for slab in slabs]),
-        masked_terms=renumbered([slab.masked_terms for slab in slabs]),
-    )
-
-
-def _take_ragged(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """These rows of a ragged array: values and offsets."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    return values[lay_out(offsets[rows], lengths)], np.concatenate(([0], np.cumsum(lengths)))
-
-
-def _renumbered(table: np.ndarray, new_number: np.ndarray) -> np.ndarray:
-    """Entries of the rows with a new number, renumbered and sorted by it."""
-    kept = table[new_number[table[:, 0]] >= 0]
-    kept[:, 0] = new_number[kept[:, 0]]
-    return kept[np.argsort(kept[:, 0], kind="stable")]
+    source = join_rows([(slab.source, slab.source_offsets) for slab in slabs])
+    target = join_rows([(slab.target, slab.target_offsets) for slab in slabs])
+    spans, masked_terms = renumbered([slab.spans for slab in slabs]), renumbered([slab.masked_terms for slab in slabs])
+    return Corrupted(*source, *target, spans, masked_terms, *source)

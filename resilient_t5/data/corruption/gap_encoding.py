@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from resilient_t5.data.ragged import offsets_of
 from resilient_t5.data.tokenizer.sentencepiece import SPACE
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 
@@ -58,7 +59,7 @@ class GapEncoding:
             dropped[place] = self.sentinel[source[place + 1]] or dropped[place + 1]
         if not dropped.any():
             return source, offsets
-        before = np.concatenate(([0], np.cumsum(dropped)))
+        before = offsets_of(dropped)
         return source[~dropped], offsets - before[offsets]
 
     def _with_word_starts(self, source: np.ndarray, offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +74,8 @@ class GapEncoding:
             end = start
             while inside[end]:
                 end += 1
-            word = self._word(source[start:end])
+            full = self.tokenizer.text_start(tuple(self.active_to_full[source[start:end]].tolist()))
+            word = self.full_to_active[list(full)].astype(np.int32)
             more = len(word) - (end - start)
             if grown[row] + more > free[row]:
                 continue
@@ -81,19 +83,11 @@ class GapEncoding:
             parts += [source[done:start], word]
             done = end
         encoded = np.concatenate([*parts, source[done:]])
-        return encoded, np.concatenate(([0], np.cumsum(np.diff(offsets) + grown)))
-
-    def _word(self, ids: np.ndarray) -> np.ndarray:
-        full = tuple(self.active_to_full[ids].tolist())
-        return self.full_to_active[list(self.tokenizer.text_start(full))].astype(np.int32)
+        return encoded, offsets_of(np.diff(offsets) + grown)
 
 
 def build_gap_encoding(tokenizer: TextTokenizer, active_to_full: np.ndarray, sentinel_ids: np.ndarray) -> GapEncoding | None:
-    """Rules for the active ids; None where the masked source needs no change.
-
-    Args:
-        sentinel_ids: active ids of the sentinels.
-    """
+    """Rules for the active ids, those of the sentinels given; None where the masked source needs no change."""
     size = len(active_to_full)
     ignored = np.isin(active_to_full, tokenizer.ignored_before_gap)
     starts_word = tokenizer.continues_word[active_to_full] & tokenizer.gap_starts_word

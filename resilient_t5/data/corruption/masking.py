@@ -23,8 +23,8 @@ import numpy as np
 
 from resilient_t5.config.schema import CorruptionConfig
 from resilient_t5.data.corruption.token_table import TokenTable
-from resilient_t5.data.counter_rng import Stream, bits, keys, uniform
-from resilient_t5.data.ragged import RowKeys, Rows, cumulated, firsts, in_random_order, runs
+from resilient_t5.data.counter_rng import Stream, bits, uniform
+from resilient_t5.data.ragged import RowKeys, Rows, cumulated, firsts, in_random_order, offsets_of, runs
 
 # Cells at the end of a run are shorter than drawn; lengths are drawn larger by this factor to compensate.
 CELL_LOSS = 1.25
@@ -83,8 +83,10 @@ def choose_masks(
     """Choose what is masked in every row; a pure function of each row's own key, tokens and terms."""
     special = table.special[rows.ids]
     units = _join_overlapping(rows, occurrences, special, max_target_tokens)
-    budget = np.maximum(np.floor(_ratios(row_keys, settings) * rows.tokens + 0.5).astype(np.int64), 1)
-    taken = _choose_terms(rows, units, row_keys, settings, np.stack((budget, np.full_like(budget, max_target_tokens))))
+    draw = uniform(row_keys.of(Stream.MASK_RATIO), 0)
+    ratios = settings.mask_ratio + settings.mask_ratio_spread * (2.0 * draw - 1.0)
+    budget = np.maximum(np.floor(ratios * rows.tokens + 0.5).astype(np.int64), 1)
+    taken = _choose_terms(rows, units, row_keys, settings, (budget, max_target_tokens))
     masked = _covered(len(rows.ids), units.start[taken], units.end[taken])
     in_term = _covered(len(rows.ids), units.start, units.end)
     plain = rows.text & ~table.punctuation[rows.ids] & ~special & ~in_term
@@ -122,12 +124,6 @@ class _Limits:
     """Target tokens, sentinels counted."""
 
 
-def _ratios(row_keys: RowKeys, settings: CorruptionConfig) -> np.ndarray:
-    """float64 (B,): the share of every row that is to be masked."""
-    draw = uniform(keys(row_keys.seed, Stream.MASK_RATIO, row_keys.epochs, row_keys.example_ids), 0)
-    return settings.mask_ratio + settings.mask_ratio_spread * (2.0 * draw - 1.0)
-
-
 def _covered(slots: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """bool (slots,): inside one of the intervals, which do not overlap."""
     change = np.zeros(slots + 1, np.int8)
@@ -147,27 +143,29 @@ def _join_overlapping(rows: Rows, occurrences: Occurrences, special: np.ndarray,
     number = np.cumsum(first) - 1
     head = np.flatnonzero(first)
     start, end = occurrences.start[head], np.maximum.reduceat(occurrences.end, head)
-    specials_before = np.concatenate(([0], np.cumsum(special)))
+    specials_before = offsets_of(special)
     maskable = (specials_before[end] == specials_before[start]) & (end - start + 2 <= max_target_tokens)
     return Units(occurrences.row[head], start, end, maskable, number)
 
 
-def _choose_terms(rows: Rows, units: Units, row_keys: RowKeys, settings: CorruptionConfig, limits: np.ndarray) -> np.ndarray:
-    """bool (units,): the units that are masked. `limits` holds budget and target length of each row, (2, B)."""
+def _choose_terms(
+    rows: Rows, units: Units, row_keys: RowKeys, settings: CorruptionConfig, limits: tuple[np.ndarray, int]
+) -> np.ndarray:
+    """bool (units,): the units that are masked. `limits`: the budget of each row (B,), and the longest target."""
     position = rows.position[units.start]
-    chance = uniform(keys(row_keys.seed, Stream.TERM_CHANCE, row_keys.epochs, row_keys.example_ids)[units.row], position)
+    chance = uniform(row_keys.of(Stream.TERM_CHANCE)[units.row], position)
     drawn = np.flatnonzero((chance < settings.term_probability) & units.maskable)
-    rank_keys = keys(row_keys.seed, Stream.TERM_RANK, row_keys.epochs, row_keys.example_ids)
+    rank_keys = row_keys.of(Stream.TERM_RANK)
     row = units.row[drawn]
     drawn = drawn[in_random_order(row, bits(rank_keys[row], position[drawn]))]
 
     row, lengths = units.row[drawn], units.lengths[drawn]
-    budget, target = limits[0][row], limits[1][row]
+    budget, max_target_tokens = limits[0][row], limits[1]
     tokens = cumulated(lengths, row)
     spans = cumulated(np.ones_like(row), row)
     within_budget = (tokens <= budget) | ((spans == 1) & (lengths <= rows.tokens[row] // 2))
     # Adjoining terms share a sentinel; counting one for each is conservative.
-    keep = within_budget & (spans <= settings.max_sentinels) & (tokens + spans + 1 <= target)
+    keep = within_budget & (spans <= settings.max_sentinels) & (tokens + spans + 1 <= max_target_tokens)
     taken = np.zeros(len(units.start), bool)
     taken[drawn[keep]] = True
     return taken
@@ -184,7 +182,7 @@ def _choose_cells(
     start, length = _lay_cells(rows, plain & open_rows[rows.row], row_keys, max_span_tokens, longest_share)
 
     row = rows.row[start]
-    words = bits(keys(row_keys.seed, Stream.SPAN_RANK, row_keys.epochs, row_keys.example_ids)[row], rows.position[start])
+    words = bits(row_keys.of(Stream.SPAN_RANK)[row], rows.position[start])
     # Where sentinels are scarce, cells that are short because their run ended come after the others.
     late = (length < max_span_tokens) & ((words & np.uint64(0xFFFF)) < longest_share[row] * 2.0**16)
     drawn = in_random_order(row, (words >> np.uint64(1)) | (late.astype(np.uint64) << np.uint64(63)))
@@ -208,7 +206,7 @@ def _lay_cells(
     `longest_share` (B,) is the share of cells that are drawn `max_span_tokens` long; the others are uniform.
     """
     start, end = runs(plain)
-    key = keys(row_keys.seed, Stream.SPAN_LENGTH, row_keys.epochs, row_keys.example_ids)
+    key = row_keys.of(Stream.SPAN_LENGTH)
     length = np.minimum(_first_lengths(rows, start, row_keys, max_span_tokens, longest_share), end - start)
     cells = [(start[length > 0], length[length > 0])]
     start = start + length + 1
@@ -243,7 +241,7 @@ def _first_lengths(
     tail = np.concatenate((np.ones((len(row), 1)), tail), axis=1)
     thresholds = np.cumsum(tail, axis=1)
     thresholds /= thresholds[:, -1:]
-    phase_keys = keys(row_keys.seed, Stream.SPAN_PHASE, row_keys.epochs, row_keys.example_ids)
+    phase_keys = row_keys.of(Stream.SPAN_PHASE)
     draw = uniform(phase_keys[row], rows.position[start])
     return (draw[:, None] >= thresholds[:, :-1]).sum(axis=1)
 
@@ -260,7 +258,7 @@ def _fallback(rows: Rows, units: Units, row_keys: RowKeys, flags: tuple[np.ndarr
         (PLAIN, TERM, SPECIAL, INSIDE_TERM, PUNCTUATION),
     )
     row = rows.row[slot]
-    words = bits(keys(row_keys.seed, Stream.FALLBACK, row_keys.epochs, row_keys.example_ids)[row], rows.position[slot])
+    words = bits(row_keys.of(Stream.FALLBACK)[row], rows.position[slot])
     by_preference = in_random_order(row, (classes.astype(np.uint64) << np.uint64(60)) | (words >> np.uint64(4)))
     chosen = by_preference[firsts(row[by_preference])]
     start, end = slot[chosen], slot[chosen] + 1

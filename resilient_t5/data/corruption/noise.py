@@ -16,7 +16,7 @@ import numpy as np
 
 from resilient_t5.config.data import CorruptionConfig, NoiseKind
 from resilient_t5.data.corruption.token_table import TokenTable
-from resilient_t5.data.counter_rng import Stream, below, keys, uniform
+from resilient_t5.data.counter_rng import Stream, below, uniform
 from resilient_t5.data.ragged import RowKeys, Rows, cumulated
 
 KINDS: tuple[NoiseKind, ...] = ("drop", "double", "swap", "replace")
@@ -80,7 +80,7 @@ def _bursts(rows: Rows, visible: np.ndarray, free: np.ndarray, row_keys: RowKeys
         share = share / (1.0 + (1.0 - stay) / len(set(settings.noise_kinds)))
     enter = share * (1.0 - stay) / (1.0 - share)
 
-    key = keys(row_keys.seed, Stream.NOISE_BURST, row_keys.epochs, row_keys.example_ids)
+    key = row_keys.of(Stream.NOISE_BURST)
     draw = uniform(key[rows.row], rows.position)
     begins = draw < enter[rows.row]
     begins[rows.offsets[:-1]] = draw[rows.offsets[:-1]] < share
@@ -99,7 +99,7 @@ def _choose_kinds(
     possible[:, REPLACE] &= _look_alike_counts(rows.ids[noised], table) > 0
     count = possible.sum(axis=1)
     row = rows.row[noised]
-    key = keys(row_keys.seed, Stream.NOISE_KIND, row_keys.epochs, row_keys.example_ids)
+    key = row_keys.of(Stream.NOISE_KIND)
     pick = below(key[row], rows.position[noised], np.maximum(count, 1))
     kind = np.argmax(possible & (np.cumsum(possible, axis=1) == (pick + 1)[:, None]), axis=1)
     return np.where(count > 0, kind, -1)
@@ -118,7 +118,7 @@ def _look_alike_counts(ids: np.ndarray, table: TokenTable) -> np.ndarray:
 
 def _look_alikes(rows: Rows, slots: np.ndarray, row_keys: RowKeys, table: TokenTable) -> np.ndarray:
     """A look-alike for the token of each slot, int32; every one has some."""
-    key = keys(row_keys.seed, Stream.NOISE_REPLACEMENT, row_keys.epochs, row_keys.example_ids)
+    key = row_keys.of(Stream.NOISE_REPLACEMENT)
     ids = rows.ids[slots]
     pick = below(key[rows.row[slots]], rows.position[slots], _look_alike_counts(ids, table))
     return table.confusions[table.confusion_offsets[ids] + pick]

@@ -1,15 +1,16 @@
-"""The single pass over a corpus (read, encode ahead in a thread, find terms, cut, write a part), and from parts to a store.
+"""From a corpus to the files of a store: one pass (read, encode, find terms, cut), then the active vocabulary and the files.
 
-The backend encodes without holding the GIL, so a second core encodes while this thread reads, searches and writes. Memory is a
-few batches of `BATCH_CHARACTERS`, whatever the size of the corpus. `finish_store` writes the active vocabulary, the files of
-the splits, terms, tokenizer, report, and finally `meta.json`.
+The backend encodes without holding the GIL, so a second core encodes while this thread reads, searches and writes. The pass
+writes its examples with full ids, since the active vocabulary is known only after it. Memory is a few batches of
+`BATCH_CHARACTERS`, whatever the size of the corpus.
 """
 
 import dataclasses
 import json
+import re
 import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -23,18 +24,21 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.corpus.documents import Document, SeenParagraphs, held_out, read_documents, text_digest
 from resilient_t5.data.corpus.formats import CorpusCounts
 from resilient_t5.data.corpus.sample import generate_notes
+from resilient_t5.data.corruption.gap_encoding import reachable_after_gaps
 from resilient_t5.data.examples import Examples, cut_examples, find_terms
-from resilient_t5.data.store.corpus_report import (
-    build_report,
-    check_unknown,
-    segments_between_marks,
-    unknown_characters,
-    unknown_figures,
-    visible_characters,
+from resilient_t5.data.store.corpus_report import Tally, build_report, check_unknown
+from resilient_t5.data.store.fingerprint import BUILTIN, Fingerprint, is_builtin
+from resilient_t5.data.store.store import (
+    FORMAT,
+    META,
+    REPORT,
+    SPLITS,
+    TERMS,
+    TOKENIZER,
+    TOKENIZER_RECORD,
+    VOCABULARY,
+    sha256_of,
 )
-from resilient_t5.data.store.fingerprint import BUILTIN, Fingerprint, differences, is_builtin
-from resilient_t5.data.store.shards import PART, Part, PartWriter, choose_active, hashed_files, join_parts
-from resilient_t5.data.store.store import FORMAT, META, REPORT, TERMS, TOKENIZER, TOKENIZER_RECORD, VOCABULARY
 from resilient_t5.data.terms import TermList, TermMatcher
 from resilient_t5.data.tokenizer.tokenizer import EncodedBatch, TextTokenizer
 from resilient_t5.errors import DataError
@@ -45,6 +49,17 @@ BATCHES_AHEAD = 3
 PACKED_SUFFIXES = (".gz", ".xz")
 GAP_RESERVE_SHARE = 16  # 32 of 512 tokens: one for each of 27 gaps, and a few more
 USUAL_PACKING = 4  # how much larger packed text becomes; for the progress figure only
+# Arrays of a split apart from its tokens: dtype and shape of a row.
+ARRAYS: dict[str, tuple[type[np.integer[Any]], tuple[int, ...]]] = {
+    "offsets": (np.int64, ()),
+    "documents": (np.int32, ()),
+    "pairs": (np.int32, ()),
+    "terms": (np.int32, (4,)),
+}
+TOKENS_AT_ONCE = 1 << 20
+ROUND_TO = 64
+MARK = re.compile(r"<extra_id_\d+>")
+ACTIVE_16_BIT = 65_536
 
 Progress = Callable[[int, int], None]
 
@@ -62,61 +77,104 @@ class Job:
 
 @dataclass
 class Batch:
-    """Documents to encode together, whether each belongs to validation, and the digests of their content."""
+    """Documents to encode together, and whether each belongs to validation."""
 
     documents: list[Document] = field(default_factory=list)
     validation: list[bool] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
 
     def texts(self) -> list[str]:
         """The texts; empty for pairs, which are encoded separately."""
         return [document.text if document.target is None else "" for document in self.documents]
 
 
-@dataclass
-class Tally:
-    """Counters of a pass, in addition to those of the writer."""
+class Streams:
+    """The examples of a pass in files of `directory`, with full ids: `add` writes them, `write_splits` converts them."""
 
-    term_counts: np.ndarray
-    characters: int = 0
-    tokens: int = 0
-    unknown: int = 0
-    pairs: int = 0
-    empty_pairs: int = 0
-    truncated: int = 0
-    chunked: int = 0
-    widened: int = 0
-    cut_terms: int = 0
-    visible: int = 0
-    """Characters that are not white space."""
-    unknown_characters: dict[str, int] = field(default_factory=dict)
-    """Characters without a piece, with how often each occurs."""
+    def __init__(self, directory: Path, vocabulary_size: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.frequencies = np.zeros(vocabulary_size, dtype=np.int64)
+        """How often each id occurs in train and validation."""
+        self.counts = {split: {"examples": 0, "documents": 0, "tokens": 0, "terms": 0, "with_term": 0} for split in SPLITS}
+        names = ("tokens", *ARRAYS)
+        self._files = {split: {name: self._path(split, name).open("wb") for name in names} for split in SPLITS}
+        for files in self._files.values():
+            files["offsets"].write(np.zeros(1, dtype=np.int64).data)
 
-    def count_characters(self, texts: Sequence[str], encoded: EncodedBatch | None, unk_id: int) -> None:
-        """Count visible and unknown characters of `texts`; `encoded` is None when no character is unknown."""
-        self.visible += visible_characters(texts)
-        found = {} if encoded is None else unknown_characters(texts, encoded, unk_id)
-        for character, count in found.items():
-            self.unknown_characters[character] = self.unknown_characters.get(character, 0) + count
+    def _path(self, split: str, name: str) -> Path:
+        return self.directory / f"{split}-{name}.bin"
+
+    def add(self, split: str, examples: Examples, documents: int) -> None:
+        """Append examples whose documents are numbered from 0 to `documents` - 1."""
+        counts, files = self.counts[split], self._files[split]
+        arrays = {
+            "offsets": counts["tokens"] + np.cumsum(examples.lengths, dtype=np.int64),
+            "documents": examples.documents + counts["documents"],
+            "pairs": examples.pairs,
+            "terms": examples.terms + np.array([counts["examples"], 0, 0, 0]),
+        }
+        files["tokens"].write(np.ascontiguousarray(examples.tokens, dtype=np.int32).data)
+        for name, array in arrays.items():
+            files[name].write(np.ascontiguousarray(array, dtype=ARRAYS[name][0]).data)
+        self.frequencies += np.bincount(examples.tokens, minlength=len(self.frequencies))
+        counts["examples"] += len(examples.lengths)
+        counts["documents"] += documents
+        counts["tokens"] += len(examples.tokens)
+        counts["terms"] += len(examples.terms)
+        counts["with_term"] += len(np.unique(examples.terms[:, 0]))
+
+    def close(self) -> None:
+        """Close the files; nothing can be added afterwards."""
+        for files in self._files.values():
+            for file in files.values():
+                file.close()
+
+    def write_splits(self, directory: Path, active_to_full: np.ndarray) -> np.dtype[Any]:
+        """Write the files of both splits of a store, with active ids; return the dtype of the tokens."""
+        dtype = np.dtype(np.uint16 if len(active_to_full) <= ACTIVE_16_BIT else np.uint32)
+        full_to_active = np.zeros(len(self.frequencies), dtype=dtype)
+        full_to_active[active_to_full] = np.arange(len(active_to_full), dtype=dtype)
+        for split, folder in SPLITS.items():
+            target, counts = directory / folder, self.counts[split]
+            target.mkdir(exist_ok=True)
+            with self._path(split, "tokens").open("rb") as source, (target / "tokens.bin").open("wb") as file:
+                while len(ids := np.fromfile(source, np.int32, TOKENS_AT_ONCE)):
+                    file.write(full_to_active[ids].data)
+            rows = {"offsets": counts["examples"] + 1, "terms": counts["terms"]}
+            for name, (kind, row_shape) in ARRAYS.items():
+                with self._path(split, name).open("rb") as source, (target / f"{name}.npy").open("wb") as file:
+                    shape = (rows.get(name, counts["examples"]), *row_shape)
+                    header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    shutil.copyfileobj(source, file)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Result of a pass over the corpus."""
+
+    streams: Streams
+    tally: Tally
+    corpus: CorpusCounts
+    smallest_key: int
+    """Smallest key of a document: the one to hold out when chance holds out none."""
+    seconds: float
 
 
 def documents_of(config: Config, counts: CorpusCounts) -> Iterator[tuple[Document, bool]]:
     """Every document and whether it belongs to validation; no document is in both splits."""
-    data = config.data
+    data, seen = config.data, SeenParagraphs()
     share = data.validation_share
     if data.validation_inputs():
-        seen = SeenParagraphs()
+        share = 0.0
         for document in read_documents(data.validation_inputs(), data, counts, seen=seen):
             yield document, True
-        share = 0.0
-        documents = _train_documents(config, counts, seen)
-    else:
-        documents = _train_documents(config, counts, None)
-    for document in documents:
+    for document in _train_documents(config, counts, seen):
         yield document, share > 0 and held_out(document, share)
 
 
-def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs | None) -> Iterator[Document]:
+def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs) -> Iterator[Document]:
     if not is_builtin(config):
         yield from read_documents(config.data.train_inputs(), config.data, counts, seen=seen)
         return
@@ -127,46 +185,39 @@ def _train_documents(config: Config, counts: CorpusCounts, seen: SeenParagraphs 
         yield Document(note.text, f"{BUILTIN}:{number}", None, text_digest(note.text))
 
 
-def _batches(config: Config, counts: CorpusCounts, shard: tuple[int, int] | None, forced: int | None) -> Iterator[Batch]:
-    batch, characters, number = Batch(), 0, 0
+def _batches(config: Config, counts: CorpusCounts, forced: int | None) -> Iterator[Batch]:
+    batch, characters = Batch(), 0
     for document, validation in documents_of(config, counts):
-        key = text_digest(document.text) if document.key is None else document.key
         batch.documents.append(document)
-        batch.validation.append(validation or key == forced)
-        batch.keys.append(key)
+        batch.validation.append(validation or document.key == forced)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            if shard is None or number % shard[1] == shard[0] - 1:
-                yield batch
-            batch, characters, number = Batch(), 0, number + 1
-    if batch.documents and (shard is None or number % shard[1] == shard[0] - 1):
+            yield batch
+            batch, characters = Batch(), 0
+    if batch.documents:
         yield batch
 
 
 def _encoded_ahead(batches: Iterator[Batch], tokenizer: TextTokenizer) -> Iterator[tuple[Batch, EncodedBatch]]:
+    """Encode in a thread, `BATCHES_AHEAD` batches ahead of the caller."""
     waiting: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(tokenizer.encode_together, batch.texts())))
-                if len(waiting) > BATCHES_AHEAD:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(tokenizer.encode_batch, batch.texts())))
+            if len(waiting) > BATCHES_AHEAD:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        for first, future in waiting:
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = None, forced: int | None = None) -> Part:
-    """Read the whole corpus and write a part of it.
+def read_corpus(job: Job, directory: Path, *, forced: int | None = None) -> Pass:
+    """Read the whole corpus and write its examples into streams in `directory`.
 
     Args:
-        job: what to do.
-        directory: where the part is written.
-        shard: (i, n) takes only every n-th batch of documents, from the i-th on.
         forced: key of a document that is assigned to validation in any case.
     """
     started = time.perf_counter()
@@ -174,34 +225,34 @@ def write_part(job: Job, directory: Path, *, shard: tuple[int, int] | None = Non
     total = bytes_to_read(job.identity)
     matcher = TermMatcher(job.terms.terms) if job.terms.terms else None
     smallest_key = 2**64
-    with closing(PartWriter(directory, job.tokenizer.size)) as writer:
-        for batch, encoded in _encoded_ahead(_batches(job.config, counts, shard, forced), job.tokenizer):
+    with closing(Streams(directory, job.tokenizer.size)) as streams:
+        for batch, encoded in _encoded_ahead(_batches(job.config, counts, forced), job.tokenizer):
             examples = _examples_of(job, matcher, batch, encoded, tally)
             validation = np.array(batch.validation)
             for split, chosen in (("train", ~validation), ("validation", validation)):
                 if chosen.any():
-                    writer.add(split, examples.chosen(chosen), int(chosen.sum()))
-            writer.end_batch()
-            smallest_key = min(smallest_key, *batch.keys)
+                    streams.add(split, examples.chosen(chosen), int(chosen.sum()))
+            smallest_key = min(smallest_key, *(document.key for document in batch.documents))
             job.on_progress(min(counts.bytes, total or counts.bytes), total)
-        extra = {key: value for key, value in dataclasses.asdict(tally).items() if key != "term_counts"}
-        extra |= {"term_counts": tally.term_counts.tolist(), "corpus": dataclasses.asdict(counts)}
-        return writer.finish({**extra, "smallest_key": smallest_key, "seconds": time.perf_counter() - started})
+    return Pass(streams, tally, counts, smallest_key, time.perf_counter() - started)
 
 
 def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: EncodedBatch, tally: Tally) -> Examples:
     """The examples of a batch; counted in `tally`."""
     data, texts = job.config.data, batch.texts()
-    found = find_terms(matcher, texts, encoded)
+    longest = data.max_source_tokens - 1  # without end mark
+    if job.tokenizer.gap_starts_word:  # its gaps add tokens
+        longest -= data.max_source_tokens // GAP_RESERVE_SHARE
+    spans, widened = find_terms(matcher, texts, encoded)
     examples, lost = cut_examples(
         texts,
         encoded,
-        found.spans,
+        spans,
         tokenizer=job.tokenizer,
-        max_tokens=(longest := longest_example(job.tokenizer, data.max_source_tokens)),
+        max_tokens=longest,
         overlap_tokens=data.overlap_tokens,
     )
-    tally.widened += found.widened
+    tally.widened += widened
     tally.cut_terms += lost
     tally.chunked += int((np.diff(encoded.offsets) > longest).sum())
     tally.characters += sum(map(len, texts))
@@ -213,11 +264,6 @@ def _examples_of(job: Job, matcher: TermMatcher | None, batch: Batch, encoded: E
     if any(document.target is not None for document in batch.documents):
         examples = _with_pairs(job, batch, examples, tally)
     return examples
-
-
-def longest_example(tokenizer: TextTokenizer, max_source_tokens: int) -> int:
-    """Maximum tokens of an example without end mark, less a reserve for tokenizers whose gaps add tokens."""
-    return max_source_tokens - 1 - (max_source_tokens // GAP_RESERVE_SHARE if tokenizer.gap_starts_word else 0)
 
 
 def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Examples:
@@ -243,8 +289,8 @@ def _with_pairs(job: Job, batch: Batch, examples: Examples, tally: Tally) -> Exa
         tally.tokens += sum(map(len, whole))
         unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in whole)
         tally.unknown += unknown
-        segments = [part for text in (document.text, document.target) for part in segments_between_marks(text)]
-        encoded = tokenizer.encode_together(segments) if unknown else None  # encode again, for the positions
+        segments = [part for text in (document.text, document.target) for part in MARK.split(text)]
+        encoded = tokenizer.encode_batch(segments) if unknown else None  # encode again, for the positions
         tally.count_characters(segments, encoded, tokenizer.unk_id)
     return Examples(
         np.concatenate(tokens),
@@ -261,108 +307,68 @@ def bytes_to_read(identity: Fingerprint) -> int:
     return sum(entry["bytes"] * (USUAL_PACKING if entry["path"].endswith(PACKED_SUFFIXES) else 1) for entry in entries)
 
 
-SUMS = (
-    "characters",
-    "tokens",
-    "unknown",
-    "pairs",
-    "empty_pairs",
-    "truncated",
-    "chunked",
-    "widened",
-    "cut_terms",
-    "seconds",
-    "tokenizer_seconds",
-)
-
-
-def finish_store(parts: Sequence[Part], directory: Path, job: Job) -> None:
-    """Write the files of the store into `directory` and remove the parts in it.
+def finish_store(result: Pass, directory: Path, job: Job, tokenizer_seconds: float) -> None:
+    """Write the files of the store into `directory` and remove the streams of the pass.
 
     Raises:
         DataError: too many unknown characters, a side of the split is empty, or no listed term occurs.
     """
     started = time.perf_counter()
-    totals = _totals(parts)
-    check_unknown(totals["unknown_figures"], job.config.tokenizer.max_unknown_share, "data.train")
-    frequencies = np.sum([part.frequencies() for part in parts], axis=0)
+    streams, tally, counts = result.streams, result.tally, result.streams.counts
+    check_unknown(tally.unknown_figures(), job.config.tokenizer.max_unknown_share, "data.train")
+    _check_content(counts, tally, job)
     size = job.tokenizer.size
     if job.config.tokenizer.train_vocab_size is not None:  # trained on this text, so every piece is in use
         active_to_full = np.arange(size, dtype=np.int32)
     else:
-        active_to_full = choose_active(frequencies, job.tokenizer, job.terms.terms)
-    written = join_parts(parts, directory, active_to_full, size)
-    _check_content(written["counts"], totals, job)
+        active_to_full = choose_active(streams.frequencies, job.tokenizer, job.terms.terms)
+    dtype = streams.write_splits(directory, active_to_full)
     np.savez(directory / VOCABULARY, active_to_full=active_to_full)
     (directory / TERMS).write_text("".join(f"{term}\n" for term in job.terms.terms), encoding="utf-8")
     job.tokenizer.save(directory / TOKENIZER)
-    for part in parts:
-        if part.directory.parent == directory:
-            shutil.rmtree(part.directory)
-    totals["seconds"] += time.perf_counter() - started
-    vocabulary = (len(active_to_full), size)
-    report = build_report(totals, written["counts"], job.terms, vocabulary, job.config.batch.examples_per_update)
-    _write(directory / REPORT, report)
-    written["counts"]["train"]["pairs"] = totals["pairs"]
+    shutil.rmtree(streams.directory)
+    report = build_report(
+        tally,
+        dataclasses.asdict(result.corpus),
+        counts,
+        job.terms,
+        vocabulary=(len(active_to_full), size),
+        examples_per_update=job.config.batch.examples_per_update,
+        seconds=(result.seconds + time.perf_counter() - started, tokenizer_seconds),
+    )
+    _write_json(directory / REPORT, report)
     meta = {"format": FORMAT, "fingerprint": job.identity.fingerprint(), "identity": job.identity.values}
     tokenizer_files = [Path(entry["path"]).name for entry in job.identity.inputs if entry["key"] == "tokenizer"]
-    meta |= {"inputs": job.identity.inputs, TOKENIZER_RECORD: tokenizer_files, **written, "files": hashed_files(directory)}
-    _write(directory / META, meta)
+    meta |= {"inputs": job.identity.inputs, TOKENIZER_RECORD: tokenizer_files, "dtype": dtype.name}
+    counted = {**counts, "train": {**counts["train"], "pairs": tally.pairs}}
+    _write_json(directory / META, meta | {"counts": counted, "files": _hashed_files(directory)})
 
 
-def write_shard_identity(part: Part, job: Job, shard: int, shards: int) -> None:
-    """Record in a part which corpus and shard it belongs to, and add the tokenizer."""
-    job.tokenizer.save(part.directory / TOKENIZER)
-    described = {"identity": job.identity.values, "shard": shard, "shards": shards, **part.extra, "counts": part.counts}
-    _write(part.directory / PART, {**described, "tokenizer": job.tokenizer.fingerprint()})
+def choose_active(frequencies: np.ndarray, tokenizer: TextTokenizer, terms: Sequence[str]) -> np.ndarray:
+    """Active vocabulary of a corpus: int32 (active,), ascending.
 
-
-def open_shard(directory: Path, identity: Fingerprint, shard: int, shards: int) -> Part:
-    """The part of one shard.
-
-    Raises:
-        DataError: it is missing, or a part of something else.
+    Every id that occurs in the corpus, in its terms or after a gap, all special ids, sentinels and byte pieces; then the lowest
+    other ids up to a multiple of 64. In a SentencePiece model the lowest ids are the most frequent pieces.
     """
-    if not (directory / PART).is_file():
-        here = directory.exists() and any(directory.iterdir())
-        what = (
-            "this directory contains something else than a part" if here else f"the part of shard {shard}/{shards} is missing"
-        )
-        raise DataError(what, where=str(directory), hint=f"Prepare it with --shard {shard}/{shards}.")
-    part = Part.open(directory)
-    changes = differences(part.extra["identity"], identity.values)
-    if changes or (part.extra["shard"], part.extra["shards"]) != (shard, shards):
-        reason = "; ".join(changes) or "another shard"
-        raise DataError(
-            f"this part was prepared from something else; differences: {reason}",
-            where=str(directory),
-            hint="Remove it and prepare it again.",
-        )
-    return part
+    active = frequencies > 0
+    active[tokenizer.special_ids] = True
+    active[tokenizer.sentinel_ids] = True
+    active[tokenizer.byte_ids] = True
+    if terms:
+        active[tokenizer.encode_batch(list(terms)).tokens.ids] = True
+    active = reachable_after_gaps(tokenizer, active)
+    missing = -int(active.sum()) % ROUND_TO
+    active[np.flatnonzero(~active)[:missing]] = True
+    return np.flatnonzero(active).astype(np.int32)
 
 
-def _totals(parts: Sequence[Part]) -> dict[str, Any]:
-    """Sums over the parts. Counts of reading are equal in all parts, since each read the whole corpus."""
-    if len({part.extra.get("tokenizer") for part in parts}) > 1:
-        raise DataError("the parts were made with different tokenizers", hint="Prepare the shards again with one version.")
-    totals: dict[str, Any] = {key: sum(part.extra[key] for part in parts) for key in SUMS}
-    totals["term_counts"] = np.sum([part.extra["term_counts"] for part in parts], axis=0)
-    totals["corpus"] = parts[0].extra["corpus"]
-    totals["unknown_figures"] = _unknown_figures(parts)
-    return totals
+def _hashed_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below `directory`, by its path in it."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
 
 
-def _unknown_figures(parts: Sequence[Part]) -> dict[str, Any]:
-    """Unknown characters of all parts; empty when an older version, which did not count them, wrote a part."""
-    if any("unknown_characters" not in part.extra for part in parts):
-        return {}
-    unknown: Counter[str] = Counter()
-    for part in parts:
-        unknown.update(part.extra["unknown_characters"])
-    return unknown_figures(unknown, sum(part.extra["visible"] for part in parts))
-
-
-def _check_content(counts: dict[str, dict[str, int]], totals: dict[str, Any], job: Job) -> None:
+def _check_content(counts: dict[str, dict[str, int]], tally: Tally, job: Job) -> None:
     data = job.config.data
     if not counts["validation"]["examples"] or not counts["train"]["examples"]:
         documents = counts["train"]["documents"] + counts["validation"]["documents"]
@@ -372,7 +378,7 @@ def _check_content(counts: dict[str, dict[str, int]], totals: dict[str, Any], jo
             where="data.train",
             hint="Give more text, or data.validation, or let each line be a document (data.document line).",
         )
-    if data.terms is not None and not totals["pairs"] and not counts["train"]["terms"] + counts["validation"]["terms"]:
+    if data.terms is not None and not tally.pairs and not counts["train"]["terms"] + counts["validation"]["terms"]:
         raise DataError(
             f"none of the {len(job.terms.terms)} terms occurs in the corpus",
             where=data.terms,
@@ -380,5 +386,5 @@ def _check_content(counts: dict[str, dict[str, int]], totals: dict[str, Any], jo
         )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -5,10 +5,10 @@ characters, not of tokens: adjacent unknown characters become one `<unk>`, so th
 lost. White space is not counted.
 """
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,39 +23,48 @@ UNKNOWN_CHARACTERS = "unknown_characters"
 LISTED = 10
 WORTH_SHOWING = 1e-4
 WORTH_A_WARNING = 0.01
-MARK = re.compile(r"<extra_id_\d+>")
 
 
-def visible_characters(texts: Sequence[str]) -> int:
+@dataclass
+class Tally:
+    """Counters of a pass over the corpus."""
+
+    term_counts: np.ndarray
+    characters: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    pairs: int = 0
+    empty_pairs: int = 0
+    truncated: int = 0
+    chunked: int = 0
+    widened: int = 0
+    cut_terms: int = 0
+    visible: int = 0
     """Characters that are not white space."""
-    return sum(len("".join(text.split())) for text in texts)
+    unknown_characters: Counter[str] = field(default_factory=Counter)
+    """Characters without a piece, with how often each occurs."""
+
+    def count_characters(self, texts: Sequence[str], encoded: EncodedBatch | None, unk_id: int) -> None:
+        """Count visible and unknown characters of `texts`; `encoded` is None when no character is unknown."""
+        self.visible += sum(len("".join(text.split())) for text in texts)
+        if encoded is not None:
+            self.unknown_characters.update(unknown_characters(texts, encoded, unk_id))
+
+    def unknown_figures(self) -> dict[str, Any]:
+        """Entries of `report.json`: the share of unknown characters, and the most frequent ones."""
+        order = sorted(self.unknown_characters.items(), key=lambda item: (-item[1], item[0]))
+        share = self.unknown_characters.total() / max(self.visible, 1)
+        return {SHARE: share, UNKNOWN_CHARACTERS: dict(order[:LISTED])}
 
 
 def unknown_characters(texts: Sequence[str], batch: EncodedBatch, unk_id: int) -> Counter[str]:
-    """Count the characters that unknown tokens replace.
-
-    Args:
-        texts: the texts of the batch.
-        batch: their tokens.
-        unk_id: id of the unknown token.
-    """
+    """Count the characters that unknown tokens replace."""
     tokens = batch.tokens
     unknown = np.flatnonzero(tokens.ids == unk_id)
     owners = np.searchsorted(batch.offsets, unknown, side="right") - 1
     spans = zip(owners.tolist(), tokens.starts[unknown].tolist(), tokens.ends[unknown].tolist(), strict=True)
     found = Counter("".join(texts[owner][start:end] for owner, start, end in spans))
     return Counter({character: count for character, count in found.items() if not character.isspace()})
-
-
-def segments_between_marks(text: str) -> list[str]:
-    """Parts of an already masked text between its `<extra_id_k>`."""
-    return MARK.split(text)
-
-
-def unknown_figures(unknown: Mapping[str, int], visible: int) -> dict[str, Any]:
-    """Entries of `report.json` on unknown characters: their share of `visible` characters and the most frequent ones."""
-    order = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
-    return {SHARE: sum(unknown.values()) / max(visible, 1), UNKNOWN_CHARACTERS: dict(order[:LISTED])}
 
 
 def most_frequent(report: Mapping[str, Any]) -> str:
@@ -79,23 +88,19 @@ def check_unknown(report: Mapping[str, Any], max_share: float, where: str) -> No
     """Refuse a corpus with too many unknown characters; a report without the figure, of an older version, passes.
 
     Args:
-        report: the content of `report.json`, or its figures from `unknown_figures`.
-        max_share: the largest share that may have no piece (`tokenizer.max_unknown_share`).
+        report: the content of `report.json`, or its figures from `Tally.unknown_figures`.
+        max_share: `tokenizer.max_unknown_share`.
         where: the corpus or store, for the message.
-
-    Raises:
-        DataError: the share is above `max_share`.
     """
     share = report.get(SHARE, 0.0)
-    if share <= max_share:
-        return
-    raise DataError(
-        f"{percent(share)} of the corpus' characters have no piece in this tokenizer, which is above"
-        f" tokenizer.max_unknown_share {max_share:g}; most frequent: {most_frequent(report)}",
-        where=where,
-        hint="Take a model with a tokenizer for this script, such as mT5, train a tokenizer for a model from scratch"
-        " (tokenizer.train_vocab_size), or raise tokenizer.max_unknown_share.",
-    )
+    if share > max_share:
+        raise DataError(
+            f"{percent(share)} of the corpus' characters have no piece in this tokenizer, which is above"
+            f" tokenizer.max_unknown_share {max_share:g}; most frequent: {most_frequent(report)}",
+            where=where,
+            hint="Take a model with a tokenizer for this script, such as mT5, train a tokenizer for a model from scratch"
+            " (tokenizer.train_vocab_size), or raise tokenizer.max_unknown_share.",
+        )
 
 
 def percent(share: float) -> str:
@@ -116,42 +121,44 @@ STABLE_MEGABYTES = 256
 
 
 def build_report(
-    totals: dict[str, Any],
+    tally: Tally,
+    corpus: dict[str, Any],
     counts: dict[str, dict[str, int]],
     listed: TermList,
+    *,
     vocabulary: tuple[int, int],
     examples_per_update: int,
+    seconds: tuple[float, float],
 ) -> dict[str, Any]:
     """The content of `report.json`.
 
     Args:
-        totals: sums of the pass: corpus (what reading counted), characters, tokens, unknown, truncated, chunked, widened,
-            cut_terms, term_counts, seconds, tokenizer_seconds; unknown_figures, as returned by `unknown_figures`.
+        corpus: `CorpusCounts` as a dict.
         counts: examples, documents, tokens, terms and with_term of each split.
         listed: the terms by id, and what was dropped from their list.
         vocabulary: active ids, and all ids.
-        examples_per_update: examples of one update.
+        seconds: of the preparation, and of training the tokenizer.
     """
     terms = listed.terms
-    corpus, train, validation = totals["corpus"], counts["train"], counts["validation"]
+    train, validation = counts["train"], counts["validation"]
     examples = train["examples"] + validation["examples"]
-    occurrences = np.asarray(totals["term_counts"], dtype=np.int64)
+    occurrences = tally.term_counts
     order = [i for i in np.argsort(-occurrences, kind="stable").tolist() if occurrences[i] > 0]
     return {
         "bytes": corpus["bytes"],
-        "characters": totals["characters"],
-        "tokens": totals["tokens"],
-        "tokens_per_character": totals["tokens"] / max(totals["characters"], 1),
-        "unknown_share": totals["unknown"] / max(totals["tokens"], 1),
-        **totals["unknown_figures"],
+        "characters": tally.characters,
+        "tokens": tally.tokens,
+        "tokens_per_character": tally.tokens / max(tally.characters, 1),
+        "unknown_share": tally.unknown / max(tally.tokens, 1),
+        **tally.unknown_figures(),
         "documents": train["documents"] + validation["documents"],
         "examples": train["examples"],
         "validation_examples": validation["examples"],
         "validation_documents": validation["documents"],
-        "pairs": totals["pairs"],
-        "empty_pairs_dropped": totals["empty_pairs"],
-        "truncated_share": totals["truncated"] / max(examples, 1),
-        "chunked_documents_share": totals["chunked"] / max(train["documents"] + validation["documents"], 1),
+        "pairs": tally.pairs,
+        "empty_pairs_dropped": tally.empty_pairs,
+        "truncated_share": tally.truncated / max(examples, 1),
+        "chunked_documents_share": tally.chunked / max(train["documents"] + validation["documents"], 1),
         "terms": {
             "listed": len(terms),
             "found": len(order),
@@ -159,17 +166,17 @@ def build_report(
             "examples_with_term_share": (train["with_term"] + validation["with_term"]) / max(examples, 1),
             "blanks_dropped": listed.blanks_dropped,
             "duplicates_dropped": listed.duplicates_dropped,
-            "widened": totals["widened"],
-            "cut_by_chunks": totals["cut_terms"],
+            "widened": tally.widened,
+            "cut_by_chunks": tally.cut_terms,
             "per_term": {terms[i]: int(occurrences[i]) for i in order},
         },
         "active_vocabulary": {"size": vocabulary[0], "full_size": vocabulary[1]},
         "updates_per_epoch": train["examples"] / examples_per_update,
         "scale": scale_reading(corpus["bytes"]),
         "corpus": corpus,
-        "seconds": totals["seconds"],
-        "tokenizer_seconds": totals["tokenizer_seconds"],
-        "megabytes_per_s": corpus["bytes"] / 1e6 / max(totals["seconds"], 1e-9),
+        "seconds": seconds[0],
+        "tokenizer_seconds": seconds[1],
+        "megabytes_per_s": corpus["bytes"] / 1e6 / max(seconds[0], 1e-9),
         "peak_memory_mib": peak_mib(include_children=True),
     }
 

@@ -49,7 +49,8 @@ def identify(config: Config, recorded: dict[str, Any] | None) -> Fingerprint:
     known = {entry["path"]: entry for entry in (recorded or {}).get("inputs", ())}
     data = config.data
     if is_builtin(config):
-        identity.values["data.train"] = _digest_of_notes(data.sample_notes, config.run.seed)
+        notes = "".join(f"{note.text}\n" for note in generate_notes(data.sample_notes, config.run.seed))
+        identity.values["data.train"] = hashlib.sha256(notes.encode()).hexdigest()
     else:
         identity.values["data.train"] = _digest(identity, "data.train", find_inputs(data.train_inputs()), known)
     if data.validation_inputs():
@@ -149,10 +150,3 @@ def _identify_tokenizer(
     if rows is not None:
         check_rows(identity.tokenizer, rows, str(config.model.name_or_path))
     identity.values["tokenizer"] = identity.tokenizer.fingerprint()
-
-
-def _digest_of_notes(count: int, seed: int) -> str:
-    digest = hashlib.sha256()
-    for note in generate_notes(count, seed):
-        digest.update(note.text.encode() + b"\n")
-    return digest.hexdigest()

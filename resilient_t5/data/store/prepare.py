@@ -8,22 +8,12 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.corpus.formats import CorpusCounts
 from resilient_t5.data.corpus.sample import clinical_terms
 from resilient_t5.data.corruption.token_table import check_sentinels
-from resilient_t5.data.store.build import (
-    Job,
-    Progress,
-    bytes_to_read,
-    documents_of,
-    finish_store,
-    open_shard,
-    write_part,
-    write_shard_identity,
-)
+from resilient_t5.data.store.build import Job, Progress, bytes_to_read, documents_of, finish_store, read_corpus
 from resilient_t5.data.store.corpus_report import check_unknown
 from resilient_t5.data.store.fingerprint import differences, identify, is_builtin, terms_path
-from resilient_t5.data.store.shards import Part
-from resilient_t5.data.store.store import TOKENIZER, Store, not_a_store, read_meta, store_state
+from resilient_t5.data.store.store import Store, not_a_store, read_meta, store_state
 from resilient_t5.data.terms import TermList, clean_terms, read_terms
-from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from resilient_t5.files import making, only_maker, storage_errors
 
@@ -52,58 +42,12 @@ def prepare(config: Config, directory: Path, on_progress: Progress | None = None
             return store
         with making(directory) as temporary:
             job, tokenizer_seconds = _job(config, report_progress)
-            part = _with_validation(job, write_part(job, temporary / "part"))
-            part.extra["tokenizer_seconds"] = tokenizer_seconds
-            finish_store([part], temporary, job)
+            result = read_corpus(job, temporary / "streams")
+            if not result.streams.counts["validation"]["examples"] and not config.data.validation_inputs():
+                # Chance held out no document of a small corpus: a second pass holds out one.
+                result = read_corpus(job, temporary / "streams", forced=result.smallest_key)
+            finish_store(result, temporary, job, tokenizer_seconds)
     return Store.open(directory)
-
-
-def prepare_shard(config: Config, directory: Path, shard: tuple[int, int], on_progress: Progress | None = None) -> Path:
-    """Prepare the documents of shard (i, n), 1 <= i <= n, into `DIRECTORY-i-of-n`.
-
-    Returns:
-        directory of the part. A part of the same inputs and settings is reused.
-
-    Raises:
-        as `prepare`.
-    """
-    target = shard_directory(Path(directory), *shard)
-    report_progress = on_progress or (lambda done, total: None)
-    with storage_errors(target), only_maker(target, lambda: report_progress(0, 0)):
-        identity = identify(config, None)
-        if store_state(target) != "absent":
-            open_shard(target, identity, *shard)
-            return target
-        with making(target) as temporary:
-            job, tokenizer_seconds = _job(config, report_progress)
-            part = write_part(job, temporary, shard=shard)
-            part.extra["tokenizer_seconds"] = tokenizer_seconds
-            write_shard_identity(part, job, *shard)
-    return target
-
-
-def merge_shards(config: Config, directory: Path, shards: int) -> Store:
-    """Merge the parts of all shards into the store; the result does not depend on the order of their preparation.
-
-    Raises:
-        DataError: a part is missing or has other inputs or settings.
-    """
-    directory = Path(directory)
-    if (store := existing_store(config, directory)) is not None:
-        return store
-    with storage_errors(directory), only_maker(directory, lambda: None):
-        identity = identify(config, None)
-        directories = [shard_directory(directory, number, shards) for number in range(1, shards + 1)]
-        parts = [open_shard(path, identity, number, shards) for number, path in enumerate(directories, start=1)]
-        tokenizer = load_tokenizer(str(directories[0] / TOKENIZER))
-        with making(directory) as temporary:
-            finish_store(parts, temporary, Job(config, identity, tokenizer, listed_terms(config), lambda done, total: None))
-    return Store.open(directory)
-
-
-def shard_directory(directory: Path, shard: int, shards: int) -> Path:
-    """Directory of the part of a shard, next to the store."""
-    return directory.parent / f"{directory.name}-{shard}-of-{shards}"
 
 
 def store_directory(config: Config) -> Path:
@@ -124,22 +68,15 @@ def existing_store(config: Config, directory: Path) -> Store | None:
         raise not_a_store(directory)
     meta = read_meta(directory)
     identity = identify(config, meta)
-    if meta["fingerprint"] == identity.fingerprint():
-        return _opened(directory, config)
     old, new = meta["identity"], identity.values
     if not meta["counts"]["train"]["pairs"]:  # only pairs depend on data.max_target_tokens
         old, new = {**old, "data.max_target_tokens": 0}, {**new, "data.max_target_tokens": 0}
-    if not (changes := differences(old, new)):
-        return _opened(directory, config)
-    raise DataError(
-        f"this store was prepared from something else; differences: {'; '.join(changes)}",
-        where=str(directory),
-        hint="Name another directory with data.store, or remove this one.",
-    )
-
-
-def _opened(directory: Path, config: Config) -> Store:
-    """Open the store, unless it has more unknown characters than this configuration allows."""
+    if changes := differences(old, new):
+        raise DataError(
+            f"this store was prepared from something else; differences: {'; '.join(changes)}",
+            where=str(directory),
+            hint="Name another directory with data.store, or remove this one.",
+        )
     store = Store.open(directory)
     check_unknown(store.report, config.tokenizer.max_unknown_share, str(directory))
     return store
@@ -169,10 +106,3 @@ def _train(config: Config, poll: Callable[[], None]) -> TextTokenizer:
     assert settings.train_vocab_size is not None, "identify loads a tokenizer unless one is to be trained"
     texts = (document.text for document, validation in documents_of(config, CorpusCounts()) if not validation)
     return train_tokenizer(texts, settings.train_vocab_size, settings.character_coverage, poll)
-
-
-def _with_validation(job: Job, part: Part) -> Part:
-    """`part`, or the part of a second pass that holds out one document when a small corpus had none held out."""
-    if part.counts["validation"]["examples"] or job.config.data.validation_inputs():
-        return part
-    return write_part(job, part.directory, forced=part.extra["smallest_key"])

@@ -7,13 +7,13 @@ written last; a directory without it is not a store. Sizes are checked on every 
 
 import hashlib
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from resilient_t5.data.ragged import Split
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
 from resilient_t5.errors import DataError, StorageError
 
@@ -26,29 +26,6 @@ TOKENIZER = "tokenizer"
 TOKENIZER_RECORD = "tokenizer_files"  # in meta.json: the files that decided the ids
 SPLITS = {"train": "", "validation": "validation"}
 SPLIT_FILES = ("tokens.bin", "offsets.npy", "terms.npy", "documents.npy", "pairs.npy")
-
-
-@dataclass(frozen=True)
-class Split:
-    """The examples of one side of the split; every array is a read-only memory map.
-
-    tokens: uint16 or uint32 (tokens,), active ids of all examples, concatenated, without end marks.
-    offsets: int64 (examples + 1,), where each example begins in `tokens`.
-    terms: int32 (occurrences, 4): example, first token, token after the last, term id; token positions are within the example;
-        sorted by example, then first token.
-    documents: int32 (examples,), number of the document that the example was cut from.
-    pairs: int32 (examples,): -1 for text to corrupt; for an already masked pair the length of its source, which its target
-        follows. A pair is trained as it is.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    terms: np.ndarray
-    documents: np.ndarray
-    pairs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.documents)
 
 
 class Store:

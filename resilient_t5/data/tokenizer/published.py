@@ -15,8 +15,6 @@ probe texts. The tokens after a gap then depend on the tokenizer:
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +68,13 @@ def read_published(directory: Path) -> dict[str, Any]:
         return _without_space_before_gaps(literal)
     tokenizer = _auto_tokenizer(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    document: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    if backend is None or document["model"].get("type") != "Unigram":
+        why = "not a unigram tokenizer, the kind of T5 and mT5"
+        if backend is None:
+            why = "written in Python; only unigram tokenizers of the tokenizers library are supported"
         raise DataError(
-            f"its tokenizer ({type(tokenizer).__name__}) is written in Python; only unigram tokenizers of the tokenizers "
-            "library are supported",
-            where=str(directory),
-            hint="Name a T5 or mT5 with spiece.model or tokenizer.json",
-        )
-    document: dict[str, Any] = json.loads(backend.to_str())
-    if document["model"].get("type") != "Unigram":
-        raise DataError(
-            f"its tokenizer ({type(tokenizer).__name__}) is not a unigram tokenizer, the kind of T5 and mT5",
+            f"its tokenizer ({type(tokenizer).__name__}) is {why}",
             where=str(directory),
             hint="Name a T5 or mT5 with spiece.model or tokenizer.json",
         )
@@ -143,26 +137,18 @@ def _auto_tokenizer(directory: Path) -> Any:
     config = hub.read_json(directory / hub.CONFIG_FILE) if (directory / hub.CONFIG_FILE).is_file() else {}
     alone = "model_type" not in config and not (directory / CONFIG_FILE).is_file() and (directory / SPIECE_FILE).is_file()
     reader = T5Tokenizer if alone else AutoTokenizer
-    with _quiet():
-        try:
-            return reader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001  many types, among them bare Exception of the backend
-            cause = " ".join(str(error).split())[:MAX_CAUSE_CHARACTERS] or type(error).__name__
-            raise DataError(
-                f"{reader.__name__} of transformers cannot read this tokenizer: {cause}",
-                where=str(directory),
-                hint="Check its tokenizer_config.json, or fetch its files again",
-            ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the warnings of transformers; errors are raised."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        return reader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  many types, among them bare Exception of the backend
+        cause = " ".join(str(error).split())[:MAX_CAUSE_CHARACTERS] or type(error).__name__
+        raise DataError(
+            f"{reader.__name__} of transformers cannot read this tokenizer: {cause}",
+            where=str(directory),
+            hint="Check its tokenizer_config.json, or fetch its files again",
+        ) from error
     finally:
         logger.setLevel(level)
 

@@ -42,15 +42,11 @@ SENTINEL_PIECE = re.compile(rf"\A{SPACE}?<extra_id_(0|[1-9][0-9]*)>\Z")
 TRAILING_SPACES = r" +\z"  # in the syntax of the backend (Oniguruma), where $ also matches at line ends
 UNIGRAM = 1
 # Piece types of the SentencePiece format.
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
 
 def document_from_sentencepiece(model: bytes, where: str) -> dict[str, Any]:
-    """The `tokenizer.json` content that encodes as the SentencePiece model does.
-
-    Args:
-        model: content of a `spiece.model`.
-        where: its path, for messages.
+    """The `tokenizer.json` content that encodes as the SentencePiece model (the content of a `spiece.model`) does.
 
     Raises:
         DataError: not a SentencePiece unigram model, or one without pad, end mark and unknown piece.

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from resilient_t5 import hub
+from resilient_t5.data.ragged import offsets_of
 from resilient_t5.data.tokenizer.published import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -27,7 +28,6 @@ from resilient_t5.data.tokenizer.published import (
     read_published,
 )
 from resilient_t5.data.tokenizer.sentencepiece import (
-    SENTINELS,
     SPACE,
     TRAILING_SPACES,
     added_token,
@@ -37,18 +37,6 @@ from resilient_t5.data.tokenizer.sentencepiece import (
     train_sentencepiece,
 )
 from resilient_t5.errors import DataError, StorageError
-
-__all__ = [
-    "SENTINELS",
-    "SPACE",
-    "Encoded",
-    "EncodedBatch",
-    "TextTokenizer",
-    "check_rows",
-    "load_tokenizer",
-    "tokenizer_files",
-    "train_tokenizer",
-]
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (DOCUMENT_FILE, SPIECE_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
@@ -74,6 +62,10 @@ class Encoded:
     starts: np.ndarray
     ends: np.ndarray
 
+    def part(self, first: int, end: int) -> "Encoded":
+        """Tokens [first, end), with their positions unchanged."""
+        return Encoded(self.ids[first:end], self.starts[first:end], self.ends[first:end])
+
 
 @dataclass(frozen=True)
 class EncodedBatch:
@@ -81,6 +73,12 @@ class EncodedBatch:
 
     tokens: Encoded
     offsets: np.ndarray
+
+    def __getitem__(self, number: int) -> Encoded:
+        return self.tokens.part(self.offsets[number], self.offsets[number + 1])
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self.tokens.part(first, end) for first, end in itertools.pairwise(self.offsets.tolist()))
 
 
 class TextTokenizer:
@@ -131,21 +129,13 @@ class TextTokenizer:
             self._spellings[number] = "" if 0x80 <= int(self._pieces[number][3:5], 16) < 0xC0 else BYTES
         self._lengths = np.array([len(spelling) for spelling in self._spellings], dtype=np.int32)
         self._normalized = cache(self._normalize)
-        self._fingerprint = ""
         self.text_start = lru_cache(WORD_STARTS_KEPT)(self._text_start)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        """Encode texts, each with the character positions of its tokens."""
-        batch = self.encode_together(texts)
-        tokens, bounds = batch.tokens, itertools.pairwise(batch.offsets.tolist())
-        return [Encoded(tokens.ids[a:b], tokens.starts[a:b], tokens.ends[a:b]) for a, b in bounds]
-
-    def encode_together(self, texts: Sequence[str]) -> EncodedBatch:
-        """Like `encode_batch`, with the tokens of all texts in common arrays; positions are within each text."""
+    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
+        """Encode texts, with the character positions of their tokens."""
         texts = [_without_mark(text) for text in texts]
         found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum(np.fromiter(map(len, found), np.int64, len(found)), out=offsets[1:])
+        offsets = offsets_of(np.fromiter(map(len, found), np.int64, len(found)))
         ids = np.fromiter(itertools.chain.from_iterable(found), np.int32, int(offsets[-1]))
         starts, ends = self._spelled_positions(ids, offsets)
         others = [number for number, text in enumerate(texts) if not self._spells(found[number], text)]
@@ -172,12 +162,8 @@ class TextTokenizer:
         the part.
         """
         marked = [GAP_MARK.join(map(_without_mark, parts)) for parts in texts]
-        return [
-            self._parts_of(parts, text, encoding)
-            for parts, text, encoding in zip(
-                texts, marked, self._backend.encode_batch(marked, add_special_tokens=False), strict=True
-            )
-        ]
+        encodings = self._backend.encode_batch(marked, add_special_tokens=False)
+        return [self._parts_of(*one) for one in zip(texts, marked, encodings, strict=True)]
 
     def _parts_of(self, parts: Sequence[str], text: str, encoding: Any) -> list[Encoded]:
         ids = np.array(encoding.ids, dtype=np.int32)
@@ -217,7 +203,7 @@ class TextTokenizer:
 
     @cached_property
     def _marks_text_start(self) -> bool:
-        return any(self._pieces[number].startswith(SPACE) for number in self.encode_together(["word"]).tokens.ids[:1])
+        return any(self._pieces[number].startswith(SPACE) for number in self.encode_batch(["word"]).tokens.ids[:1])
 
     @cached_property
     def inside_word(self) -> np.ndarray:
@@ -291,11 +277,9 @@ class TextTokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of everything that determines the ids of a text."""
-        if not self._fingerprint:
-            keys = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
-            content = json.dumps([self._document.get(key) for key in keys], sort_keys=True)
-            self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        return self._fingerprint
+        keys = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+        content = json.dumps([self._document.get(key) for key in keys], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _piece_id(self, piece: str) -> int:
         number = self._backend.token_to_id(piece)
@@ -381,13 +365,7 @@ def check_rows(tokenizer: TextTokenizer, rows: int, where: str) -> None:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, character_coverage: float, poll: Callable[[], None] = lambda: None
 ) -> TextTokenizer:
-    """A SentencePiece unigram tokenizer trained on `texts`, with T5's sentinels on top; the same text, the same tokenizer.
-
-    `poll` is called several times a second; an exception that it raises ends the training.
-
-    Raises:
-        DataError: too little text.
-    """
+    """A SentencePiece unigram tokenizer with T5's sentinels on top; arguments and errors as in `train_sentencepiece`."""
     model = train_sentencepiece(texts, vocab_size, character_coverage, poll)
     return TextTokenizer(document_from_sentencepiece(model, "trained tokenizer"), model, "trained tokenizer")
 

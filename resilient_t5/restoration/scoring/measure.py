@@ -12,15 +12,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted
 from resilient_t5.data.corruption.token_table import TokenTable
+from resilient_t5.data.ragged import Split
 from resilient_t5.restoration.decoder import generate
-from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, copy_guesses, gap_contexts, terms_of_example
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline, copy_guesses, gap_contexts, terms_of_example
 from resilient_t5.restoration.scoring.metrics import (
     Glossary,
     Predictions,
@@ -48,23 +49,12 @@ SLACK_TOKENS = 16
 """Tokens that an output may exceed the longest gold target of its batch by; limits the cost of an untrained model."""
 
 
-class EvaluationSplit(TermSplit, Protocol):
-    """The split that the examples come from."""
-
-    @property
-    def documents(self) -> np.ndarray:
-        """Int (examples,): the document that each example was cut from."""
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """Int (examples,): start of the target of a pair that was masked elsewhere, -1 for text."""
-
-
 @dataclass(frozen=True, eq=False)
 class Restorer:
     """Everything a measurement needs except the model and the examples."""
 
-    split: EvaluationSplit
+    split: Split
+    """The split that the examples come from."""
     table: TokenTable
     glossary: Glossary
     majority: MajorityBaseline

@@ -19,8 +19,9 @@ from resilient_t5.config.schema import Config, ModelConfig
 from resilient_t5.data.batches import EvaluationBatch, evaluation_batches
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.dataset import Dataset, in_full_ids
+from resilient_t5.data.ragged import Split
 from resilient_t5.data.store.prepare import prepare, store_directory
-from resilient_t5.data.store.store import Split, Store
+from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model

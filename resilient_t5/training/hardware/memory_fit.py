@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from resilient_t5.config.schema import Config
-from resilient_t5.data.store.store import Split, Store
+from resilient_t5.data.ragged import Split
+from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ConfigError
 from resilient_t5.host_memory import available_bytes
 from resilient_t5.model.memory import GIB, Choice, Execution, Memory, Task, choice_at, choose_micro_tokens

@@ -120,9 +120,3 @@ def test_notes_are_short_and_on_one_line():
     for note in NOTES:
         assert "\n" not in note.text
         assert 30 <= len(note.text) <= 400
-
-
-def test_a_negative_count_is_refused():
-    """ValueError, at the call."""
-    with pytest.raises(ValueError, match="negative"):
-        generate_notes(-1, seed=0)

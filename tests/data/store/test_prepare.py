@@ -19,8 +19,7 @@ from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
 from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.examples import cut_examples, find_terms
 from resilient_t5.data.store.corpus_report import scale_reading
-from resilient_t5.data.store.prepare import merge_shards, prepare, prepare_shard
-from resilient_t5.data.store.shards import Part
+from resilient_t5.data.store.prepare import prepare
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.terms import TermMatcher
 from resilient_t5.data.tokenizer.tokenizer import load_tokenizer, train_tokenizer
@@ -136,7 +135,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused_before_the
     """The config.json of the model has the number of rows."""
     (corpus / "model").mkdir()
     (corpus / "model" / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 100}), encoding="utf-8")
-    monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
+    monkeypatch.setattr("resilient_t5.data.store.prepare.read_corpus", None)
     with pytest.raises(DataError, match="ids, and the model has 100 rows"):
         prepare(changed(config, "model", name_or_path=str(corpus / "model")), corpus / "store")
 
@@ -174,8 +173,8 @@ def test_examples_of_a_batch_are_those_of_its_texts_alone(tokenizer_directory, t
     matcher = TermMatcher(clinical_terms())
 
     def cut(some):
-        batch = tokenizer.encode_together(some)
-        spans = find_terms(matcher, some, batch).spans
+        batch = tokenizer.encode_batch(some)
+        spans, _ = find_terms(matcher, some, batch)
         limits = {"max_tokens": max_tokens, "overlap_tokens": overlap_tokens}
         return cut_examples(some, batch, spans, tokenizer=tokenizer, **limits)
 
@@ -196,7 +195,7 @@ def test_a_store_is_reused_while_nothing_changed(config, corpus, monkeypatch):
     """The second call opens the existing store and reads no text, also after the file was copied."""
     first = prepare(config, corpus / "store")
     before = (corpus / "store" / "meta.json").stat().st_mtime_ns
-    monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
+    monkeypatch.setattr("resilient_t5.data.store.prepare.read_corpus", None)
     text = (corpus / "text.txt").read_bytes()
     (corpus / "text.txt").unlink()
     (corpus / "text.txt").write_bytes(text)
@@ -299,38 +298,6 @@ def test_pairs_are_stored_as_they_are(config, corpus):
     assert found == expected
     with pytest.raises(DataError, match=r"data.max_target_tokens 60 -> 61"):
         prepare(changed(config, "data", train=str(path), max_target_tokens=61), corpus / "store")
-
-
-def test_shards_join_to_the_store_of_one_process_whatever_the_order(config, corpus, monkeypatch):
-    """Parts made in any order, on any machine, merge to the bytes of a store made in one go; only the times differ."""
-    monkeypatch.setattr("resilient_t5.data.store.build.BATCH_CHARACTERS", 900)
-    for shard in (3, 1, 4, 2):
-        prepare_shard(config, corpus / "a", (shard, 4))
-    for shard in (1, 2, 3, 4):
-        prepare_shard(config, corpus / "b", (shard, 4))
-        prepare_shard(config, corpus / "b", (shard, 4))  # made already: reused
-    first, second = merge_shards(config, corpus / "a", 4), merge_shards(config, corpus / "b", 4)
-    assert files_of(corpus / "a") == files_of(corpus / "b")
-    whole = prepare(config, corpus / "whole")
-    assert files_of(corpus / "a") == files_of(corpus / "whole")
-    batches = [len(Part.open(corpus / f"a-{shard}-of-4").batches("train")) for shard in (1, 2, 3, 4)]
-    assert min(batches) > 3 and len(set(batches)) == 2, "every part is to have several batches, and not equally many"
-    assert first.fingerprint == second.fingerprint == whole.fingerprint
-    assert first.active_to_full.tolist() == whole.active_to_full.tolist()
-    for key in ("characters", "tokens", "examples", "terms"):
-        assert first.report[key] == whole.report[key]
-    first.verify()
-
-
-def test_a_missing_or_foreign_part_is_named(config, corpus):
-    """A merge without all parts, or with a part of other settings, is refused."""
-    prepare_shard(config, corpus / "a", (1, 2))
-    with pytest.raises(DataError, match="shard 2/2 is missing"):
-        merge_shards(config, corpus / "a", 2)
-    prepare_shard(changed(config, "data", max_source_tokens=48), corpus / "a", (2, 2))
-    with pytest.raises(DataError, match=r"data\.max_source_tokens 48 -> 40"):
-        merge_shards(config, corpus / "a", 2)
-    assert not (corpus / "a").exists()
 
 
 def test_terms_that_never_occur_are_an_error(config, corpus):
@@ -452,7 +419,7 @@ def test_two_processes_make_one_store(config, corpus, monkeypatch):
 
         with pytest.raises(InterruptedByTest):
             prepare(config, corpus / "store", finish_other)
-    monkeypatch.setattr("resilient_t5.data.store.prepare.write_part", None)
+    monkeypatch.setattr("resilient_t5.data.store.prepare.read_corpus", None)
     assert prepare(config, corpus / "store").fingerprint == made.fingerprint
 
 

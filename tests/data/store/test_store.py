@@ -12,8 +12,8 @@ import pytest
 from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.examples import Examples
+from resilient_t5.data.store.build import Streams, choose_active
 from resilient_t5.data.store.prepare import prepare
-from resilient_t5.data.store.shards import PartWriter, choose_active, join_parts
 from resilient_t5.data.store.store import META, Store
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError, DiskFull, StorageError
@@ -196,27 +196,27 @@ def test_the_active_vocabulary_covers_corpus_terms_and_specials(tokenizer_direct
 
 
 @pytest.mark.parametrize("size", [300, 70_000])
-def test_joined_parts_map_back_to_the_ids_that_were_written(tmp_path, size):
-    """active_to_full[tokens] are the ids of the parts, part after part, in uint16 or, beyond 65,536, uint32."""
+def test_streams_map_back_to_the_ids_that_were_written(tmp_path, monkeypatch, size):
+    """active_to_full[tokens] are the ids that were added, in their order, in uint16 or, beyond 65,536, uint32."""
+    monkeypatch.setattr("resilient_t5.data.store.build.TOKENS_AT_ONCE", 7)
     random = np.random.default_rng(1)
-    written, parts = [], []
-    for number in range(2):
-        writer = PartWriter(tmp_path / f"part{number}", size)
-        for _ in range(3):
-            lengths = random.integers(1, 9, 4).astype(np.int32)
-            tokens = random.integers(0, size, int(lengths.sum())).astype(np.int32)
-            terms = np.array([[1, 0, 1, 7], [3, 0, 1, 8]], dtype=np.int32)
-            documents = np.array([0, 0, 1, 2], dtype=np.int32)
-            writer.add("train", Examples(tokens, lengths, documents, np.full(4, -1, np.int32), terms), 3)
-            written.append(tokens)
-        parts.append(writer.finish({}))
-    meta = join_parts(parts, tmp_path, np.arange(size, dtype=np.int32), size)
-    assert meta["dtype"] == ("uint16" if size <= 65_536 else "uint32")
-    assert meta["counts"]["train"] == {
+    written, streams = [], Streams(tmp_path / "streams", size)
+    for _ in range(6):
+        lengths = random.integers(1, 9, 4).astype(np.int32)
+        tokens = random.integers(0, size, int(lengths.sum())).astype(np.int32)
+        terms = np.array([[1, 0, 1, 7], [3, 0, 1, 8]], dtype=np.int32)
+        documents = np.array([0, 0, 1, 2], dtype=np.int32)
+        streams.add("train", Examples(tokens, lengths, documents, np.full(4, -1, np.int32), terms), 3)
+        written.append(tokens)
+    streams.close()
+    dtype = streams.write_splits(tmp_path, np.arange(size, dtype=np.int32))
+    assert dtype == ("uint16" if size <= 65_536 else "uint32")
+    assert streams.counts["train"] == {
         "examples": 24, "documents": 18, "tokens": sum(map(len, written)), "terms": 12, "with_term": 12,
     }  # fmt: skip
-    assert np.fromfile(tmp_path / "tokens.bin", meta["dtype"]).tolist() == np.concatenate(written).tolist()
+    assert np.fromfile(tmp_path / "tokens.bin", dtype).tolist() == np.concatenate(written).tolist()
     assert np.load(tmp_path / "documents.npy").tolist() == [d + 3 * k for k in range(6) for d in (0, 0, 1, 2)]
     assert np.load(tmp_path / "terms.npy")[:, 0].tolist() == [e + 4 * k for k in range(6) for e in (1, 3)]
     offsets = np.load(tmp_path / "offsets.npy")
     assert offsets[-1] == sum(map(len, written)) and len(offsets) == 25
+    assert np.load(tmp_path / "validation" / "terms.npy").shape == (0, 4)

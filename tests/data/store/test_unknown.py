@@ -12,15 +12,14 @@ import sentencepiece
 from resilient_t5.config.schema import Config, DataConfig, TokenizerConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.store.corpus_report import (
+    Tally,
     check_unknown,
     most_frequent,
     readable,
     unknown_characters,
-    unknown_figures,
     unknown_warning,
 )
-from resilient_t5.data.store.prepare import merge_shards, prepare, prepare_shard
-from resilient_t5.data.store.shards import PART
+from resilient_t5.data.store.prepare import prepare
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.tokenizer.tokenizer import Encoded, EncodedBatch, train_tokenizer
 from resilient_t5.errors import DataError
@@ -149,33 +148,6 @@ def test_a_higher_limit_allows_the_corpus_and_a_lower_one_refuses_the_existing_s
     assert (tmp_path / "store" / "meta.json").read_bytes() == before
 
 
-def test_merged_shards_count_what_one_process_counts(make, tmp_path):
-    """The figures of the parts are added; the limit is asked of the whole corpus, when the parts are merged."""
-    config = with_limit(make(mixed(10) * 8 + [f"{line} {number}" for number in range(150) for line in ENGLISH]), 1.0)
-    whole = prepare(config, tmp_path / "whole")
-    for shard in ((1, 2), (2, 2)):
-        prepare_shard(with_limit(config, 0.0), tmp_path / "store", shard)
-    parts = [json.loads((tmp_path / f"store-{n}-of-2" / PART).read_text(encoding="utf-8")) for n in (1, 2)]
-    assert parts[0]["unknown_characters"] != parts[1]["unknown_characters"]
-    with pytest.raises(DataError, match="have no piece"):
-        merge_shards(with_limit(config, 0.0), tmp_path / "store", 2)
-    assert not (tmp_path / "store").exists()
-    merged = merge_shards(config, tmp_path / "store", 2)
-    assert all(merged.report[key] == whole.report[key] for key in FIGURES)
-
-
-def test_parts_of_an_older_version_merge_into_a_store_without_the_figures(make, tmp_path):
-    """What was not counted is not reported, and not taken for 0."""
-    config = make(mixed(10))
-    prepare_shard(config, tmp_path / "store", (1, 1))
-    path = tmp_path / "store-1-of-1" / PART
-    part = json.loads(path.read_text(encoding="utf-8"))
-    del part["unknown_characters"], part["visible"]
-    path.write_text(json.dumps(part), encoding="utf-8")
-    report = merge_shards(config, tmp_path / "store", 1).report
-    assert not set(FIGURES) & set(report) and "not counted" in readable(report)
-
-
 def test_a_store_of_an_older_version_opens(make, tmp_path):
     """Its report lacks the figures: it is opened at every limit, without a warning."""
     config = make(mixed(10))
@@ -187,7 +159,12 @@ def test_a_store_of_an_older_version_opens(make, tmp_path):
     meta["files"]["report.json"]["bytes"] = len(content)
     (store.directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert prepare(with_limit(config, 0.0), tmp_path / "store").report == report
-    assert unknown_warning(Store.open(tmp_path / "store").report) is None
+    assert unknown_warning(Store.open(tmp_path / "store").report) is None and "not counted" in readable(report)
+
+
+def unknown_figures(unknown, visible):
+    """Figures of a report over so many visible characters."""
+    return Tally(np.zeros(0), visible=visible, unknown_characters=Counter(unknown)).unknown_figures()
 
 
 def test_a_warning_begins_above_one_per_cent():

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.corruption.gap_encoding import build_gap_encoding, reachable_after_gaps
-from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, load_tokenizer, train_tokenizer
+from resilient_t5.data.tokenizer.sentencepiece import SPACE
+from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError
 from tests.published import LAYOUTS, MT5_CONFIG, random_weights, write_layout
 
@@ -151,7 +152,7 @@ def test_every_piece_that_a_gap_brings_about_is_active(directory):
     """Of a small corpus' vocabulary: the tokens after any gap in any of its texts."""
     ours = load_tokenizer(str(directory))
     active = np.zeros(ours.size, bool)
-    active[ours.encode_together(NOTES[:5]).tokens.ids] = True
+    active[ours.encode_batch(NOTES[:5]).tokens.ids] = True
     reachable = reachable_after_gaps(ours, active)
     for text in NOTES[:5]:
         for place in range(len(text)):

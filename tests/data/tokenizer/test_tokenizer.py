@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.data.corpus.sample import generate_notes
-from resilient_t5.data.tokenizer.sentencepiece import COMMAND
-from resilient_t5.data.tokenizer.tokenizer import SENTINELS, load_tokenizer, train_tokenizer
+from resilient_t5.data.tokenizer.sentencepiece import COMMAND, SENTINELS
+from resilient_t5.data.tokenizer.tokenizer import load_tokenizer, train_tokenizer
 from resilient_t5.errors import DataError, DiskFull
 
 NOTES = [note.text for note in generate_notes(300, 5)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.stopping_rules.rules import FIRST_JUDGED, PEER_RULES, anchored_patience
-from resilient_t5.config.training import ConvergenceConfig
+from resilient_t5.config.sections import ConvergenceConfig
 from resilient_t5.training.convergence.replay import Curve, Outcome, replay, replay_rules
 from resilient_t5.training.convergence.rules import PRESETS
 

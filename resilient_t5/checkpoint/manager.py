@@ -51,8 +51,7 @@ from resilient_t5.checkpoint.retention import (
     undo_commit,
     write_pointer,
 )
-from resilient_t5.checkpoint.snapshot import refuse_non_finite
-from resilient_t5.checkpoint.tensors import lay_out
+from resilient_t5.checkpoint.tensors import lay_out, refuse_non_finite
 from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, make_directories

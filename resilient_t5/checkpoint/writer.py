@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.checkpoint.manifest import Committed, Parts
-from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
+from resilient_t5.checkpoint.tensors import snapshot_bytes, take_snapshot
 from resilient_t5.errors import DiskFull, StorageError
 from resilient_t5.host_memory import available_bytes
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from resilient_t5.config.training import OptimConfig
+from resilient_t5.config.sections import OptimConfig
 from resilient_t5.errors import ConfigError, ResumeMismatch
 
 FUSED_DEVICES = ("cpu", "cuda")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from resilient_t5 import hub
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.data.tokenizer.tokenizer import SPACE, TextTokenizer, check_rows, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import T5Model

@@ -25,7 +25,7 @@ from benchmarks.stopping_rules.rules import (
     ray_plateau,
 )
 from benchmarks.stopping_rules.scoring import against_frontier, compare, document, score, summary, sweep
-from resilient_t5.config.training import ConvergenceConfig
+from resilient_t5.config.sections import ConvergenceConfig
 from resilient_t5.training.convergence.phases import Window
 from resilient_t5.training.convergence.recordings import read_curves
 from resilient_t5.training.convergence.replay import Curve, Outcome, replay, replay_rules

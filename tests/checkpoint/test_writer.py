@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resilient_t5.checkpoint.snapshot import NonFiniteState
+from resilient_t5.checkpoint.tensors import NonFiniteState
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import StorageError
 from resilient_t5.files import FileSystem

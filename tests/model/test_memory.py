@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from resilient_t5.config.data import ModelConfig
-from resilient_t5.config.training import OptimConfig
+from resilient_t5.config.sections import ModelConfig, OptimConfig
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import PRESETS, Shape, SpecialIds, build_model, save_model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model

@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from resilient_t5.config.data import ModelConfig
-from resilient_t5.config.training import OptimConfig
+from resilient_t5.config.sections import ModelConfig, OptimConfig
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import is_tied
 from resilient_t5.model.load import load_model, save_model

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import updates_at
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
 from resilient_t5.training.convergence.machine import ConvergenceMachine, format_verdict
 from resilient_t5.training.convergence.phases import Mark, Phase, Verdict, Window
 from resilient_t5.training.convergence.rules import Rules, unreachable

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import Point
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, Point
 from resilient_t5.errors import ConfigError, DataError
 
 SEED: dict[str, Any] = {

@@ -26,10 +26,9 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
 from resilient_t5.model.vocabulary import cut_vocabulary
 from resilient_t5.restoration.scoring.baselines import MajorityBaseline
-from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration
+from resilient_t5.restoration.scoring.measure import RestorationReport, Restorer, measure_restoration
 from resilient_t5.restoration.scoring.metrics import BandBy, Glossary, count_terms, term_restoration_by
 from resilient_t5.restoration.scoring.resilience import DAMAGES, Curve, measure_curve
-from resilient_t5.restoration.scoring.score_report import RestorationReport
 from resilient_t5.training.build import batch_sizes
 from resilient_t5.training.hardware.device import build_device
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import updates_at
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
 from resilient_t5.errors import ConfigError
 from resilient_t5.training.convergence.rules import PRESETS, Rules, unreachable
 

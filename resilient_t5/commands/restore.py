@@ -92,7 +92,7 @@ def _filled(
         others = other_marks(text.text, marks)
         hint = f"It contains {', '.join(others)}: give --mark '{others[0]}'" if others else "Give its mark with --mark"
         raise DataError(f"no gap: the text does not contain {' or '.join(marks)}", where=text.name, hint=hint)
-    predictions = (filler.fill([(text.text, gaps)], settings, statistics) or [[]])[0]
+    (predictions,) = filler.fill([(text.text, gaps)], settings, statistics)
     lines = _lines(text.text, [prediction.gap.start for prediction in predictions])
     rows = [
         {
@@ -115,7 +115,7 @@ def _corrected(
     """JSON rows and replacements (start, end, text) of all edits."""
     from resilient_t5.restoration.correction import correct
 
-    edits = correct(filler, text.text, settings, statistics) or []
+    edits = correct(filler, text.text, settings, statistics)
     rows = [
         {
             "edit": number,

@@ -353,7 +353,7 @@ class Muon(torch.optim.Optimizer):
     | 512, 1024 | 1,570 | 1,860 | 5,430 |
     | 128, 384, restricted to AVX2 | 6,500 | 6,100 | 440 |
 
-    Matrices of the same shape are processed in one batch, which needs up to 80 MiB of workspace; torch needs a few MiB.
+    Matrices of the same shape are processed in one batch, which needs up to 80 MiB of workspace.
 
     Args:
         matrices: the parameter group that Muon updates; two-dimensional parameters.

@@ -8,12 +8,12 @@ without discounts, because only the winner counts). **Copy**: a term that is sti
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
-from resilient_t5.data.cooccurrence import TokenSplit
 from resilient_t5.data.counter_rng import GOLDEN, mix
+from resilient_t5.data.store.store import Split
 from resilient_t5.restoration.scoring.metrics import NO_TERM, Predictions
 
 # Context sizes (tokens left, right of the gap), from the most specific to none. Best of the orders that were tried: 0.32
@@ -23,14 +23,6 @@ REACH = max(max(context) for context in CONTEXTS)
 MAX_OCCURRENCES = 500_000
 """Maximum term occurrences for a fit: about 1.7 s on one core."""
 OUTSIDE = -1
-
-
-class TermSplit(TokenSplit, Protocol):
-    """The part of a split that a baseline reads: token ids, example offsets and term occurrences."""
-
-    @property
-    def terms(self) -> np.ndarray:
-        """Int (occurrences, 4): example, token start, token end, term id; sorted by example."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +44,7 @@ class MajorityBaseline:
     levels: tuple[_Level, ...]
 
     @classmethod
-    def fit(cls, split: TermSplit, max_occurrences: int = MAX_OCCURRENCES) -> "MajorityBaseline":
+    def fit(cls, split: Split, max_occurrences: int = MAX_OCCURRENCES) -> "MajorityBaseline":
         """Count the terms of `split` by context, at most `max_occurrences` of them, evenly spaced."""
         total = len(split.terms)
         chosen = np.arange(min(total, max_occurrences)) * total // max(1, min(total, max_occurrences))
@@ -103,7 +95,7 @@ def gap_contexts(rows: np.ndarray, sources: Sequence[np.ndarray], gaps: np.ndarr
     return contexts
 
 
-def copy_guesses(predictions: Predictions, split: TermSplit, rule: Literal["recent", "frequent"]) -> np.ndarray:
+def copy_guesses(predictions: Predictions, split: Split, rule: Literal["recent", "frequent"]) -> np.ndarray:
     """Guess a term that is visible in the source for each masked term, int64 (terms,); -1 if none is visible.
 
     Args:
@@ -126,14 +118,14 @@ def copy_guesses(predictions: Predictions, split: TermSplit, rule: Literal["rece
     return guesses
 
 
-def terms_of_example(split: TermSplit, example_id: int) -> np.ndarray:
+def terms_of_example(split: Split, example_id: int) -> np.ndarray:
     """Return the term occurrences of one example in order, int64 (n, 3): token start, token end, term id."""
     first = bisect_left(split.terms, example_id, key=lambda row: row[0])
     last = bisect_left(split.terms, example_id + 1, lo=first, key=lambda row: row[0])
     return np.asarray(split.terms[first:last, 1:], np.int64)
 
 
-def _visible_terms(split: TermSplit, example_id: int, spans: np.ndarray) -> np.ndarray:
+def _visible_terms(split: Split, example_id: int, spans: np.ndarray) -> np.ndarray:
     """Return the occurrences of an example that no span overlaps, int64 (n, 2): token start, term id."""
     rows = terms_of_example(split, example_id)
     touched = ((rows[:, 0, None] < spans[None, :, 3]) & (rows[:, 1, None] > spans[None, :, 2])).any(1)

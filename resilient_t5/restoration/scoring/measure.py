@@ -12,15 +12,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from resilient_t5.data.batches import MicroBatch
+from resilient_t5.data.batches import EvaluationBatch, MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted
 from resilient_t5.data.corruption.token_table import TokenTable
+from resilient_t5.data.store.store import Split
 from resilient_t5.restoration.decoder import generate
-from resilient_t5.restoration.scoring.baselines import MajorityBaseline, TermSplit, copy_guesses, gap_contexts, terms_of_example
+from resilient_t5.restoration.scoring.baselines import MajorityBaseline, copy_guesses, gap_contexts, terms_of_example
 from resilient_t5.restoration.scoring.metrics import (
     Glossary,
     Predictions,
@@ -56,23 +57,12 @@ SLACK_TOKENS = 16
 """Tokens that an output may exceed the longest gold target of its batch by; limits the cost of an untrained model."""
 
 
-class EvaluationSplit(TermSplit, Protocol):
-    """The split that the examples come from."""
-
-    @property
-    def documents(self) -> np.ndarray:
-        """Int (examples,): the document that each example was cut from."""
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """Int (examples,): start of the target of a pair that was masked elsewhere, -1 for text."""
-
-
 @dataclass(frozen=True, eq=False)
 class Restorer:
     """Everything a measurement needs except the model and the examples."""
 
-    split: EvaluationSplit
+    split: Split
+    """The split that the examples come from."""
     table: TokenTable
     glossary: Glossary
     majority: MajorityBaseline
@@ -171,26 +161,19 @@ class _Row:
     """Int (terms, 2): [start, end) of the gap of each masked term in `source`."""
 
 
-def measure_restoration(
-    model: Any,
-    batches: Sequence[tuple[MicroBatch, Corrupted]],
-    restorer: Restorer,
-    should_stop: Callable[[], bool] | None = None,
-) -> RestorationReport | None:
-    """Restore and score every example of `batches`; None if `should_stop` returned True.
+def measure_restoration(model: Any, batches: Sequence[EvaluationBatch], restorer: Restorer) -> RestorationReport:
+    """Restore and score every example of `batches`.
 
     Args:
         model: the bare T5 or mT5; the caller provides the autocast context.
         batches: micro-batches with their damage, the same rows in the same order.
         restorer: vocabulary, terms, baselines.
-        should_stop: called before every token.
     """
     generated = []
-    for micro_batch, corrupted in batches:
-        generated_BT = write_answers(model, micro_batch, restorer, should_stop)
-        if generated_BT is None:
-            return None
-        generated.append((np.asarray(micro_batch.example_ids), corrupted, generated_BT))
+    for batch in batches:
+        generated_BT = write_answers(model, batch.micro_batch, restorer, None)
+        assert generated_BT is not None, "generation without a stop signal"
+        generated.append((np.asarray(batch.micro_batch.example_ids), batch.corrupted, generated_BT))
     return score_generated(generated, restorer)
 
 

@@ -62,10 +62,7 @@ class EvaluatedModel:
     def report(self, examples: int) -> RestorationReport:
         """Restoration metrics with the corruption of the run."""
         own = self.config.corruption
-        batches = self.batches(examples, own.mask_ratio, own.noise_ratio)
-        report = measure_restoration(self.model, [(b.micro_batch, b.corrupted) for b in batches], self.restorer)
-        assert report is not None, "measurement without a stop signal"
-        return report
+        return measure_restoration(self.model, self.batches(examples, own.mask_ratio, own.noise_ratio), self.restorer)
 
     @torch.no_grad()
     def curves(self, examples: int) -> list[Curve]:

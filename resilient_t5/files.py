@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from resilient_t5.errors import DiskFull, StorageError
+from resilient_t5.errors import NO_SPACE, DiskFull, StorageError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -272,7 +272,7 @@ def storage_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             hint = "Free some space, or name a directory on another disk; no partial result was kept."
             raise DiskFull("no space for the prepared corpus", where=str(where), hint=hint) from error
         raise StorageError(f"cannot write: {error.strerror or error}", where=str(error.filename or where)) from error
@@ -344,11 +344,27 @@ def _fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically; text as UTF-8. After an error the previous file is unchanged."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def nearest_directory(path: Path) -> Path:
+    """Return `path`, or its nearest ancestor that is a directory."""
+    nearest = Path(os.path.abspath(path))
+    while not nearest.is_dir():
+        nearest = nearest.parent
+    return nearest
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(nearest_directory(path)).free

@@ -76,9 +76,9 @@ def test_parameters_and_states_are_those_of_a_real_model(kind, tmp_path):
     for name in ("adamw", "muon"):
         optimizer = build_optimizer(model, OptimConfig(name=name), torch.device("cpu"))
         optimizer.step()
-        held = sum(t.numel() * t.element_size() for t in named_state(optimizer, model)[0].values() if t.ndim)
+        state_bytes = sum(t.numel() * t.element_size() for t in named_state(optimizer, model)[0].values() if t.ndim)
         few = 2 * 4 * sizes.buckets * sizes.heads + 4 * 8 * sizes.d_model * 3  # position biases and norms have two moments
-        assert 0 <= held - optimizer_bytes(sizes, name) <= (few if name == "muon" else 0)
+        assert 0 <= state_bytes - optimizer_bytes(sizes, name) <= (few if name == "muon" else 0)
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (1024, 512)])

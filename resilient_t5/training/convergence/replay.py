@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
+from resilient_t5.errors import plural
 from resilient_t5.training.convergence.machine import ConvergenceMachine, format_verdict
 from resilient_t5.training.convergence.phases import Mark, Phase, Verdict, Window
 from resilient_t5.training.convergence.rules import Rules, unreachable
@@ -176,15 +177,15 @@ def story(result: Replay, *, whole: bool = False) -> list[str]:
     windows, rules = result.windows, result.rules
     finite = [window.loss for window in windows if math.isfinite(window.loss)]
     if not finite:
-        return [f"{result.curve.name}: {_plural(len(windows), 'evaluation')}, none of them finite"]
+        return [f"{result.curve.name}: {plural(len(windows), 'evaluation')}, none of them finite"]
     lines = [
-        f"{result.curve.name}: {_plural(len(windows), 'evaluation')}, one window = {_plural(rules.every, 'update')}, "
+        f"{result.curve.name}: {plural(len(windows), 'evaluation')}, one window = {plural(rules.every, 'update')}, "
         f"loss {finite[0]:.4g} -> lowest {min(finite):.4g} -> last {finite[-1]:.4g}",
-        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {_plural(rules.patience, 'window')}, "
+        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {plural(rules.patience, 'window')}, "
         f"counted gain {rules.min_gain:g} or {100 * rules.min_gain_rel:g} % ({rules.anchor_rule}), "
         f"at saturation: {rules.on_saturation}",
     ]
-    lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
+    lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update)]
     for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
         if whole or number == 0 or verdict.events or verdict.stop:
             lines.append(f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {format_verdict(verdict)}")
@@ -205,15 +206,11 @@ def _balance(result: Replay, least: float, first: float) -> list[str]:
     at = windows[lowest(result.curve.losses, 0, len(windows))].update
     cost = f"forgoes {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, is at update {at}"
     lines.append(f"keeps {best.loss:.4g} of update {best.update}; {cost if best.loss > least else 'forgoes nothing'}")
-    lines.append(f"saves {_plural(len(windows) - done, 'window')}, {100 * (1 - done / len(windows)):.0f} % of the recording")
+    lines.append(f"saves {plural(len(windows) - done, 'window')}, {100 * (1 - done / len(windows)):.0f} % of the recording")
     has_cooled = result.curve.windows and result.rules == result.curve.rules
     if any(verdict.phase is Phase.COOLDOWN for verdict in result.verdicts) and not has_cooled:
         lines.append("the recording did not cool down, so these figures do not include the gain of a decaying learning rate")
     return lines
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def lowest(losses: Losses, begin: int, end: int) -> int:

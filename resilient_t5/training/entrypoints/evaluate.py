@@ -81,7 +81,7 @@ class EvaluatedModel:
         ]
 
 
-def open_model(run: Path, config: Config, which: str, text: Sequence[str], samples: int) -> EvaluatedModel:
+def open_model(config: Config, which: str, text: Sequence[str], samples: int) -> EvaluatedModel:
     """Load a run's export and its evaluation examples.
 
     Args:
@@ -93,8 +93,7 @@ def open_model(run: Path, config: Config, which: str, text: Sequence[str], sampl
     Raises:
         DataError: the export or the store is missing, or the text is unusable.
     """
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
-    export = run / "export" / which
+    export = Path(config.run.dir) / "export" / which
     if not (export / "config.json").is_file():
         raise DataError(f"there is no export in {export}", hint="Let the run finish, or write it with bin/export")
     store = Store.open(store_directory(config))
@@ -119,7 +118,7 @@ def open_model(run: Path, config: Config, which: str, text: Sequence[str], sampl
         samples=samples,
     )
     model.to(device).eval()  # type: ignore[arg-type]  # as in build_trained_model
-    return EvaluatedModel(str(run), config, model, split, restorer, batch_sizes(config, device), foreign_share)
+    return EvaluatedModel(config.run.dir, config, model, split, restorer, batch_sizes(config, device), foreign_share)
 
 
 def _with_other_text(config: Config, store: Store, own: Dataset, text: Sequence[str]) -> tuple[np.ndarray, Split, Split, float]:

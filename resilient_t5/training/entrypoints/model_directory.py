@@ -343,15 +343,15 @@ def _figures(facts: CardFacts, config: Config) -> str:
         lines.append(f"Evaluation loss {facts.record['loss']:.4f} nats per target token{before}.\n")
     if not row or not row.get("n"):
         return "\n".join([*lines, "No term restoration was measured for these weights.\n"])
-    rate, low, high = (_percent(row.get(key)) for key in ("term_rate", "term_rate_low", "term_rate_high"))
+    rate, low, high = (percent(row.get(key)) for key in ("term_rate", "term_rate_low", "term_rate_high"))
     lines += [
         f"On {row['n']:,} masked terms of {row.get('n_documents', 0):,} held-out documents: **{rate}** restored exactly, "
         f"95 % interval {low} to {high} (bootstrap over documents)"
-        + (f"; before training {_percent(facts.before['term_restoration'])}" if facts.before else "")
+        + (f"; before training {percent(facts.before['term_restoration'])}" if facts.before else "")
         + ".\n",
         "| metric | value |",
         "| --- | --- |",
-        *(f"| {name} | {_percent(row[key])} |" for name, key in FIGURES if row.get(key) is not None),
+        *(f"| {name} | {percent(row[key])} |" for name, key in FIGURES if row.get(key) is not None),
     ]
     examples = config.evaluation.restore_examples
     return "\n".join(lines) + (
@@ -390,5 +390,6 @@ def _settings(config: Config) -> str:
     return "Settings that differ from the defaults:\n\n```\n" + changed.replace("```", "'''") + "\n```\n"
 
 
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, (int, float)) else "not measured"
+def percent(value: float | None) -> str:
+    """Format a rate."""
+    return f"{100 * value:.1f} %" if value is not None else "not measured"

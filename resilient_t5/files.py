@@ -308,12 +308,9 @@ def making(directory: Path) -> Iterator[Path]:
         umask = os.umask(0o022)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp creates it with mode 700
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                _fsync_path(Path(folder, name))
-            _fsync_path(Path(folder))
+        fsync_tree(temporary)
         temporary.rename(directory)
-        _fsync_path(directory.parent)
+        fsync_path(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -336,7 +333,16 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def _fsync_path(path: Path) -> None:
+def fsync_tree(directory: Path) -> None:
+    """Make a directory with everything in it durable."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file, or the entries of a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

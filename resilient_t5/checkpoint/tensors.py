@@ -8,7 +8,7 @@ would have to read a file twice to verify it, and does not detect a flipped bit.
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -58,7 +58,7 @@ class Layout:
 
     header: bytes
     tensors: list[torch.Tensor]
-    shared: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str]
 
     @property
     def size(self) -> int:

@@ -85,14 +85,6 @@ def windows_of(curve: Curve, clock: str = "windows") -> tuple[Window, ...]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The number of `windows` trained, and the index of the `kept` one."""
-
-    windows: int
-    kept: int
-
-
-@dataclass(frozen=True)
 class Replay:
     """`verdicts` up to the stop, over all `windows` of the recording."""
 
@@ -106,13 +98,6 @@ class Replay:
     def stopped(self) -> Verdict | None:
         """The verdict that ended the run; None when the recording ended first."""
         return self.verdicts[-1] if self.verdicts and self.verdicts[-1].stop else None
-
-    @property
-    def outcome(self) -> Outcome:
-        """How long the run trained and which window it kept."""
-        updates = [window.update for window in self.windows]
-        kept = updates.index(self.best.update) if self.best else len(self.verdicts) - 1
-        return Outcome(len(self.verdicts), kept)
 
 
 @dataclass(frozen=True)
@@ -203,7 +188,7 @@ def _balance(result: Replay, least: float, first: float) -> list[str]:
     else:
         lines = [f"never stops: the recording ends in {last.phase.name} at update {windows[-1].update}"]
     share = 100 * (best.loss - least) / (first - least) if first > least else 0.0
-    at = windows[lowest(result.curve.losses, 0, len(windows))].update
+    at = windows[lowest(result.curve.losses, len(windows))].update
     cost = f"forgoes {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, is at update {at}"
     lines.append(f"keeps {best.loss:.4g} of update {best.update}; {cost if best.loss > least else 'forgoes nothing'}")
     lines.append(f"saves {plural(len(windows) - done, 'window')}, {100 * (1 - done / len(windows)):.0f} % of the recording")
@@ -213,7 +198,7 @@ def _balance(result: Replay, least: float, first: float) -> list[str]:
     return lines
 
 
-def lowest(losses: Losses, begin: int, end: int) -> int:
-    """Index of the lowest finite loss in [begin, end), the oldest of equals; the last index where none is finite."""
-    finite = [index for index in range(begin, end) if math.isfinite(losses[index])]
+def lowest(losses: Losses, end: int) -> int:
+    """Index of the lowest finite loss before `end`, the oldest of equals; the last index where none is finite."""
+    finite = [index for index in range(end) if math.isfinite(losses[index])]
     return min(finite, key=lambda index: losses[index]) if finite else end - 1

@@ -102,7 +102,7 @@ def save_cpu_s(run: Run) -> float:
     started_s = time.process_time()
     with StopSignal() as stop:
         run.saver.save("asked", stop)
-    run.saver.writer.drain(poll_s=0.001)
+    run.saver.writer.drain()
     return time.process_time() - started_s
 
 
@@ -170,7 +170,7 @@ def measure_speed(folder: Path, rounds: int, mib: int) -> dict[str, Any]:
             started_s = time.perf_counter()
             writer.submit(parts, best=False, must=True)
             submitted_s = time.perf_counter() - started_s
-            (committed,) = writer.drain(poll_s=0.001)
+            (committed,) = writer.drain()
             if background:
                 found["stall"].append(submitted_s)
             found["background" if background else "synchronous"].append(committed.seconds)

@@ -53,9 +53,9 @@ def exact(examples):
     draw, order_s, asked = np.random.default_rng(1), 0.0, 0
     for begin, end in pieces(examples, draw):
         asked += 1
-        begun_s = time.process_time()
+        started_s = time.process_time()
         found = order(SEED, EPOCH, np.arange(begin, end), examples)
-        order_s += time.process_time() - begun_s
+        order_s += time.process_time() - started_s
         marks[found] += 1
         first, last = begin * CELLS // examples, (end - 1) * CELLS // examples
         rows = np.arange(begin, end) * CELLS // examples if last > first else np.full(end - begin, first)
@@ -81,9 +81,9 @@ def seek(examples):
     draw, taken_ms = np.random.default_rng(2), []
     for _ in range(SEEKS):
         begin, epoch = int(draw.integers(0, examples - WINDOW)), int(draw.integers(0, 1 << 40))
-        begun_s = time.process_time()
+        started_s = time.process_time()
         order(SEED, epoch, np.arange(begin, begin + WINDOW), examples)
-        taken_ms.append(1000 * (time.process_time() - begun_s))
+        taken_ms.append(1000 * (time.process_time() - started_s))
     tracemalloc.start()
     order(SEED, EPOCH, np.arange(examples - WINDOW, examples), examples)
     peak = tracemalloc.get_traced_memory()[1]

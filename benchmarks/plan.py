@@ -43,8 +43,7 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
     from accelerate import Accelerator
     from torch.profiler import ProfilerActivity, profile
 
-    from resilient_t5.config.data import ModelConfig
-    from resilient_t5.config.training import OptimConfig
+    from resilient_t5.config.sections import ModelConfig, OptimConfig
     from resilient_t5.data.batches import MicroBatch
     from resilient_t5.model.layers import install_lean_layers
     from resilient_t5.model.load import SpecialIds, build_model

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from circumstances import circumstances  # noqa: E402
 from transformers import AutoModelForSeq2SeqLM  # noqa: E402
 
-from resilient_t5.config.data import ModelConfig  # noqa: E402
+from resilient_t5.config.sections import ModelConfig  # noqa: E402
 from resilient_t5.data.corpus.sample import generate_notes  # noqa: E402
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer  # noqa: E402
 from resilient_t5.model.load import SpecialIds, build_model, save_model  # noqa: E402

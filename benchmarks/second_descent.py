@@ -24,7 +24,7 @@ from pathlib import Path
 
 from circumstances import circumstances
 
-from resilient_t5.config.training import ConvergenceConfig
+from resilient_t5.config.sections import ConvergenceConfig
 from resilient_t5.training.convergence.recordings import read_curves
 from resilient_t5.training.convergence.replay import ReplayComparison, replay, replay_rules
 from resilient_t5.training.telemetry.plots import draw_replay

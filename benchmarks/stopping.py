@@ -24,7 +24,7 @@ from benchmarks.stopping_rules.search import search  # noqa: E402
 from resilient_t5.commands.failure import reported  # noqa: E402
 from resilient_t5.commands.replay import split_settings  # noqa: E402
 from resilient_t5.config.parse import parse_config  # noqa: E402
-from resilient_t5.config.training import ConvergenceConfig  # noqa: E402
+from resilient_t5.config.sections import ConvergenceConfig  # noqa: E402
 from resilient_t5.errors import DataError, ExitCode  # noqa: E402
 from resilient_t5.training.convergence.recordings import read_curves  # noqa: E402
 from resilient_t5.training.convergence.replay import Curve  # noqa: E402

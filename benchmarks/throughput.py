@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
     """Prepare the corpus, store and model directory of all sides. Runs in a new process."""
     from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MT5_ROWS, Setup, make_model, make_store
-    from resilient_t5.config.data import DataConfig, ModelConfig, TokenizerConfig
+    from resilient_t5.config.sections import DataConfig, ModelConfig, TokenizerConfig
     from resilient_t5.training.hardware.machine import choose_device
 
     if options.quick:

@@ -4,7 +4,11 @@ Every error that a user can cause states what is wrong, where, and how to fix it
 exit with its code. An unexpected error is printed with its traceback, exit code 1.
 """
 
+import errno
 from enum import IntEnum
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Errno values of a full disk or an exhausted quota."""
 
 
 class ExitCode(IntEnum):
@@ -148,3 +152,8 @@ class ResumeMismatch(ResilientError):
 
     exit_code = ExitCode.RESUME_MISMATCH
     label = "resume error"
+
+
+def plural(count: int, noun: str, several: str = "") -> str:
+    """Return `1 window` or `2 windows`, for messages; `several` is an irregular plural."""
+    return f"{count} {noun if count == 1 else several or f'{noun}s'}"

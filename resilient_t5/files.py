@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from resilient_t5.errors import DiskFull, StorageError
+from resilient_t5.errors import NO_SPACE, DiskFull, StorageError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -272,7 +272,7 @@ def storage_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             hint = "Free some space, or name a directory on another disk; no partial result was kept."
             raise DiskFull("no space for the prepared corpus", where=str(where), hint=hint) from error
         raise StorageError(f"cannot write: {error.strerror or error}", where=str(error.filename or where)) from error
@@ -308,12 +308,9 @@ def making(directory: Path) -> Iterator[Path]:
         umask = os.umask(0o022)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp creates it with mode 700
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                _fsync_path(Path(folder, name))
-            _fsync_path(Path(folder))
+        fsync_tree(temporary)
         temporary.rename(directory)
-        _fsync_path(directory.parent)
+        fsync_path(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -336,7 +333,16 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def _fsync_path(path: Path) -> None:
+def fsync_tree(directory: Path) -> None:
+    """Make a directory with everything in it durable."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file, or the entries of a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -344,11 +350,27 @@ def _fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically; text as UTF-8. After an error the previous file is unchanged."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def nearest_directory(path: Path) -> Path:
+    """Return `path`, or its nearest ancestor that is a directory."""
+    nearest = Path(os.path.abspath(path))
+    while not nearest.is_dir():
+        nearest = nearest.parent
+    return nearest
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(nearest_directory(path)).free

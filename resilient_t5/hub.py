@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from huggingface_hub import constants
 
-from resilient_t5.errors import DataError, DiskFull, ResilientError, StorageError
+from resilient_t5.errors import NO_SPACE, DataError, DiskFull, ResilientError, StorageError, plural
 
 Kind = Literal["model", "tokenizer"]
 
@@ -60,6 +60,7 @@ BYTES = "ByT5 reads bytes instead of SentencePiece pieces, which is not supporte
 WORDPIECE = "the tokenizer is a BERT vocabulary (vocab.txt) instead of SentencePiece, which is not supported"
 TAKE_ANOTHER = "Name a T5, T5 1.1, flan-T5 or mT5 checkpoint with its SentencePiece tokenizer"
 FETCH_AGAIN = "Fetch the file again"
+FREE_SPACE = "Free some space, or set HF_HOME to a directory on another disk"
 
 
 def resolve(name_or_path: str, kind: Kind, *, setting: str) -> Path:
@@ -285,7 +286,7 @@ def _download(name: str, kind: Kind, setting: str) -> Path:
     if missing:
         size = sum(listing.sizes[file] for file in missing)
         _require_space(name, size)
-        files = f"{len(missing)} file{'s' if len(missing) > 1 else ''}"
+        files = plural(len(missing), "file")
         _log(f"downloading the {kind} {name} from {constants.ENDPOINT}: {files}, {_size(size)} ({', '.join(missing)})")
     snapshot = _fetch(name, listing, rest) or snapshot
     _write_reference(name, listing.revision)
@@ -343,8 +344,7 @@ def _require_space(name: str, size: int) -> None:
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size > free:
-        hint = "Free some space, or set HF_HOME to a directory on another disk"
-        raise DiskFull(f"{name} needs {_size(size)}, and {_size(free)} are free", where=str(existing), hint=hint)
+        raise DiskFull(f"{name} needs {_size(size)}, and {_size(free)} are free", where=str(existing), hint=FREE_SPACE)
 
 
 # Local cache
@@ -410,8 +410,8 @@ def _raise_storage_error(error: BaseException) -> None:
     """Raise DiskFull or StorageError if the error is one of the local disk."""
     code = getattr(error, "errno", None)
     what, cache = f"the hub cache cannot be written: {error}", os.environ.get("HF_HOME", "~/.cache/huggingface")
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        raise DiskFull(what, where=cache, hint="Free some space, or set HF_HOME to a directory on another disk") from error
+    if code in NO_SPACE:
+        raise DiskFull(what, where=cache, hint=FREE_SPACE) from error
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         raise StorageError(what, where=cache, hint="Set HF_HOME to a writable directory") from error
 

@@ -179,21 +179,21 @@ def _binary(tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtyp
 def _sharded(tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype) -> None:
     names = sorted(tensors)
     shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for shard, held in shards.items():
-        save_file(_as({name: tensors[name] for name in held}, dtype), directory / shard, metadata={"format": "pt"})
+    for shard, own_names in shards.items():
+        save_file(_as({name: tensors[name] for name in own_names}, dtype), directory / shard, metadata={"format": "pt"})
     _write_index(directory / "model.safetensors.index.json", shards)
 
 
 def _sharded_binary(tensors: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype) -> None:
     names = sorted(tensors)
     shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
-    for shard, held in shards.items():
-        torch.save(_as({name: tensors[name] for name in held}, dtype), directory / shard)
+    for shard, own_names in shards.items():
+        torch.save(_as({name: tensors[name] for name in own_names}, dtype), directory / shard)
     _write_index(directory / "pytorch_model.bin.index.json", shards)
 
 
 def _write_index(path: Path, shards: dict[str, list[str]]) -> None:
-    _write(path, {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}})
+    _write(path, {"metadata": {}, "weight_map": {name: shard for shard, own_names in shards.items() for name in own_names}})
 
 
 def _as(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -175,7 +175,7 @@ def test_a_repository_with_a_bin_alone_gives_the_configuration_and_the_bin_and_l
     assert files_of(done) == {"config.json", "pytorch_model.bin"}
     assert sorted(server.downloaded) == ["config.json", "pytorch_model.bin"]
     code = (
-        "from resilient_t5.model.load import load_model\nfrom resilient_t5.config.data import ModelConfig\n"
+        "from resilient_t5.model.load import load_model\nfrom resilient_t5.config.sections import ModelConfig\n"
         f"print(sum(p.numel() for p in load_model({NAME!r}, ModelConfig()).parameters()))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -113,13 +113,13 @@ def test_a_thousand_texts_with_gaps_have_the_ids_of_the_training(published):
     draws = random.Random(1)
     texts = [with_gaps(draws.choice(UNSEEN).text, draws, "<extra_id_{}>") for _ in range(1000)]
     trained_on = Store.open(run / "store").tokenizer
-    wanted = [[*trained_on.encode_marked(text).tolist(), trained_on.eos_id] for text in texts]
+    expected = [[*trained_on.encode_marked(text).tolist(), trained_on.eos_id] for text in texts]
     for directory in (run / "export" / "best", run / "export" / "last"):
-        assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == wanted
+        assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
     # A configuration of 2019 names no kind of model, which AutoTokenizer asks for.
     own = (T5Tokenizer if "model_type" not in layout.config else AutoTokenizer).from_pretrained(model)
     if not layout.mt5:
-        assert own(texts)["input_ids"] == wanted
+        assert own(texts)["input_ids"] == expected
     spaced = [re.sub(r"\s*(<extra_id_\d>)", r" \1", text) for text in texts]
     if own("<extra_id_0>")["input_ids"][0] == trained_on.sentinel_ids[0]:  # it knows no second set of sentinels
         assert own(spaced)["input_ids"] == [[*trained_on.encode_marked(text).tolist(), trained_on.eos_id] for text in spaced]

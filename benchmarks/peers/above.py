@@ -9,9 +9,8 @@ from transformers import TrainerCallback
 from benchmarks.peers.processes import Meter, resident_mib
 from benchmarks.peers.setup import MT5_ROWS
 from benchmarks.peers.trainers import build_trainer, quiet
-from resilient_t5.config.data import ModelConfig
 from resilient_t5.config.schema import Config
-from resilient_t5.config.training import HardwareConfig
+from resilient_t5.config.sections import HardwareConfig, ModelConfig
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import SpecialIds, build_model

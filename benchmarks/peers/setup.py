@@ -14,9 +14,18 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from resilient_t5.config.data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
 from resilient_t5.config.schema import Config
-from resilient_t5.config.training import CheckpointConfig, EvaluationConfig, HardwareConfig, RunConfig
+from resilient_t5.config.sections import (
+    BatchConfig,
+    CheckpointConfig,
+    CorruptionConfig,
+    DataConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    ModelConfig,
+    RunConfig,
+    TokenizerConfig,
+)
 from resilient_t5.data.corruption.corruption import corrupt
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.counter_rng import order

@@ -8,18 +8,29 @@ patience 5, threshold 0.001 and the first judgement at window 12, so that rules 
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from resilient_t5.training.convergence.replay import Losses, Outcome, lowest
+from resilient_t5.training.convergence.replay import Losses, lowest
 
 PATIENCE, THRESHOLD, FIRST_JUDGED = 5, 0.001, 12
 Training = Sequence[float | None]
 """The latest training loss at each window; None before the first one."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The number of `windows` trained, and the index of the `kept` one."""
+
+    windows: int
+    kept: int
+
+
 Rule = Callable[[Losses, Training], Outcome]
 
 
 def never(losses: Losses, training: Training) -> Outcome:
     """Train to the end of the recording."""
-    return Outcome(len(losses), lowest(losses, 0, len(losses)))
+    return Outcome(len(losses), lowest(losses, len(losses)))
 
 
 def hugging_face(losses: Losses, training: Training) -> Outcome:
@@ -30,7 +41,7 @@ def hugging_face(losses: Losses, training: Training) -> Outcome:
         waited = 0 if gained else waited + 1
         best = loss if math.isnan(best) or loss < best else best
         if waited >= PATIENCE:
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
+            return Outcome(index + 1, lowest(losses, index + 1))
     return never(losses, training)
 
 
@@ -42,7 +53,7 @@ def keras(losses: Losses, training: Training) -> Outcome:
         if losses[index] + THRESHOLD < best:
             best, waited = losses[index], 0
         if waited >= PATIENCE:
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
+            return Outcome(index + 1, lowest(losses, index + 1))
     return never(losses, training)
 
 
@@ -51,11 +62,11 @@ def lightning(losses: Losses, training: Training) -> Outcome:
     best, waited = math.inf, 0
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
+            return Outcome(index + 1, lowest(losses, index + 1))
         waited = 0 if loss + THRESHOLD < best else waited + 1
         best = loss if waited == 0 else best
         if waited >= PATIENCE:
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
+            return Outcome(index + 1, lowest(losses, index + 1))
     return never(losses, training)
 
 
@@ -67,7 +78,7 @@ def prechelt_gl(alpha: float) -> Rule:
         for index, loss in enumerate(losses):
             best = min(best, loss) if math.isfinite(loss) else best
             if index + 1 >= FIRST_JUDGED and best > 0 and 100 * (loss / best - 1) > alpha:
-                return Outcome(index + 1, lowest(losses, 0, index + 1))
+                return Outcome(index + 1, lowest(losses, index + 1))
         return never(losses, training)
 
     return rule
@@ -81,7 +92,7 @@ def prechelt_up(strips: int, strip: int = 5) -> Rule:
         for end in range(2 * strip - 1, len(losses), strip):
             rises = rises + 1 if losses[end] > losses[end - strip] else 0
             if rises >= strips and end + 1 >= FIRST_JUDGED:
-                return Outcome(end + 1, lowest(losses, 0, end + 1))
+                return Outcome(end + 1, lowest(losses, end + 1))
         return never(losses, training)
 
     return rule
@@ -99,7 +110,7 @@ def prechelt_pq(alpha: float, strip: int = 5) -> Rule:
                 continue
             progress = 1000 * (statistics.fmean(recent) / min(recent) - 1)
             if 100 * (loss / best - 1) > alpha * progress and loss > best:
-                return Outcome(index + 1, lowest(losses, 0, index + 1))
+                return Outcome(index + 1, lowest(losses, index + 1))
         return never(losses, training)
 
     return rule
@@ -109,7 +120,7 @@ def ray_plateau(losses: Losses, training: Training) -> Outcome:
     """Ray `TrialPlateauStopper(std=0.01, num_results=4)` with its grace period at the first judged window."""
     for index in range(max(FIRST_JUDGED, 4) - 1, len(losses)):
         if statistics.pstdev(losses[index - 3 : index + 1]) < 0.01:
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
+            return Outcome(index + 1, lowest(losses, index + 1))
     return never(losses, training)
 
 
@@ -143,5 +154,5 @@ def anchored_patience(losses: Losses, patience: int, *, first: int, gain: float 
             continue
         waited += 1
         if waited >= patience:
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
-    return Outcome(len(losses), lowest(losses, 0, len(losses)))
+            return Outcome(index + 1, lowest(losses, index + 1))
+    return Outcome(len(losses), lowest(losses, len(losses)))

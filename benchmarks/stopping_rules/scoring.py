@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.stopping_rules.rules import FIRST_JUDGED, PEER_RULES, anchored_patience
-from resilient_t5.config.training import ConvergenceConfig
-from resilient_t5.training.convergence.replay import Curve, Outcome, replay, replay_rules
+from benchmarks.stopping_rules.rules import FIRST_JUDGED, PEER_RULES, Outcome, anchored_patience
+from resilient_t5.config.sections import ConvergenceConfig
+from resilient_t5.training.convergence.replay import Curve, Replay, replay, replay_rules
 from resilient_t5.training.convergence.rules import PRESETS
 
 SWEEP = tuple(range(1, 31))
@@ -47,6 +47,13 @@ class Comparison:
     curves: tuple[Curve, ...]
     rules: dict[str, list[Score]]
     sweep: dict[int, list[Score]]
+
+
+def outcome_of(result: Replay) -> Outcome:
+    """How long the replayed run trained and which window it kept."""
+    updates = [window.update for window in result.windows]
+    kept = updates.index(result.best.update) if result.best else len(result.verdicts) - 1
+    return Outcome(len(result.verdicts), kept)
 
 
 def score(losses: Sequence[float], outcome: Outcome) -> Score:
@@ -96,7 +103,7 @@ def compare(
     rules: dict[str, list[Score]] = {name: [] for name in settings}
     for curve in usable:
         for name, section in settings.items():
-            rules[name].append(score(curve.losses, replay(curve, replay_rules(curve, section, clock), clock).outcome))
+            rules[name].append(score(curve.losses, outcome_of(replay(curve, replay_rules(curve, section, clock), clock))))
     for name, rule in PEER_RULES.items():
         rules[name] = [score(curve.losses, rule(curve.losses, curve.training_losses)) for curve in usable]
     return Comparison(usable, rules, sweep(usable, lambda losses, p: anchored_patience(losses, p, first=FIRST_JUDGED)))

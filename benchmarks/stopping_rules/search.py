@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.stopping_rules.rules import FIRST_JUDGED, THRESHOLD, anchored_patience
+from benchmarks.stopping_rules.rules import FIRST_JUDGED, THRESHOLD, Outcome, anchored_patience
 from benchmarks.stopping_rules.scoring import Score, against_frontier, score, summary, sweep
-from resilient_t5.training.convergence.replay import Curve, Outcome, lowest
+from resilient_t5.training.convergence.replay import Curve, lowest
 from resilient_t5.training.convergence.trend import Direction, judge_trend, noise_sigma
 
 BASES = (4, 5, 6, 8, 10, 12, 15)
@@ -85,8 +85,8 @@ def run(family: Family, curve: Curve, patience: int) -> Outcome:
             continue
         course.plateau += family.charge(course)
         if course.plateau >= patience and course.plateau >= family.limit(course):
-            return Outcome(index + 1, lowest(losses, 0, index + 1))
-    return Outcome(len(losses), lowest(losses, 0, len(losses)))
+            return Outcome(index + 1, lowest(losses, index + 1))
+    return Outcome(len(losses), lowest(losses, len(losses)))
 
 
 def unless(condition: Callable[[Course], bool], factor: float) -> Limit:

@@ -28,7 +28,7 @@ class RunLock:
 
     The directory is created if it is missing. A forked child closes its copy of the lock at once, so that it does not keep
     the run locked after its parent was killed. `is_exclusive` is False where the file system does not support locks (some
-    network file systems); the caller should print a warning.
+    network file systems).
 
     Raises:
         RunHeld: another process holds the lock; names its pid and host if known.

@@ -29,6 +29,7 @@ from resilient_t5.checkpoint.manifest import (
     Loaded,
     Manifest,
     Parts,
+    checkpoint_names,
     parse_name,
     write_checkpoint,
 )
@@ -51,8 +52,7 @@ from resilient_t5.checkpoint.retention import (
     undo_commit,
     write_pointer,
 )
-from resilient_t5.checkpoint.snapshot import refuse_non_finite
-from resilient_t5.checkpoint.tensors import lay_out
+from resilient_t5.checkpoint.tensors import lay_out, refuse_non_finite
 from resilient_t5.config.schema import CheckpointConfig
 from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, make_directories
@@ -130,7 +130,7 @@ class CheckpointManager:
 
     def _scan(self) -> list[Stored]:
         stored = []
-        for name in self._names():
+        for name in checkpoint_names(self._fs, self.directory):
             with suppress(CorruptCheckpoint):  # the next load quarantines it; here it only must not count as kept
                 stored.append(Stored(*read_stored(self._fs, self.directory / name, self._run_id)))
         return stored
@@ -178,7 +178,7 @@ class CheckpointManager:
             StorageError: an error that does not prove damage of a checkpoint; nothing was moved.
         """
         with reporting(f"the checkpoints in {self.directory} cannot be read"):
-            names = self._names()
+            names = checkpoint_names(self._fs, self.directory)
             loaded = self._first_valid(names, healthy)
             if loaded is not None:
                 return self._adopt(loaded)
@@ -342,11 +342,6 @@ class CheckpointManager:
         return loaded
 
     # Names and disk space
-
-    def _names(self) -> list[str]:
-        """Names of checkpoint directories, newest commit first."""
-        parsed = [(parse_name(name), name) for name in self._fs.names(self.directory)]
-        return [name for _, name in sorted(((key[1], key[0]), name) for key, name in parsed if key is not None)][::-1]
 
     def _next_commit_number(self) -> int:
         """One more than every known commit number, quarantined and pointed-to ones included: no name is used twice."""

@@ -101,6 +101,12 @@ def parse_name(name: str) -> tuple[int, int] | None:
     return (update, commit_number) if checkpoint_name(update, commit_number) == name else None
 
 
+def checkpoint_names(fs: FileSystem, directory: Path) -> list[str]:
+    """Names of the checkpoint directories in `directory`, newest commit first."""
+    numbered = [(key[1], key[0], name) for name in fs.names(directory) if (key := parse_name(name)) is not None]
+    return [name for _, _, name in sorted(numbered, reverse=True)]
+
+
 def dump(manifest: Manifest) -> bytes:
     """The bytes of MANIFEST.json."""
     fields = {"format": FORMAT, **{JSON_KEYS.get(name, name): value for name, value in asdict(manifest).items()}}

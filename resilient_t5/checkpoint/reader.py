@@ -22,7 +22,7 @@ from resilient_t5.checkpoint.manifest import (
     read_manifest,
 )
 from resilient_t5.checkpoint.tensors import read_tensors
-from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
+from resilient_t5.errors import NO_SPACE, DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem, closing
 
 # Errors that prove damage of the checkpoint. Any other error (no permission, too many open files, an unreachable file server)
@@ -37,7 +37,6 @@ DAMAGE = {
     errno.ENXIO: "kind",
     errno.EFBIG: "size",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_directory(fs: FileSystem, directory: Path, run_id: str | None) -> Loaded:
@@ -120,7 +119,7 @@ def reporting(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind, fix = (DiskFull, "Free some space") if error.errno in FULL else (StorageError, "Fix the file system")
+        kind, fix = (DiskFull, "Free some space") if error.errno in NO_SPACE else (StorageError, "Fix the file system")
         hint = f"{fix}, then start again: the run resumes from its last checkpoint"
         raise kind(what, where=f"{error.filename}: {describe(error)}", hint=hint) from error
 

@@ -1,19 +1,20 @@
-"""Streaming reader and writer of the safetensors format, for hashing in the same pass.
+"""The tensors of a checkpoint: copies in host memory, the check that all are finite, and their files.
 
-The format is 8 bytes of header length, a JSON header, and the raw buffers without gaps. The safetensors library cannot hash
-while it writes, would have to read a file twice to verify it, and does not detect a flipped bit. Any safetensors reader
-opens the files that are written here.
+The files have the safetensors format: 8 bytes of header length, a JSON header, and the raw buffers without gaps. They are
+read and written as a stream, so that they are hashed in the same pass: the safetensors library cannot hash while it writes,
+would have to read a file twice to verify it, and does not detect a flipped bit. Any safetensors reader opens these files.
 """
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from resilient_t5.checkpoint import strict_json
+from resilient_t5.errors import Diverged
 
 # A chunk fits into the CPU cache between hashing and writing, and bounds the host memory of a device tensor.
 CHUNK_BYTES = 8 * 2**20
@@ -40,6 +41,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+TensorFiles = dict[str, dict[str, torch.Tensor]]
+"""File stem -> tensor name -> tensor."""
+
+
 class ByteSource(Protocol):
     """The input of `read_tensors`."""
 
@@ -53,7 +58,7 @@ class Layout:
 
     header: bytes
     tensors: list[torch.Tensor]
-    shared: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str]
 
     @property
     def size(self) -> int:
@@ -82,6 +87,65 @@ def split_shared(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.T
         else:
             shared[name] = owner
     return unique, shared
+
+
+class NonFiniteState(Diverged):
+    """The state holds NaN or infinity; it was not saved, and the older checkpoints are intact."""
+
+
+def snapshot_bytes(tensors: TensorFiles) -> int:
+    """Host memory that `take_snapshot` allocates."""
+    return sum(tensor_bytes(tensor) for part in tensors.values() for tensor in split_shared(part)[0].values())
+
+
+def take_snapshot(tensors: TensorFiles) -> TensorFiles:
+    """Copy every tensor to new host memory, shared ones once; synchronous (one device sync per tensor)."""
+    return {stem: _copy(part) for stem, part in tensors.items()}
+
+
+def _copy(part: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    unique, shared = split_shared(part)
+    copies = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in unique.items()}
+    return {**copies, **{alias: copies[name] for alias, name in shared.items()}}
+
+
+def refuse_non_finite(tensors: TensorFiles) -> None:
+    """Check all floating-point tensors, with one sync per device.
+
+    Raises:
+        NonFiniteState: names the first tensors that hold NaN or infinity.
+    """
+    bad = [f"{stem}/{name}" for stem, part in tensors.items() for name in _non_finite(part)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteState(
+            "the state holds NaN or infinity and was not saved; older checkpoints are intact",
+            where=", ".join(bad[:3]) + more,
+            hint="Lower optim.lr, or use another hardware.precision",
+        )
+
+
+def _non_finite(part: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in split_shared(part)[0].items():
+        if tensor.is_floating_point() and tensor.numel():
+            by_device.setdefault(tensor.device, []).append((name, _sum(tensor.detach())))
+    for sums in by_device.values():
+        finite = torch.stack([total for _, total in sums]).isfinite().tolist()
+        # A sum of finite numbers can overflow, so these tensors are checked element by element.
+        suspects = [name for (name, _), good in zip(sums, finite, strict=True) if not good]
+        yield from (name for name in suspects if not _all_finite(part[name]))
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.element_size() == 1:
+        tensor = tensor.to(torch.float32)
+    return tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).to(torch.float32)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    values = tensor.detach().to(torch.float32) if tensor.element_size() == 1 else tensor.detach()
+    return bool(torch.isfinite(values).all())
 
 
 def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:

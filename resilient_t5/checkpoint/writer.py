@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.checkpoint.manifest import Committed, Parts
-from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
+from resilient_t5.checkpoint.tensors import snapshot_bytes, take_snapshot
 from resilient_t5.errors import DiskFull, StorageError
 from resilient_t5.host_memory import available_bytes
 
@@ -37,7 +37,7 @@ class Writer:
     Args:
         manager: no other thread may save or load through it while a save is in flight.
         background: whether to use the thread.
-        available_bytes: free host memory; None counts as too little.
+        available_bytes: free host memory.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Writer:
         manager: CheckpointManager,
         *,
         background: bool,
-        available_bytes: Callable[[], int | None] = available_bytes,
+        available_bytes: Callable[[], int] = available_bytes,
     ):
         self._manager, self._background, self._available_bytes = manager, background, available_bytes
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -105,9 +105,9 @@ class Writer:
         finished, self._finished = self._finished, []
         return finished
 
-    def drain(self, poll_s: float = POLL_S, should_stop: Callable[[], bool] | None = None) -> list[Committed]:
-        """Wait until no save is in flight, or until `should_stop`; then `poll`."""
-        self._wait_for_slot(should_stop, poll_s)
+    def drain(self) -> list[Committed]:
+        """Wait until no save is in flight; then `poll`."""
+        self._wait_for_slot(None)
         return self.poll()
 
     def hurry(self) -> None:
@@ -128,15 +128,13 @@ class Writer:
     def _fits_in_memory(self, parts: Parts) -> bool:
         if not self._background or parts.are_copies:
             return self._background
-        available = self._available_bytes()
-        need = MEMORY_FACTOR * snapshot_bytes(parts.tensors) + MEMORY_SPARE_BYTES
-        return available is not None and available >= need
+        return self._available_bytes() >= MEMORY_FACTOR * snapshot_bytes(parts.tensors) + MEMORY_SPARE_BYTES
 
-    def _wait_for_slot(self, should_stop: Callable[[], bool] | None, poll_s: float = POLL_S) -> bool:
+    def _wait_for_slot(self, should_stop: Callable[[], bool] | None) -> bool:
         while self._in_flight is not None and not self._in_flight.done():
             if should_stop is not None and should_stop():
                 return False
-            wait([self._in_flight], timeout=poll_s)
+            wait([self._in_flight], timeout=POLL_S)
         return True
 
     def _collect(self) -> None:

@@ -22,13 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _list(run: Path, verify: bool) -> int:
     # Imported late: torch takes seconds to import, and --help does not need it.
-    from resilient_t5.checkpoint.manifest import CorruptCheckpoint, parse_name
+    from resilient_t5.checkpoint.manifest import CorruptCheckpoint, checkpoint_names
     from resilient_t5.checkpoint.reader import read_directory, read_stored
     from resilient_t5.files import FileSystem
 
     directory, fs, damaged = run / "checkpoints", FileSystem(), 0
-    numbered = [(key[1], name) for name in fs.names(directory) if (key := parse_name(name)) is not None]
-    names = [name for _, name in sorted(numbered, reverse=True)]
+    names = checkpoint_names(fs, directory)
     if not names:
         raise NoValidCheckpoint(f"{run} contains no checkpoint", where=str(directory), hint="Give the run directory")
     for name in names:

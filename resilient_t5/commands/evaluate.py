@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resilient_t5.commands.failure import reported
-from resilient_t5.config.parse import parse_config
-from resilient_t5.config.schema import Config
+from resilient_t5.config.parse import CONFIG_FILE, run_config
 from resilient_t5.errors import ConfigError, DataError, ExitCode
 
 DESCRIPTION = """Evaluate trained models, each a run directory: the share of masked domain terms that are restored exactly, with
@@ -42,7 +41,11 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise ConfigError(f"--examples {arguments.examples} is below 1")
     if arguments.tensorboard and not arguments.curve_examples:
         raise ConfigError("--tensorboard draws the resilience curve, which --curve_examples 0 omits")
-    configs = {path: _config_of(Path(path)) for path in arguments.run}
+    for path in arguments.run:
+        if not Path(path, CONFIG_FILE).is_file():
+            hint = "Give a directory that bin/train created"
+            raise DataError(f"{path} is not a run directory: it has no {CONFIG_FILE}", hint=hint)
+    configs = {path: run_config(Path(path), "evaluate") for path in arguments.run}
     # Imported here so that --help and a wrong path do not wait for torch.
     from resilient_t5.restoration.scoring.resilience import Curve, table_lines
     from resilient_t5.training.entrypoints.evaluate import as_json, open_model
@@ -50,7 +53,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     results: list[dict[str, Any]] = []
     curves_by_run: list[tuple[str, Sequence[Curve]]] = []
     for path, config in configs.items():
-        model = open_model(Path(path), config, arguments.which, arguments.text, arguments.samples)
+        model = open_model(config, arguments.which, arguments.text, arguments.samples)
         report = model.report(arguments.examples)
         curves = model.curves(arguments.curve_examples) if arguments.curve_examples else []
         results.append(as_json(model, report, curves))
@@ -86,13 +89,6 @@ def _write_tensorboard(curves_by_run: Sequence[tuple[str, Any]]) -> None:
         draw_resilience([(path, curves)], picture)
         draw_resilience_board(Path(path) / "tensorboard" / "resilience", curves, picture)
         _print(f"TensorBoard: {Path(path) / 'tensorboard'}, run resilience")
-
-
-def _config_of(run: Path) -> Config:
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise DataError(f"{run} is not a run directory: it has no config.yaml", hint="Give a directory that bin/train created")
-    return parse_config(["--config", str(file)], "evaluate", DESCRIPTION)
 
 
 def _table(results: Sequence[dict[str, Any]]) -> list[str]:

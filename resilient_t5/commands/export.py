@@ -2,15 +2,13 @@
 
 import argparse
 import contextlib
-import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from resilient_t5.commands.failure import reported
-from resilient_t5.config.parse import parse_config
-from resilient_t5.config.schema import Config
+from resilient_t5.config.parse import CONFIG_FILE, run_config
 from resilient_t5.errors import ConfigError, ExitCode, RunDirectoryError
 
 DESCRIPTION = """Write the best or the last weights of a run as a Hugging Face directory: full vocabulary, tokenizer,
@@ -30,8 +28,12 @@ def _export(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.license is not None and LICENSE.fullmatch(arguments.license) is None:
         raise ConfigError(f"--license {arguments.license!r} is not a licence identifier such as apache-2.0 or other")
-    config = _config_of(Path(arguments.run))
-    own = Path(arguments.run) / "export" / arguments.which
+    run = Path(arguments.run)
+    if not (run / CONFIG_FILE).is_file():
+        hint = "Give the run.dir of bin/train"
+        raise RunDirectoryError(f"{run} is not a run directory", where=str(run / CONFIG_FILE), hint=hint)
+    config = run_config(run, "export")
+    own = run / "export" / arguments.which
     directory = own if arguments.to is None else Path(arguments.to).expanduser()
     if arguments.to is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunDirectoryError(f"{directory} is not empty", hint="Choose another --to")
@@ -40,19 +42,10 @@ def _export(argv: Sequence[str]) -> int:
     from resilient_t5.training.entrypoints.export import export_run
 
     # A live run writes to its own export directory at the end; other directories need no lock.
-    with RunLock(Path(arguments.run)) if arguments.to is None else contextlib.nullcontext():
+    with RunLock(run) if arguments.to is None else contextlib.nullcontext():
         name = export_run(config, arguments.which, directory, arguments.license)
     sys.stdout.write(f"{directory}: checkpoint {name}, verified with transformers\n")
     return ExitCode.OK
-
-
-def _config_of(run: Path) -> Config:
-    """Configuration of the run, with `run.dir` as given now."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise RunDirectoryError(f"{run} is not a run directory", where=str(path), hint="Give the run.dir of bin/train")
-    config = parse_config(["--config", str(path)], "export", DESCRIPTION)
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
 
 
 def _parser() -> argparse.ArgumentParser:

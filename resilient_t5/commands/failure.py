@@ -1,14 +1,11 @@
 """Turn exceptions of a command into an exit code and a message; only unexpected errors print a traceback."""
 
-import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 
-from resilient_t5.errors import ExitCode, ResilientError
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+from resilient_t5.errors import NO_SPACE, ExitCode, ResilientError
 
 
 def reported(command: Callable[[], int], interrupted: str = "interrupted") -> int:

@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resilient_t5.commands.failure import reported
-from resilient_t5.errors import ConfigError, DataError, ExitCode, StorageError
+from resilient_t5.errors import ConfigError, DataError, ExitCode, StorageError, plural
+from resilient_t5.files import write_whole
 
 if TYPE_CHECKING:
     from resilient_t5.restoration.filler import Filler, FillStatistics
@@ -92,7 +92,7 @@ def _filled(
         others = other_marks(text.text, marks)
         hint = f"It contains {', '.join(others)}: give --mark '{others[0]}'" if others else "Give its mark with --mark"
         raise DataError(f"no gap: the text does not contain {' or '.join(marks)}", where=text.name, hint=hint)
-    predictions = (filler.fill([(text.text, gaps)], settings, statistics) or [[]])[0]
+    (predictions,) = filler.fill([(text.text, gaps)], settings, statistics)
     lines = _lines(text.text, [prediction.gap.start for prediction in predictions])
     rows = [
         {
@@ -115,7 +115,7 @@ def _corrected(
     """JSON rows and replacements (start, end, text) of all edits."""
     from resilient_t5.restoration.correction import correct
 
-    edits = correct(filler, text.text, settings, statistics) or []
+    edits = correct(filler, text.text, settings, statistics)
     rows = [
         {
             "edit": number,
@@ -169,24 +169,17 @@ def _output_path(output: str) -> Path:
 
 
 def _write(path: Path | None, content: bytes) -> None:
-    if path is None:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+    if path is not None:
+        write_whole(path, content)
         return
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 def _log_statistics(statistics: "FillStatistics", count: int, filler: "Filler") -> None:
-    what = "edits" if filler.config.task == "correct" else "gaps"
-    _log(f"{count} {what}, {statistics.windows} windows in {statistics.passes} passes, {statistics.tokens} tokens read")
+    what = plural(count, "edit" if filler.config.task == "correct" else "gap")
+    windows, passes = plural(statistics.windows, "window"), plural(statistics.passes, "pass", "passes")
+    _log(f"{what}, {windows} in {passes}, {plural(statistics.tokens, 'token')} read")
     notes = [
         f"{number} {name}"
         for number, name in (

@@ -24,6 +24,7 @@ from resilient_t5.errors import ConfigError, ExitCode
 SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 KEYS = tuple(f"{name}.{key.name}" for name, section in SECTIONS.items() for key in dataclasses.fields(section))
 COMMAND_LINE = "command line"
+CONFIG_FILE = "config.yaml"
 EXIT_CODES = (
     "exit codes: 0 finished or saturated; 2 usage or configuration; 65 bad data; 66 no valid checkpoint; 69 run directory "
     "in use by another run; 70 diverged; 71 out of memory; 73 disk full; 74 input/output; 75 stopped but resumable; "
@@ -92,6 +93,12 @@ def parse_arguments(
 def parse_config(argv: Sequence[str], program: str, description: str) -> Config:
     """Configuration of a command without options of its own; see `parse_arguments`."""
     return parse_arguments(argv, program, description).config
+
+
+def run_config(run: Path, program: str) -> Config:
+    """The configuration in config.yaml of the run directory `run`, with `run.dir` as given now."""
+    config = parse_config(["--config", str(run / CONFIG_FILE)], program, "")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
 
 
 def config_text(config: Config) -> str:

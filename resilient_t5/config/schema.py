@@ -1,6 +1,6 @@
 """The configuration of a run, the checks across its sections, and the settings that a resume may change.
 
-The sections are defined in `config/data.py` and `config/training.py`; `config/parse.py` reads YAML and the command line.
+The sections are defined in `config/sections.py`; `config/parse.py` reads YAML and the command line.
 """
 
 import dataclasses
@@ -9,18 +9,23 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from resilient_t5.config.data import BatchConfig, CorruptionConfig, DataConfig, ModelConfig, TokenizerConfig
-from resilient_t5.config.training import (
+from resilient_t5.config.sections import (
+    BatchConfig,
+    Check,
     CheckpointConfig,
     ConvergenceConfig,
+    CorruptionConfig,
+    DataConfig,
     EvaluationConfig,
     HardwareConfig,
+    ModelConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
     TelemetryConfig,
+    TokenizerConfig,
+    check,
 )
-from resilient_t5.config.values import Check, check
 from resilient_t5.errors import ConfigError
 
 # A resume may change paths, logging and saving intervals, settings that affect speed or memory only, and the patience:

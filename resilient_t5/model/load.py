@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from resilient_t5 import hub
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.hub import CONFIG_FILE, read_json
 from resilient_t5.model.embeddings import ALIASES, HEAD, SHARED, SpecialIds, T5Model, is_tied, scales_decoder_output, set_tables

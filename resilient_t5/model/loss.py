@@ -26,8 +26,6 @@ class LossParts:
     """Scalar with a gradient: the sum of all loss terms over the labels, divided by the divisor."""
     nll_sum: torch.Tensor
     """Scalar, detached, float64: negative log-likelihood in nats, summed over the labels; no smoothing, no z-loss."""
-    correct_tokens: torch.Tensor | None
-    """Scalar, detached, int64: labels that are the argmax; only with gradients disabled."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,10 @@ def forward_loss(
     """
     if not divisor > 0:
         raise DataError("an update without any target token", hint="Check the prepared corpus; every example needs a target")
-    terms = _terms(model, 1.0 / divisor, label_smoothing=label_smoothing, z_loss=z_loss)
+    terms = LossTerms(1.0 / divisor, label_smoothing, z_loss, _product_dtype(model))
     hidden_ND, labels_N, _ = _label_states(model, source_BS, source_mask_BS, labels_BT)
-    loss, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
-    correct = correct_N.sum() if terms.count_correct else None
-    return LossParts(loss, nll_N.detach().sum(dtype=torch.float64), correct)
+    loss, nll_N, _ = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
+    return LossParts(loss, nll_N.detach().sum(dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -97,7 +94,8 @@ def token_nll(
         part_BT: bool; a subset of the labels, such as terms, to be evaluated separately in the same forward pass.
     """
     hidden_ND, labels_N, positions_N = _label_states(model, source_BS, source_mask_BS, labels_BT)
-    _, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, _terms(model, 1.0))
+    terms = LossTerms(1.0, product_dtype=_product_dtype(model), count_correct=True)
+    _, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
     example_N = positions_N // labels_BT.shape[1]
 
     def per_example(values_N: torch.Tensor) -> torch.Tensor:
@@ -122,13 +120,12 @@ def shift_right(labels_BT: torch.Tensor, special: SpecialIds) -> torch.Tensor:
     return inputs_BT.masked_fill_(inputs_BT == IGNORED, special.pad_id)
 
 
-def _terms(model: T5Model, scale: float, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> LossTerms:
-    weight = model.lm_head.weight
-    kind, dtype = weight.device.type, weight.dtype
+def _product_dtype(model: T5Model) -> torch.dtype:
+    kind, dtype = model.lm_head.weight.device.type, model.lm_head.weight.dtype
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         # With float16 the logits would overflow and small probabilities become zero: then the loss uses float32.
-        dtype = torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else torch.float32
-    return LossTerms(scale, label_smoothing, z_loss, dtype, count_correct=not torch.is_grad_enabled())
+        return torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else torch.float32
+    return dtype
 
 
 def _label_states(

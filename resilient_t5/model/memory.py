@@ -36,8 +36,6 @@ class Execution:
     checkpointing: bool = False
     on_gpu: bool = False
     """On a GPU attention keeps no scores; on a CPU it keeps one byte per score if there is dropout."""
-    padded: bool = True
-    """Whether some example of the micro-batch is shorter than the longest."""
     processes: int = 1
     """Processes over which layers, their gradients and optimizer state are sharded; the vocabulary tables are replicated."""
 
@@ -81,7 +79,7 @@ def walk(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> Iterator[Part]
     examples, source, target = shape.examples, shape.source_tokens, shape.target_tokens
     w, d = run.value_bytes, sizes.d_model
     encoded = examples * source * d * w
-    yield _stack_begin("encoder", sizes, run, (examples, source))
+    yield _stack_begin("encoder", sizes, examples * source)
     for layer in range(sizes.encoder_layers):
         first = _mask_bytes(sizes, run, examples, source) if layer == 0 else 0.0
         parts = [
@@ -90,8 +88,8 @@ def walk(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> Iterator[Part]
         ]
         yield from _block(parts, run, examples * source * d * WIDE, first)
     yield Part("encoder end", _stack_end(sizes, examples * source) + encoded, 2 * examples * source * d * WIDE, "encoder")
-    yield _stack_begin("decoder", sizes, run, (examples, target))
-    cross_mask = examples * target * source * w if run.padded else 0.0
+    yield _stack_begin("decoder", sizes, examples * target)
+    cross_mask = examples * target * source * w
     for layer in range(sizes.decoder_layers):
         first = cross_mask + sizes.heads * target**2 * w + 9 * target**2 if layer == 0 else 0.0
         cross = _attention("decoder", sizes, run, (examples, target, source), own_bias=False)
@@ -152,8 +150,8 @@ def _attention(
     projections = (2 * q + 2 * k) * i * w  # queries, keys, values, and the input of the output product
     bits = q * d if sizes.dropout > 0 else 0.0
     stream = 2 * q * d * WIDE
-    # The gradient of the mask is accumulated over the layers of a stack: B x h x S x S if the mask contains padding.
-    mask_sum = (scores if run.padded and phase == "encoder" else sizes.heads * queries * keys) * w if own_bias else 0.0
+    # The gradient of the mask is accumulated over the layers of a stack: B x h x S x S where the mask contains padding.
+    mask_sum = (scores if phase == "encoder" else sizes.heads * queries * keys) * w if own_bias else 0.0
     if run.on_gpu:
         log_sums = examples * sizes.heads * queries * WIDE
         needed = (2 * q + 2 * k) * i * w + (scores * w if own_bias else 0.0) + mask_sum + log_sums
@@ -190,17 +188,15 @@ def _block(parts: list[Part], run: Execution, entry: float, first: float) -> Ite
     yield Part("block", entry + first, first + peak_bytes(parts), parts[0].phase)
 
 
-def _stack_begin(phase: Literal["encoder", "decoder"], sizes: Sizes, run: Execution, lengths: tuple[float, int]) -> Part:
+def _stack_begin(phase: Literal["encoder", "decoder"], sizes: Sizes, tokens: float) -> Part:
     """Embedding: its dropout mask; ids are counted in the micro-batch."""
-    tokens = lengths[0] * lengths[1]
     bits = tokens * sizes.d_model if sizes.dropout > 0 else 0.0
     return Part("embedding", bits, 2 * tokens * sizes.d_model * WIDE, phase)
 
 
 def _mask_bytes(sizes: Sizes, run: Execution, examples: float, source: int) -> float:
     """The encoder's mask, the padding mask that it is made from, and the buckets of the position bias."""
-    padding = examples * source**2 if run.padded else 0.0
-    return (examples if run.padded else 1) * sizes.heads * source**2 * run.value_bytes + padding + 8 * source**2
+    return examples * source**2 * (sizes.heads * run.value_bytes + 1) + 8 * source**2
 
 
 def _stack_end(sizes: Sizes, tokens: float) -> float:

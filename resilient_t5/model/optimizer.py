@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from resilient_t5.config.training import OptimConfig
+from resilient_t5.config.sections import OptimConfig
 from resilient_t5.errors import ConfigError, ResumeMismatch
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -131,8 +131,9 @@ def load_named_state(
         on_cpu = tensor.ndim == 0 and not fused
         state.setdefault(parameter, {})[key] = tensor.detach().to("cpu" if on_cpu else parameter.device)
     optimizer.state.clear()
+    is_eight_bit = type(optimizer).__name__ == "AdamW8bit"
     for owner_parameter, loaded in state.items():
-        optimizer.state[owner_parameter] = _eight_bit_state(optimizer, loaded) if is_adamw8bit(optimizer) else loaded
+        optimizer.state[owner_parameter] = _eight_bit_state(optimizer, loaded) if is_eight_bit else loaded
 
 
 def _description(optimizer: torch.optim.Optimizer, model: NamedParameters) -> dict[str, Any]:
@@ -169,11 +170,6 @@ def build_adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float,
         ) from None
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
     return optimizer
-
-
-def is_adamw8bit(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is the optimizer of bitsandbytes."""
-    return type(optimizer).__name__ == "AdamW8bit"
 
 
 def _eight_bit_state(optimizer: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -353,7 +349,7 @@ class Muon(torch.optim.Optimizer):
     | 512, 1024 | 1,570 | 1,860 | 5,430 |
     | 128, 384, restricted to AVX2 | 6,500 | 6,100 | 440 |
 
-    Matrices of the same shape are processed in one batch, which needs up to 80 MiB of workspace; torch needs a few MiB.
+    Matrices of the same shape are processed in one batch, which needs up to 80 MiB of workspace.
 
     Args:
         matrices: the parameter group that Muon updates; two-dimensional parameters.

@@ -49,10 +49,6 @@ class Precision:
         """Format of the matrix products of an optimizer; float16 would overflow there."""
         return torch.bfloat16 if self.name == "bf16" else torch.float32
 
-    def scaler(self, device: torch.device) -> torch.amp.GradScaler | None:
-        """The loss scaler of float16; None for other formats."""
-        return torch.amp.GradScaler(device.type, init_scale=FIRST_LOSS_SCALE) if self.name == "fp16" else None
-
 
 def choose_precision(requested: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
     """The requested format, or the best one that the device supports natively.
@@ -169,17 +165,18 @@ def keep_cudnn_attention_out() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def attention_backward_offset(device: torch.device, heads: int = 6, head_width: int = 64) -> float:
-    """Largest relative difference between the attention gradients of the active kernel and the math kernel, at length 64.
+def attention_backward_offset(device: torch.device) -> float:
+    """Largest relative difference between the attention gradients of the active kernel and the math kernel.
 
     The bias makes row maxima strongly negative, for which a defective kernel gives NaN; the result is then infinity. Above
     PROBE_TOLERANCE the active kernels must not be used.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (2, heads, 64, head_width)
+    heads, length, head_width = 6, 64, 64
+    shape = (2, heads, length, head_width)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
-    bias = (torch.randn(1, heads, 64, 64, generator=generator) * 4 - 150).to(device, dtype)
+    bias = (torch.randn(1, heads, length, length, generator=generator) * 4 - 150).to(device, dtype)
 
     def gradients(context: Callable[[], AbstractContextManager[None]]) -> list[torch.Tensor]:
         leaves = [tensor.detach().clone().requires_grad_() for tensor in (*inputs, bias)]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resilient_t5 import hub
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.errors import ConfigError, DataError
 from resilient_t5.model.embeddings import HEAD
 from resilient_t5.model.load import PRESETS, Shape, read_config, shape_of

@@ -7,7 +7,6 @@ rows replaced, all others unchanged.
 Shapes: V rows of the full vocabulary, A active rows, D model width.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +28,6 @@ class FullTables:
 
     shared_VD: torch.Tensor
     head_VD: torch.Tensor | None
-
-    def sha256(self) -> str:
-        """Hash of all values: a resumed run must be merged into the tables that it started from."""
-        digest = hashlib.sha256()
-        for table_VD in (self.shared_VD, self.head_VD):
-            if table_VD is not None:
-                digest.update(np.ascontiguousarray(table_VD.detach().cpu().numpy()).data)
-        return digest.hexdigest()
 
 
 def tables_of(model: T5Model) -> FullTables:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from resilient_t5 import hub
-from resilient_t5.errors import DataError, DiskFull, RunDirectoryError, StorageError
+from resilient_t5.errors import NO_SPACE, DataError, DiskFull, RunDirectoryError, StorageError
 from resilient_t5.hub import BIN_FILE, CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHT_LAYOUTS, WEIGHTS_FILE
 
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
@@ -233,7 +233,7 @@ def write_directory(
         (directory / WEIGHTS_FILE).chmod((directory / CONFIG_FILE).stat().st_mode & 0o777)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk in its message only.
-        full = getattr(error, "errno", None) == 28 or "os error 28" in str(error)
+        full = getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error)
         kind = DiskFull if full else StorageError
         raise kind(
             f"the export cannot be written: {error}", where=str(directory), hint="Free some space or fix the disk"

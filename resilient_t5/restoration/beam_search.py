@@ -14,7 +14,7 @@ processor time (1 and 4 beams, 128 notes), and it supports neither the rule abov
 Shapes: B sources, W beams, R = B * W hypotheses, S source tokens, T target tokens, A output ids, C candidates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,33 +119,22 @@ class BeamSearch:
         *,
         beams: int,
         batch_tokens: int,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[list[Hypothesis]] | None:
+    ) -> list[list[Hypothesis]]:
         """Search in batches of similar length; arguments and result as for `search`."""
         results: list[list[Hypothesis]] = [[] for _ in requests]
         for batch in _batches(requests, beams, batch_tokens):
-            hypotheses = self.search([requests[i] for i in batch], limit_tokens, beams=beams, should_stop=should_stop)
-            if hypotheses is None:
-                return None
+            hypotheses = self.search([requests[i] for i in batch], limit_tokens, beams=beams)
             for i, own in zip(batch, hypotheses, strict=True):
                 results[i] = own
         return results
 
-    def search(
-        self,
-        requests: Sequence[SearchRequest],
-        limit_tokens: int,
-        *,
-        beams: int = 1,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[list[Hypothesis]] | None:
-        """Return the best outputs of each request, at most `beams`, best first; None if `should_stop` returned True.
+    def search(self, requests: Sequence[SearchRequest], limit_tokens: int, *, beams: int) -> list[list[Hypothesis]]:
+        """Return the best outputs of each request, at most `beams`, best first.
 
         Args:
             requests: processed as one batch; the encoder runs once for each distinct source array.
             limit_tokens: maximum length of an output, end token included.
             beams: hypotheses per source.
-            should_stop: called before every token.
 
         Raises:
             ValueError: `limit_tokens` is too short for the gaps of a request, or it has more gaps than the rules.
@@ -157,8 +146,6 @@ class BeamSearch:
             state = _BeamState(self, requests, limit_tokens, beams)
             tokens_per_sync = 1 if self.device.type == "cpu" else TOKENS_PER_SYNC
             for position in range(limit_tokens):
-                if should_stop is not None and should_stop():
-                    return None
                 state.advance(position)
                 if (position + 1) % tokens_per_sync == 0 and state.drop_decided():
                     break

@@ -7,7 +7,7 @@ left alone, because the model cannot write it back.
 
 import math
 import os.path
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,14 +33,8 @@ class Edit:
     probability: float
 
 
-def correct(
-    filler: Filler,
-    text: str,
-    settings: DecodeSettings,
-    statistics: FillStatistics,
-    should_stop: Callable[[], bool] | None = None,
-) -> list[Edit] | None:
-    """Return the edits of `text`, in order and disjoint; None if `should_stop` returned True.
+def correct(filler: Filler, text: str, settings: DecodeSettings, statistics: FillStatistics) -> list[Edit]:
+    """Return the edits of `text`, in order and disjoint.
 
     Raises:
         DataError: no piece of the vocabulary fits the encoding.
@@ -59,15 +53,8 @@ def correct(
     requests = [SearchRequest(np.append(chunk.ids.astype(np.int64), tokenizer.eos_id), 0, no_prefix, 0) for _, chunk in chunks]
     statistics.windows += len(requests)
     statistics.passes += bool(requests)
-    outputs = search.search_all(
-        requests,
-        config.max_target_tokens,
-        beams=settings.beams,
-        batch_tokens=settings.batch_tokens,
-        should_stop=should_stop,
-    )
-    if outputs is None:
-        return None
+    limit, batch_tokens = config.max_target_tokens, settings.batch_tokens
+    outputs = search.search_all(requests, limit, beams=settings.beams, batch_tokens=batch_tokens)
     edits: list[Edit] = []
     for (start, chunk), hypotheses in zip(chunks, outputs, strict=True):
         edits += _edits_of(filler, text, start, chunk, hypotheses[0])

@@ -7,7 +7,7 @@ that the rules permit.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from resilient_t5 import hub
-from resilient_t5.config.data import DocumentMode, ModelConfig
+from resilient_t5.config.sections import DocumentMode, ModelConfig
 from resilient_t5.data.tokenizer.sentencepiece import SPACE
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from resilient_t5.errors import ConfigError, DataError
@@ -88,15 +88,13 @@ class Filler:
         texts: Sequence[tuple[str, Sequence[Gap]]],
         settings: DecodeSettings,
         statistics: FillStatistics | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[list[GapPrediction]] | None:
-        """Return the predictions for every text, in the order of its gaps; None if `should_stop` returned True.
+    ) -> list[list[GapPrediction]]:
+        """Return the predictions for every text, in the order of its gaps.
 
         Args:
             texts: each with its gaps, in order and disjoint.
             settings: settings of the search.
             statistics: counts are added to it.
-            should_stop: called before every token.
 
         Raises:
             DataError: no piece of the vocabulary fits the encoding.
@@ -115,10 +113,7 @@ class Filler:
                 windows += [(document, window) for window in own]
             statistics.passes += 1
             statistics.windows += len(windows)
-            limit = config.max_target_tokens
-            predictions = predict_gaps(search, [window for _, window in windows], settings, limit, should_stop)
-            if predictions is None:
-                return None
+            predictions = predict_gaps(search, [window for _, window in windows], settings, config.max_target_tokens)
             for (document, _), by_gap in zip(windows, predictions, strict=True):
                 candidates |= {document.numbers[gap]: found for gap, found in by_gap.items()}
             for document in documents:
@@ -187,23 +182,17 @@ def _joined(ranges: list[tuple[int, int]], gaps: Sequence[Gap]) -> list[tuple[in
 
 
 def predict_gaps(
-    search: BeamSearch,
-    windows: Sequence[Window],
-    settings: DecodeSettings,
-    limit_tokens: int,
-    should_stop: Callable[[], bool] | None = None,
-) -> list[dict[int, list[Candidate]]] | None:
-    """Return for each window the answers to its own gaps, by gap; None if `should_stop` returned True.
+    search: BeamSearch, windows: Sequence[Window], settings: DecodeSettings, limit_tokens: int
+) -> list[dict[int, list[Candidate]]]:
+    """Return for each window the answers to its own gaps, by gap.
 
     The first candidate is the answer in the best output of the window. With `settings.alternatives`, answers to the same
     gap after the same earlier answers follow, likeliest first.
     """
-    run = partial(search.search_all, batch_tokens=settings.batch_tokens, should_stop=should_stop)
+    run = partial(search.search_all, batch_tokens=settings.batch_tokens)
     first_sentinel = search.mark_ids[:1]
     requests = [SearchRequest(window.source, len(window.gaps), first_sentinel, len(window.gaps)) for window in windows]
     outputs = run(requests, limit_tokens, beams=settings.beams)
-    if outputs is None:
-        return None
     predictions: list[dict[int, list[Candidate]]] = []
     searched: list[tuple[list[Candidate], SearchRequest]] = []
     for window, (best, *_) in zip(windows, outputs, strict=True):
@@ -219,8 +208,6 @@ def predict_gaps(
     if settings.alternatives:
         beams = max(settings.beams, settings.alternatives + 1)
         alternatives = run([request for _, request in searched], limit_tokens, beams=beams)
-        if alternatives is None:
-            return None
         for (candidates, request), hypotheses in zip(searched, alternatives, strict=True):
             candidates += [(h.ids[len(request.prefix) : -1], math.exp(h.score)) for h in hypotheses]
     return predictions

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resilient_t5.config.data import DocumentMode
+from resilient_t5.config.sections import DocumentMode
 from resilient_t5.data.corpus.formats import Line, document_lines
 from resilient_t5.data.examples import sentence_ends
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from resilient_t5.config.data import DocumentMode
+from resilient_t5.config.sections import DocumentMode
 from resilient_t5.errors import DataError
 
 CONFIG_FILE = "restoration.json"

@@ -245,16 +245,20 @@ def build_evaluator(
     def fixed(examples: int) -> list[EvaluationBatch]:
         return evaluation_batches(corpus.validation, corpus.table, config, examples=examples, seed=config.run.seed, **sizes)
 
+    settings, restorer = config.evaluation, build_restorer(config, corpus, config.telemetry.samples)
+    batches, restore_batches = fixed(settings.examples), fixed(settings.restore_examples)
+    return Evaluator(accelerator, sharded, batches, restore_batches, restorer, settings.restore_every, sharded.ranks)
+
+
+def build_restorer(config: Config, corpus: Dataset, samples: int) -> Restorer:
+    """Collect what a restoration measurement over the validation split needs; it reports `samples` restored examples."""
     counts = count_terms(corpus.train.terms, len(corpus.store.terms))
-    restorer = Restorer(
+    return Restorer(
         split=corpus.validation,
         table=corpus.table,
         glossary=Glossary(corpus.store.terms, counts, corpus.decode),
         majority=MajorityBaseline.fit(corpus.train),
         task=config.corruption.task,
         max_target_tokens=config.data.max_target_tokens,
-        samples=config.telemetry.samples,
+        samples=samples,
     )
-    settings = config.evaluation
-    batches, restore_batches = fixed(settings.examples), fixed(settings.restore_examples)
-    return Evaluator(accelerator, sharded, batches, restore_batches, restorer, settings.restore_every, sharded.ranks)

@@ -17,8 +17,7 @@ from resilient_t5.data.batches import EvaluationBatch
 from resilient_t5.errors import Diverged
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import token_nll
-from resilient_t5.restoration.scoring.measure import Restorer, longest_answer, score_generated, write_answers
-from resilient_t5.restoration.scoring.score_report import RestorationReport
+from resilient_t5.restoration.scoring.measure import RestorationReport, Restorer, longest_answer, score_generated, write_answers
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, weights_checksum
 from resilient_t5.training.hardware.sharding import ShardedModel
 

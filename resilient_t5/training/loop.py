@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 from resilient_t5.training.hardware.process_group import ProcessGroup
-from resilient_t5.training.reports.update_log import log_updates, write_status
+from resilient_t5.training.reports.artifacts import log_updates, write_status
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_evaluation import run_evaluation
 from resilient_t5.training.schedule import Plan, learning_rate, time_left

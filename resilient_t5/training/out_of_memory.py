@@ -17,7 +17,7 @@ from resilient_t5.errors import OutOfMemory
 from resilient_t5.model.memory import GIB, Choice, Execution, choice_at
 from resilient_t5.model.optimizer import AdafactorInBackward
 from resilient_t5.model.precision import PrecisionName
-from resilient_t5.training.hardware.machine import is_out_of_memory
+from resilient_t5.training.hardware.machine import allocation_failure, is_out_of_memory
 from resilient_t5.training.hardware.memory_fit import Fit
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.state import RunState, UpdateResult
@@ -68,7 +68,7 @@ class MemoryGuard:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failure = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            failure = allocation_failure(error)
         # A partial gradient is useless: the gradients of the tables are accumulated in place.
         self.updater.sharded.zero_grad()
         if self.updater.accelerator.device.type == "cuda":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from resilient_t5.checkpoint.manager import CheckpointManager, Loaded
-from resilient_t5.checkpoint.snapshot import NonFiniteState
+from resilient_t5.checkpoint.tensors import NonFiniteState
 from resilient_t5.data.batches import MicroBatch, Prefetcher
 from resilient_t5.errors import DeviceLost, Diverged, NoValidCheckpoint
 from resilient_t5.files import write_whole

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from resilient_t5.restoration.scoring.score_report import RestorationReport
+from resilient_t5.restoration.scoring.measure import RestorationReport
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Verdict, Window
 from resilient_t5.training.evaluator import Evaluation, Evaluator, evaluate, restore_terms
 from resilient_t5.training.reports.artifacts import write_events, write_samples

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from resilient_t5.config.schema import CheckpointConfig, Config, EvaluationConfig, OptimConfig, ScheduleConfig
-from resilient_t5.config.values import Point, seconds, updates_at
+from resilient_t5.config.sections import Point, seconds, updates_at
 from resilient_t5.training.convergence.machine import ConvergenceMachine, cooldown_factor
 from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.telemetry.timing import TimeLeft, Timing

@@ -22,7 +22,7 @@ from resilient_t5.model.loss import LossParts, forward_loss
 from resilient_t5.model.optimizer import AdafactorInBackward
 from resilient_t5.model.precision import seed_dropout
 from resilient_t5.model.vocabulary_gradients import gradient_of
-from resilient_t5.training.hardware.machine import is_out_of_memory
+from resilient_t5.training.hardware.machine import allocation_failure, is_out_of_memory
 from resilient_t5.training.hardware.process_group import ProcessGroup
 from resilient_t5.training.hardware.sharding import ShardedModel
 from resilient_t5.training.state import UpdateResult
@@ -120,7 +120,7 @@ class Updater:
         except (RuntimeError, MemoryError) as error:
             if self.group.count == 1 or not is_out_of_memory(error):
                 raise
-            failure = str(error).partition("\n")[0][:300] or type(error).__name__
+            failure = allocation_failure(error)
         notes = self.group.all_gather_object(f"update {attempted}", {"halted": halted, "failure": failure})
         if failures := [f"process {index}: {note['failure']}" for index, note in enumerate(notes) if note["failure"]]:
             raise MemoryError(failures[0])
@@ -220,7 +220,7 @@ class Updater:
                 raise
             raise OutOfMemory(
                 "out of memory in the optimizer step; weights may be half updated, so resume from the newest checkpoint",
-                where=str(error).partition("\n")[0][:300],
+                where=allocation_failure(error),
                 hint="See bin/plan for what fits; another optim.name needs a new run, which run.fork starts from these weights",
             ) from error
         if scaler is not None:

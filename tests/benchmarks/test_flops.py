@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.flops import MicroShape, our_flops, peer_flops
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.loss import forward_loss

@@ -63,18 +63,18 @@ def test_memory_compares_ours_with_the_trainer():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("throughput", "--corpus", "absent.txt"), "absent.txt"),
         (("throughput", "--quick", "--rounds", "0"), "--rounds"),
         (("memory", "--micro-batches", "1"), "--micro-batches"),
     ],
 )
-def test_options_that_cannot_be_are_a_usage_error(options, said):
+def test_options_that_cannot_be_are_a_usage_error(options, message):
     """Exit code 2 and the option, before anything is prepared."""
     done = subprocess.run([sys.executable, ROOT / "bin" / "benchmark", *options], capture_output=True, text=True)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_a_ratio_is_taken_within_a_round_and_a_side_that_does_not_fit_has_none():

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.stopping import main
 from benchmarks.stopping_rules.rules import (
     PEER_RULES,
+    Outcome,
     anchored_patience,
     hugging_face,
     keras,
@@ -24,11 +25,11 @@ from benchmarks.stopping_rules.rules import (
     prechelt_up,
     ray_plateau,
 )
-from benchmarks.stopping_rules.scoring import against_frontier, compare, document, score, summary, sweep
-from resilient_t5.config.training import ConvergenceConfig
+from benchmarks.stopping_rules.scoring import against_frontier, compare, document, outcome_of, score, summary, sweep
+from resilient_t5.config.sections import ConvergenceConfig
 from resilient_t5.training.convergence.phases import Window
 from resilient_t5.training.convergence.recordings import read_curves
-from resilient_t5.training.convergence.replay import Curve, Outcome, replay, replay_rules
+from resilient_t5.training.convergence.replay import Curve, replay, replay_rules
 from resilient_t5.training.convergence.rules import Rules
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def test_plain_patience_and_the_machine_decide_alike():
         changes = {"start": 0, "judge_from": first * 100, "patience": patience, "min_gain_rel": relative}
         rules = replace(RULES, **changes, divergence_factor=0.0, nonfinite_limit=0)
         curve = curve_of(losses, windows=tuple(Window(100 * n, 0, 0.0, loss) for n, loss in enumerate(losses, 1)))
-        expected = replay(curve, rules).outcome
+        expected = outcome_of(replay(curve, rules))
         assert anchored_patience(losses, patience, first=first, relative=relative) == expected
 
 
@@ -139,7 +140,7 @@ def test_the_search_ends_in_its_line_of_json_and_groups_can_be_chosen(tmp_path, 
 def test_thorough_keeps_its_promise_on_the_recorded_curves():
     """At most 1.0 % forgone on sequence-to-sequence runs, and within noise of the frontier over all of them."""
     curves, section = read_curves(CURVES), ConvergenceConfig(preset="thorough", on_saturation="stop")
-    scores = [score(curve.losses, replay(curve, replay_rules(curve, section)).outcome) for curve in curves]
+    scores = [score(curve.losses, outcome_of(replay(curve, replay_rules(curve, section)))) for curve in curves]
     ours = [one for one, curve in zip(scores, curves, strict=True) if curve.group == "s2s"]
     assert summary(ours).forgone_percent <= 1.0
     frontier = sweep(curves, lambda losses, patience: anchored_patience(losses, patience, first=12))

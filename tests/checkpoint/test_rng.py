@@ -44,22 +44,22 @@ def test_the_draws_after_a_resume_are_the_draws_without_one(scratch, draws_befor
     tensors, rest = rng.capture()
     manager = make_manager(scratch)
     manager.save(replace(make_parts(1), tensors={"rng": tensors}, state={"rng": rest}), best=False)
-    wanted = [draw() for _ in range(3)]
+    expected = [draw() for _ in range(3)]
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     loaded = make_manager(scratch).load_newest()
     rng.restore(loaded.tensors["rng"], loaded.state["rng"])
-    assert [draw() for _ in range(3)] == wanted
+    assert [draw() for _ in range(3)] == expected
 
 
 def test_to_capture_changes_nothing():
     """Two captures in a row are equal, and so are the draws."""
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    wanted = draw()
+    expected = draw()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     one, rest = rng.capture()
     two, again = rng.capture()
     assert rest == again and all(torch.equal(one[name], two[name]) for name in one)
-    assert draw() == wanted
+    assert draw() == expected
 
 
 @pytest.mark.parametrize("name", ["python", "numpy", "torch"])
@@ -93,7 +93,7 @@ def test_the_draws_of_a_device_come_back():
     torch.cuda.manual_seed_all(5)
     torch.rand(3, device="cuda")
     tensors, rest = rng.capture()
-    wanted = torch.rand(5, device="cuda")
+    expected = torch.rand(5, device="cuda")
     torch.cuda.manual_seed_all(6)
     assert rng.restore(tensors, rest) == []
-    assert torch.equal(torch.rand(5, device="cuda"), wanted)
+    assert torch.equal(torch.rand(5, device="cuda"), expected)

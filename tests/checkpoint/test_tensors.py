@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_t5.checkpoint import manifest, strict_json, tensors
-from resilient_t5.checkpoint.snapshot import snapshot_bytes, take_snapshot
+from resilient_t5.checkpoint.tensors import snapshot_bytes, take_snapshot
 from resilient_t5.files import FileSystem, make_directories, read_bounded, remove_tree, replace_file
 from tests.checkpoint.harness import commit, live_names, make_manager, make_parts, same_tensors
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resilient_t5.checkpoint.snapshot import NonFiniteState
+from resilient_t5.checkpoint.tensors import NonFiniteState
 from resilient_t5.checkpoint.writer import Writer
 from resilient_t5.errors import StorageError
 from resilient_t5.files import FileSystem
@@ -100,7 +100,6 @@ def test_the_wait_for_a_slot_ends_when_the_run_must_stop(slow):
     _, writer, _, _ = slow
     writer.submit(make_parts(1), best=False, must=False)
     assert not writer.submit(make_parts(2), best=False, must=True, should_stop=lambda: True)
-    assert writer.drain(should_stop=lambda: True) == []
     assert writer.busy
 
 
@@ -114,7 +113,7 @@ def test_a_save_that_the_run_ends_on_is_on_disk_when_submit_returns(scratch, rea
     writer.close()
 
 
-@pytest.mark.parametrize("available", [None, 0, int(1.5 * 2**30)])
+@pytest.mark.parametrize("available", [0, int(1.5 * 2**30)])
 def test_when_memory_is_short_the_save_is_synchronous_and_makes_no_copy(scratch, monkeypatch, available):
     """It is on disk when submit returns."""
     monkeypatch.setattr("resilient_t5.checkpoint.writer.take_snapshot", lambda tensors: pytest.fail("made a copy"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import SpecialIds, build_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.model.initial_weights import STREAM_SCALE, factored, set_initial_vectors
 from resilient_t5.model.load import SpecialIds, build_model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.model.initial_weights import neighbour_of
 from resilient_t5.model.load import SpecialIds, build_model
 

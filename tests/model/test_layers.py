@@ -59,10 +59,10 @@ def test_loss_and_gradients_are_those_of_transformers_layers(
     use_exact_norms(plain)
     if checkpointing:
         lean.gradient_checkpointing_enable()
-    expected, wanted = losses_and_gradients(plain, batch)
+    expected, expected_gradients = losses_and_gradients(plain, batch)
     loss, found = losses_and_gradients(lean, batch)
     assert loss == pytest.approx(expected, rel=1e-12)
-    assert relative_error(found, wanted) < 1e-12
+    assert relative_error(found, expected_gradients) < 1e-12
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "silu", "swish"])
@@ -78,10 +78,10 @@ def test_every_activation_of_a_t5_has_its_gradient(activation, make_model, make_
     install_lean_layers(lean)
     use_exact_norms(plain)
     batch = collate(make_examples(3))
-    expected, wanted = losses_and_gradients(plain, batch)
+    expected, expected_gradients = losses_and_gradients(plain, batch)
     loss, found = losses_and_gradients(lean, batch)
     assert loss == pytest.approx(expected, rel=1e-12)
-    assert relative_error(found, wanted) < 1e-12
+    assert relative_error(found, expected_gradients) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
@@ -134,7 +134,7 @@ def test_under_autocast_gradients_are_no_further_from_float32_than_those_of_tran
     """Lean layers round in the same places or in fewer; islands may be installed before or after them."""
     model, batch = shaken(make_model("mt5")).train(), collate(make_examples(6))
     plain = copy.deepcopy(model)
-    exact, wanted = losses_and_gradients(model, batch)
+    exact, expected_gradients = losses_and_gradients(model, batch)
     if islands_first:
         install_float32_islands(model)
     install_lean_layers(model)
@@ -146,7 +146,7 @@ def test_under_autocast_gradients_are_no_further_from_float32_than_those_of_tran
             loss = forward_loss(of_model, *batch, divisor=10.0).loss
         (loss * 64).backward()
         assert loss.item() == pytest.approx(exact, rel=0.01)
-        wrong = (float((p.grad / 64 - wanted[name]).square().sum()) for name, p in of_model.named_parameters())
+        wrong = (float((p.grad / 64 - expected_gradients[name]).square().sum()) for name, p in of_model.named_parameters())
         return sum(wrong) ** 0.5
 
     assert offset(model) < 1.2 * offset(plain)

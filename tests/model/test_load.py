@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.errors import ConfigError, DataError, RunDirectoryError
 from resilient_t5.model.embeddings import is_tied, scales_decoder_output
 from resilient_t5.model.load import PRESETS, SpecialIds, build_model, load_model, save_model

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 from transformers.optimization import Adafactor as TheirAdafactor
 
-from resilient_t5.config.training import OptimConfig
+from resilient_t5.config.sections import OptimConfig
 from resilient_t5.errors import ConfigError, ResumeMismatch
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.optimizer import Adafactor, adafactor_update, build_optimizer, load_named_state, named_state, orthogonal

@@ -45,8 +45,8 @@ def test_blocks_of_any_size_equal_whole_logits(block_rows, dtype, label_smoothin
     (3.0 * loss).backward()
     assert torch.allclose(loss, expected, rtol=TOLERANCE[dtype])
     assert torch.allclose(nll_N, functional.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="none"), rtol=1e-5)
-    for found, wanted in zip((hidden_ND.grad, weight_VD.grad), expected_gradients, strict=True):
-        assert float((found - wanted).norm() / wanted.norm()) <= TOLERANCE[dtype]
+    for found, expected_gradient in zip((hidden_ND.grad, weight_VD.grad), expected_gradients, strict=True):
+        assert float((found - expected_gradient).norm() / expected_gradient.norm()) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("labels", [(3,), (0, 1, 2, 3), (36, 35, 36), ()])
@@ -58,10 +58,10 @@ def test_labels_in_one_block_one_label_and_no_label(labels):
     loss, _, _ = HeadLossInPlace.apply(hidden_ND, weight_VD, labels_N, terms)
     loss.backward()
     expected = plain(hidden_ND, weight_VD, labels_N, terms)
-    wanted = torch.autograd.grad(expected, (hidden_ND, weight_VD))
+    expected_gradient = torch.autograd.grad(expected, (hidden_ND, weight_VD))
     assert torch.allclose(loss, expected, rtol=1e-13)
-    assert torch.allclose(hidden_ND.grad, wanted[0], atol=1e-13)
-    assert torch.allclose(weight_VD.grad, wanted[1], atol=1e-13)
+    assert torch.allclose(hidden_ND.grad, expected_gradient[0], atol=1e-13)
+    assert torch.allclose(weight_VD.grad, expected_gradient[1], atol=1e-13)
 
 
 @pytest.mark.parametrize("block_rows", [10, 100])
@@ -107,15 +107,15 @@ def test_the_embedding_adds_the_rows_that_autograd_would():
     """Repeated ids add up; what was in .grad stays; a tied table takes the head's share too."""
     weight_VD = torch.randn(ROWS, WIDTH, dtype=torch.float64).requires_grad_()
     ids, upstream = torch.tensor([[3, 3, 0], [36, 3, 5]]), torch.randn(2, 3, WIDTH, dtype=torch.float64)
-    (wanted,) = torch.autograd.grad(functional.embedding(ids, weight_VD), weight_VD, upstream)
+    (expected_gradient,) = torch.autograd.grad(functional.embedding(ids, weight_VD), weight_VD, upstream)
     for _ in range(2):
         EmbeddingInPlace.apply(weight_VD, ids).backward(upstream)
-    assert torch.allclose(weight_VD.grad, 2 * wanted, rtol=1e-14)
+    assert torch.allclose(weight_VD.grad, 2 * expected_gradient, rtol=1e-14)
     hidden_ND, _, labels_N = case(torch.float64)
     terms = LossTerms(1.0, product_dtype=torch.float64)
     (head,) = torch.autograd.grad(plain(hidden_ND, weight_VD, labels_N, terms), weight_VD)
     HeadLossInPlace.apply(hidden_ND, weight_VD, labels_N, terms)[0].backward()
-    assert torch.allclose(weight_VD.grad, 2 * wanted + head, rtol=1e-12)
+    assert torch.allclose(weight_VD.grad, 2 * expected_gradient + head, rtol=1e-12)
 
 
 def test_no_new_tensor_of_the_size_of_the_vocabulary_is_made():

@@ -18,7 +18,7 @@ from safetensors.torch import save_model as save_with_safetensors
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from resilient_t5 import hub
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import is_tied
 from resilient_t5.model.load import build_model, load_model, save_model
@@ -389,7 +389,7 @@ def test_no_environment_makes_a_bin_an_ordinary_pickle(directory):
     mark = directory / "was here"
     torch.save({"a": Command(f"touch '{mark}'")}, directory / "pytorch_model.bin")
     code = (
-        "from resilient_t5.model.load import load_model\nfrom resilient_t5.config.data import ModelConfig\n"
+        "from resilient_t5.model.load import load_model\nfrom resilient_t5.config.sections import ModelConfig\n"
         f"load_model({str(directory)!r}, ModelConfig())"
     )
     environment = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
@@ -543,7 +543,7 @@ def test_loading_a_bin_needs_one_copy_of_the_model(directory):
     copy = sum(value.numel() for value in once.values()) * 4
     code = f"""
 import threading, time
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.model.load import load_model
 def own():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.model.load import SpecialIds, build_model, save_model

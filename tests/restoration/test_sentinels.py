@@ -77,8 +77,8 @@ def test_any_row_of_ids_is_read_without_an_error(row, expected):
 def test_sentinel_numbers_hold_for_any_order_of_ids():
     """The number of an id is its place in the table, whether the table goes up, down or neither."""
     for table in (SENTINELS, SENTINELS[::-1], np.array([93, 99, 90])):
-        wanted = [next((k for k, number in enumerate(table) if number == i), -1) for i in range(102)]
-        assert sentinel_numbers(np.arange(102), table).tolist() == wanted
+        expected_numbers = [next((k for k, number in enumerate(table) if number == i), -1) for i in range(102)]
+        assert sentinel_numbers(np.arange(102), table).tolist() == expected_numbers
 
 
 def test_answers_are_inserted_at_their_sentinels():

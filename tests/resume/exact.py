@@ -26,7 +26,7 @@ UPDATES_EACH = 5
 
 def attack_exact(server, folder, runs, interruptions, seed):
     """R7: every interrupted run ends in the digest of the run that was left alone."""
-    begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
+    begin_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
     reach = 0.8
     references, lengths_s, sent, different = {}, {}, dict.fromkeys((s.name for s in SIGNALS), 0), []
     for number in range(runs):
@@ -56,7 +56,7 @@ def attack_exact(server, folder, runs, interruptions, seed):
         "signals": sent,
         "identical": runs - len(different),
         "different": different,
-        "seconds": round(time.monotonic() - begun_s, 1),
+        "seconds": round(time.monotonic() - begin_s, 1),
     }
     return figures, len(different)
 

@@ -32,7 +32,7 @@ SPARE_S = 0.1
 
 def attack_exits(server, folder, trials, seed):
     """R10: from the signal to the exit of the process within a micro-batch, the write and 0.1 s; the status is the signal."""
-    begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
+    started_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
     shutil.rmtree(arena.finish("warm", "--schedule.max_updates", "2"))
     found = {place: [] for place in PLACES}
     limits = []
@@ -59,7 +59,7 @@ def attack_exits(server, folder, trials, seed):
         **spread(all_s),
         **{name: len(items) for name, items in bad.items()},
         "bad": bad,
-        "seconds": round(time.monotonic() - begun_s, 1),
+        "seconds": round(time.monotonic() - started_s, 1),
     }
     return figures, sum(map(len, bad.values()))
 
@@ -85,9 +85,9 @@ def one_exit(arena, name, place, number, call):
     if status != -number and not (place == "export" and status == 0):
         return seconds, ("wrong_codes", f"{status}: {arena.console(name).read_text()[-500:]}")
     if place not in ("preparing", "disk wait"):
-        told = [row["saved_update"] for row in whole_rows(arena.folder / name) if row["kind"] == "signal"]
+        saved_updates = [row["saved_update"] for row in whole_rows(arena.folder / name) if row["kind"] == "signal"]
         done = max([row["update"] for row in metric_rows(arena.folder / name, "train")], default=0)
-        if committed_update(arena.folder / name) < max([*told, done]):
+        if committed_update(arena.folder / name) < max([*saved_updates, done]):
             return seconds, ("unsaved", f"committed {committed_update(arena.folder / name)}, done {done}")
     arena.console(name).unlink()
     return seconds, None

@@ -23,7 +23,7 @@ a logged row and before the save that would cover it."""
 
 def attack_mutants(server, folder):
     """R9: resumed without one item of section 4 of the state list, a run is told from one that was left alone."""
-    begun_s, arena = time.monotonic(), Arena(server, folder)
+    started_s, arena = time.monotonic(), Arena(server, folder)
     reference = arena.finish("reference", before=STORM)
     halves = {number: interrupted(arena, number, "none") for number in (signal.SIGTERM, signal.SIGKILL)}
     detail = {name: resumed(arena, halves, reference, name) for name in ("none", *MUTANTS)}
@@ -35,7 +35,7 @@ def attack_mutants(server, folder):
         "caught": len(MUTANTS) - len(missed),
         "missed": missed,
         "detail": detail,
-        "seconds": round(time.monotonic() - begun_s, 1),
+        "seconds": round(time.monotonic() - started_s, 1),
     }
     return figures, max(0, len(missed) - 1)
 
@@ -67,9 +67,9 @@ def resumed(arena, halves, reference, name):
     status = arena.server.run(arena.argv(run.name, *options), arena.console(run.name), [*STORM, *resuming])
     if status != 0:
         return [f"exit {status}"]
-    if name in UNTOLD:
-        told = [row["changed_conditions"] for row in whole_rows(run) if row["kind"] == "start"][-1]
-        return [] if any(UNTOLD[name] in line for line in told) else [f"{UNTOLD[name]} is not told"]
+    if name in IN_CONDITIONS:
+        reported = [row["changed_conditions"] for row in whole_rows(run) if row["kind"] == "start"][-1]
+        return [] if any(IN_CONDITIONS[name] in line for line in reported) else [f"{IN_CONDITIONS[name]} is not reported"]
     found = differences(run, whole)
     shutil.rmtree(run)
     return found
@@ -278,7 +278,7 @@ SPECIAL = {
 """Options of the resumed run, the signal of the interruption, and whether the mutant belongs into both processes."""
 OWN_REFERENCE = ("scaler",)
 OTHER_HALF = {"versions": "other torch unseen"}
-UNTOLD = {"flags": "threads", "versions": "version of torch"}
+IN_CONDITIONS = {"flags": "threads", "versions": "version of torch"}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FOR_GOOD = 1000
 
 def attack_nonfinite(server, folder, trials, seed):
     """R17: none is committed, the best stays what it was, and the run skips, rolls back or gives up as it is meant to."""
-    begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder, SHORT)
+    started_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder, SHORT)
     clean = arena.finish("clean")
     best = json.loads((clean / "summary.json").read_text())["best"]
     counts = dict.fromkeys(("committed_non_finite", "best_not_finite", "wrong_outcome", "rows_without_raw_value"), 0)
@@ -50,7 +50,7 @@ def attack_nonfinite(server, folder, trials, seed):
         "places": places,
         **counts,
         "bad": bad,
-        "seconds": round(time.monotonic() - begun_s, 1),
+        "seconds": round(time.monotonic() - started_s, 1),
     }
     return figures, len(bad)
 

@@ -230,7 +230,7 @@ def _spoil_loss(attempts, number):
         parts = inner(*arguments, **keywords)
         if current[0] not in attempts:
             return parts
-        return type(parts)(parts.loss * number, parts.nll_sum * number, parts.correct_tokens)
+        return type(parts)(parts.loss * number, parts.nll_sum * number)
 
     module.forward_loss = forward_loss
 

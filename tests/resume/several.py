@@ -80,12 +80,12 @@ def weigh(place, update):
     def look(updater, *_):
         if next(counter) != update:
             return
-        held = {
+        local_tensors = {
             "weights": [parameter for _, parameter in updater.sharded.named_parameters()],
             "gradients": [parameter.grad for _, parameter in updater.sharded.named_parameters()],
             "states": [value for state in updater.optimizer.state.values() for value in state.values() if value.ndim],
         }
-        Path(place).write_text(json.dumps({name: held_bytes(tensors) for name, tensors in held.items()}))
+        Path(place).write_text(json.dumps({name: held_bytes(tensors) for name, tensors in local_tensors.items()}))
 
     before(Updater, "_move", look)
 
@@ -160,7 +160,7 @@ def run_together(arena, name, count, *more, before=None, own=None):
 
 def attack_lost(server, folder, kills, seed, more=()):
     """R22: one of two processes is killed in a save, again and again; the other leaves, and the run goes on unchanged."""
-    begun_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
+    started_s, draw, arena = time.monotonic(), random.Random(seed), Arena(server, folder)
     options = ("--schedule.max_updates", str(6 + UPDATES_EACH * kills), "--checkpoint.every_updates", "1", *more)
     assert run_together(arena, "reference", 2, *options) == [0, 0], console(arena, "reference")
     bad, struck, slowest_s = [], 0, 0.0
@@ -176,9 +176,9 @@ def attack_lost(server, folder, kills, seed, more=()):
             break
         struck += 1
         slowest_s = max(slowest_s, waited_s)
-        wanted = [RESUMABLE, RESUMABLE]
-        wanted[victim] = -signal.SIGKILL
-        problems = [f"statuses {statuses}"] if statuses != wanted else []
+        expected = [RESUMABLE, RESUMABLE]
+        expected[victim] = -signal.SIGKILL
+        problems = [f"statuses {statuses}"] if statuses != expected else []
         problems += damage(arena.folder / "attacked")
         if problems:
             bad.append({"kill": struck, "victim": victim, "call": call, "problems": problems})
@@ -190,7 +190,7 @@ def attack_lost(server, folder, kills, seed, more=()):
         "bad": bad,
         "different": different,
         "slowest_exit_of_the_other_s": round(slowest_s, 2),
-        "seconds": round(time.monotonic() - begun_s, 1),
+        "seconds": round(time.monotonic() - started_s, 1),
     }
     return figures, len(bad) + len(different)
 
@@ -224,10 +224,10 @@ def damage(run):
             load_checkpoint(run / "checkpoints" / name)
         except NoValidCheckpoint as error:
             found.append(f"{name}: {error}")
-    told = [row["q"] for row in whole_rows(run) if row["kind"] == "save" and row["event"] == "save"]
+    acknowledged = [row["q"] for row in whole_rows(run) if row["kind"] == "save" and row["event"] == "save"]
     newest = int(newest_checkpoint(run).name.rpartition("-")[2]) if names else 0
-    if newest < max(told, default=0):
-        found.append(f"commit {max(told)} was acknowledged, the newest is {newest}")
+    if newest < max(acknowledged, default=0):
+        found.append(f"commit {max(acknowledged)} was acknowledged, the newest is {newest}")
     return found
 
 

@@ -103,20 +103,20 @@ def test_usr2_prints_stacks_and_writes_where_the_run_stands(arena):
     status, _ = struck(arena, "usr2", place="micro-batch", number=signal.SIGUSR2, call=28)
     assert status == 0
     assert "most recent call first" in arena.console("usr2").read_text()
-    told = json.loads((arena.folder / "usr2" / "status.json").read_text())
-    assert 0 < told["update"] < told["total_updates"] == 18
-    assert told["newest_checkpoint"].startswith("u")
+    values = json.loads((arena.folder / "usr2" / "status.json").read_text())
+    assert 0 < values["update"] < values["total_updates"] == 18
+    assert values["newest_checkpoint"].startswith("u")
     assert differences(arena.folder / "usr2", arena.folder / "reference") == []
 
 
 def test_a_process_whose_save_hangs_is_gone_at_its_deadline(arena):
     """143 with the older commit; the half-written save is swept at the next start, which ends the same."""
     hang = ("tests.resume.placing:hang_at_write", {"call": 20})
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     options = ("--run.deadline_s", "1")
     status, seconds = struck(arena, "hangs", *options, faults=[hang], place="save", number=signal.SIGTERM, call=19)
     assert status == 143
-    assert 0.9 < seconds < 6.0 and time.monotonic() - begun_s < 60
+    assert 0.9 < seconds < 6.0 and time.monotonic() - started_s < 60
     assert list((arena.folder / "hangs" / "checkpoints").glob(".tmp-*"))
     run = arena.finish("hangs", *options)
     assert not list((run / "checkpoints").glob(".tmp-*"))

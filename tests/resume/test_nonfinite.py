@@ -39,9 +39,9 @@ def test_a_diagnosis_says_what_was_seen_and_what_to_try(fork_server, tmp_path):
     arena = Arena(fork_server, tmp_path, SHORT)
     spoil = [("tests.resume.placing:spoil", {"place": "loss", "update": 5, "updates": 1000, "value": "inf"})]
     assert arena.server.run(arena.argv("run"), arena.console("run"), spoil) == 70
-    told = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
-    assert "3 rollbacks did not help" in told["why"]
-    assert told["rollbacks"] == 3 and len(told["last_losses"]) > 0 and told["advice"]
-    assert {row["loss"] for row in told["guard_rows"] if row["action"] == "skip"} == {"inf"}
+    diagnosis = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert "3 rollbacks did not help" in diagnosis["why"]
+    assert diagnosis["rollbacks"] == 3 and len(diagnosis["last_losses"]) > 0 and diagnosis["advice"]
+    assert {row["loss"] for row in diagnosis["guard_rows"] if row["action"] == "skip"} == {"inf"}
     assert "diagnosis.json" in arena.console("run").read_text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"

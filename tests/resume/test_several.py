@@ -48,9 +48,9 @@ def order(run):
 def assert_close(run, reference):
     """Every figure of every row that one process gives, to 1e-6 relative; counts, examples and answers exactly."""
     for kind in ("train", "evaluation", "restoration"):
-        rows, wanted = metric_rows(run, kind), metric_rows(reference, kind)
-        assert len(rows) == len(wanted) > 0
-        for row, expected in zip(rows, wanted, strict=True):
+        rows, expected_rows = metric_rows(run, kind), metric_rows(reference, kind)
+        assert len(rows) == len(expected_rows) > 0
+        for row, expected in zip(rows, expected_rows, strict=True):
             assert row.keys() == expected.keys()
             for name in ("loss", "gradient_norm", "loss_se", "learning_rate"):
                 if name in row:
@@ -111,8 +111,8 @@ def test_one_process_without_memory_makes_all_cut_smaller(arena):
     """The update is done again by all with half the micro-batches, and the run sees the same examples."""
     fault = ("tests.resume.several:run_out_of_memory", {"call": 5})
     assert run_together(arena, "short", 2, *UPDATES, before={1: [fault]}) == [0, 0], console(arena, "short")
-    told = [row for row in whole_rows(arena.folder / "short") if row["kind"] == "guard"]
-    assert [row["action"] for row in told] == ["out of memory"] and "process 1: no room" in told[0]["why"]
+    guard_rows = [row for row in whole_rows(arena.folder / "short") if row["kind"] == "guard"]
+    assert [row["action"] for row in guard_rows] == ["out of memory"] and "process 1: no room" in guard_rows[0]["why"]
     assert order(arena.folder / "short") == order(arena.folder / "alone")
 
 
@@ -120,9 +120,9 @@ def test_what_one_process_finds_not_finite_no_process_applies(arena):
     """NaN in a gradient of process 1: the update is refused by both, and their weights stay equal to the end."""
     fault = ("tests.resume.placing:spoil", {"place": "gradient", "update": 6, "updates": 1})
     assert run_together(arena, "spoilt", 2, *UPDATES, before={1: [fault]}) == [0, 0], console(arena, "spoilt")
-    told = [row for row in whole_rows(arena.folder / "spoilt") if row["kind"] == "guard"]
-    assert [(row["action"], row["attempted"]) for row in told] == [("skip", 6)]
-    assert math.isnan(float(told[0]["gradient_norm"]))
+    guard_rows = [row for row in whole_rows(arena.folder / "spoilt") if row["kind"] == "guard"]
+    assert [(row["action"], row["attempted"]) for row in guard_rows] == [("skip", 6)]
+    assert math.isnan(float(guard_rows[0]["gradient_norm"]))
 
 
 def test_weights_that_drift_apart_end_the_run(arena):
@@ -192,9 +192,9 @@ def test_a_process_whose_partner_is_killed_says_so_and_leaves_with_75(arena):
     while not metric_rows(arena.folder / "bereft", "train") and time.monotonic() < until:
         time.sleep(0.1)
     pair[1].kill()
-    said = pair[0].communicate(timeout=LIMIT_S)[1]
+    error_output = pair[0].communicate(timeout=LIMIT_S)[1]
     pair[1].communicate(timeout=LIMIT_S)
-    assert pair[0].returncode == 75, said
-    assert "process lost: another process of this run is gone" in said
+    assert pair[0].returncode == 75, error_output
+    assert "process lost: another process of this run is gone" in error_output
     last = metric_rows(arena.folder / "bereft", "train")[-1]["update"]
     assert int(newest_checkpoint(arena.folder / "bereft").name[1:9]) >= last == 3 * (last // 3)

@@ -91,10 +91,10 @@ def test_each_process_holds_its_part_of_the_layers(arena, two):
     """Weights, gradients and states of the layers: half of them in each of two processes, beside the whole table."""
     sizes = sizes_of_shape(PRESETS["tiny"], rows=800)
     for index in range(2):
-        held = json.loads((arena.folder / f"held-{index}.json").read_text())
-        assert held["weights"] == held["gradients"] == 4 * sizes.per_process(2)
-        assert held["states"] == optimizer_bytes(sizes, "adamw", 2)
-    assert held["weights"] - 4 * sizes.table == 2 * (sizes.encoder + sizes.decoder)
+        sizes_by_kind = json.loads((arena.folder / f"held-{index}.json").read_text())
+        assert sizes_by_kind["weights"] == sizes_by_kind["gradients"] == 4 * sizes.per_process(2)
+        assert sizes_by_kind["states"] == optimizer_bytes(sizes, "adamw", 2)
+    assert sizes_by_kind["weights"] - 4 * sizes.table == 2 * (sizes.encoder + sizes.decoder)
 
 
 def test_a_checkpoint_of_cut_layers_goes_on_whole_and_on_another_number(arena):
@@ -154,8 +154,8 @@ def test_rows_that_are_not_finite_in_one_process_move_no_weight(arena):
     assert run_together(arena, "spoilt", 2, *CUT, "--schedule.max_updates", "8", before={1: [fault]}) == [0, 0], console(
         arena, "spoilt"
     )
-    told = [row for row in whole_rows(arena.folder / "spoilt") if row["kind"] == "guard"]
-    assert [(row["action"], row["attempted"], row["gradient_norm"]) for row in told] == [("skip", 6, "nan")]
+    guard_rows = [row for row in whole_rows(arena.folder / "spoilt") if row["kind"] == "guard"]
+    assert [(row["action"], row["attempted"], row["gradient_norm"]) for row in guard_rows] == [("skip", 6, "nan")]
 
 
 def test_a_rollback_goes_back_in_all_processes(arena):

@@ -18,7 +18,7 @@ def config_for(path, resume="auto", lr=1e-3, log_every=100):
 
 
 @pytest.fixture
-def held(tmp_path):
+def existing_run(tmp_path):
     """A directory that holds a run, started with the default settings of `config_for`."""
     directory = inspect(config_for(tmp_path))
     claim(directory, config_for(tmp_path), "optim: {lr: 0.001}\n", "CPU")
@@ -40,33 +40,33 @@ def test_a_new_directory_is_written_only_when_claimed(tmp_path):
     assert json.loads((tmp_path / "environment.json").read_text())["run_id"] == directory.run_id
 
 
-def test_the_same_settings_continue_the_run_and_keep_its_files(held):
+def test_the_same_settings_continue_the_run_and_keep_its_files(existing_run):
     """The id stays; claiming again writes nothing."""
-    before = contents(held)
-    directory = inspect(config_for(held))
-    claim(directory, config_for(held), "other: text\n", "GPU")
+    before = contents(existing_run)
+    directory = inspect(config_for(existing_run))
+    claim(directory, config_for(existing_run), "other: text\n", "GPU")
     assert not directory.is_new
-    assert contents(held) == before
+    assert contents(existing_run) == before
 
 
-def test_another_mathematics_is_refused_by_key_and_nothing_is_written(held):
+def test_another_mathematics_is_refused_by_key_and_nothing_is_written(existing_run):
     """Exit 78, old and new value named."""
-    before = contents(held)
+    before = contents(existing_run)
     with pytest.raises(ResumeMismatch, match=r"optim\.lr: 0\.001 -> 0\.002") as caught:
-        inspect(config_for(held, lr=2e-3))
+        inspect(config_for(existing_run, lr=2e-3))
     assert caught.value.exit_code == ExitCode.RESUME_MISMATCH
-    assert contents(held) == before
+    assert contents(existing_run) == before
 
 
-def test_logging_may_change(held):
+def test_logging_may_change(existing_run):
     """Cadence of the log is free."""
-    assert not inspect(config_for(held, log_every=5)).is_new
+    assert not inspect(config_for(existing_run, log_every=5)).is_new
 
 
-def test_resume_none_refuses_a_directory_that_holds_a_run(held):
+def test_resume_none_refuses_a_directory_that_holds_a_run(existing_run):
     """Exit 2, and the hint is the command that continues the run."""
     with pytest.raises(RunDirectoryError, match=r"holds a run.*config\.yaml") as caught:
-        inspect(config_for(held, resume="none"))
+        inspect(config_for(existing_run, resume="none"))
     assert caught.value.exit_code == ExitCode.USAGE
 
 
@@ -87,12 +87,12 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"run_id": 1}', "\xff"])
-def test_a_damaged_environment_is_a_clear_refusal(held, damage):
+def test_a_damaged_environment_is_a_clear_refusal(existing_run, damage):
     """No traceback, nothing overwritten."""
-    (held / "environment.json").write_text(damage, encoding="latin-1")
+    (existing_run / "environment.json").write_text(damage, encoding="latin-1")
     with pytest.raises(RunDirectoryError, match="damaged"):
-        inspect(dataclasses.replace(config_for(held)))
-    assert (held / "environment.json").read_text(encoding="latin-1") == damage
+        inspect(dataclasses.replace(config_for(existing_run)))
+    assert (existing_run / "environment.json").read_text(encoding="latin-1") == damage
 
 
 def test_a_setting_that_a_later_version_removed_is_reported_where_it_had_an_effect():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from resilient_t5.config.schema import EvaluationConfig, OptimConfig, ScheduleConfig
-from resilient_t5.config.values import seconds, updates_at
+from resilient_t5.config.sections import seconds, updates_at
 from resilient_t5.errors import ConfigError
 from resilient_t5.training.schedule import lr_at, make_plan
 
@@ -55,7 +55,7 @@ def test_points_are_read_in_updates_epochs_and_tokens():
     assert updates_at(6000, 1.0, 1.0) == 6000
     assert updates_at("0.5ep", 12000.0, 1.0) == 6000
     assert updates_at("2Mtok", 1.0, 2e6 / 6000) == 6000
-    with pytest.raises(ConfigError, match="no point"):
+    with pytest.raises(ConfigError, match="not a point"):
         updates_at("soon", 1.0, 1.0)
 
 

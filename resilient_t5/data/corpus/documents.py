@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resilient_t5.config.data import DataConfig
+from resilient_t5.config.sections import DataConfig
 from resilient_t5.data.corpus.formats import CorpusCounts, file_kind, read_records
 from resilient_t5.errors import DataError
 

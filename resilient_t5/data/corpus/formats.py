@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from resilient_t5.config.data import DataConfig, DocumentMode
+from resilient_t5.config.sections import DataConfig, DocumentMode
 from resilient_t5.data.corpus.encodings import PACKED_SUFFIXES, read_text, resolve_encoding
 from resilient_t5.errors import DataError
 

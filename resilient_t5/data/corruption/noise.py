@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resilient_t5.config.data import CorruptionConfig, NoiseKind
+from resilient_t5.config.sections import CorruptionConfig, NoiseKind
 from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, below, uniform
 from resilient_t5.data.ragged import RowKeys, Rows, cumulated

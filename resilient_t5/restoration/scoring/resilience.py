@@ -97,9 +97,7 @@ def measure_curve(
         if masks == 0.0:
             points.append(Point(level, NO_TRIALS, NO_TRIALS, cer=0.0, cer_reduction=math.nan))
             continue
-        batches = [(batch.micro_batch, batch.corrupted) for batch in batches_at(masks, noise)]
-        report = measure_restoration(model, batches, restorer)
-        assert report is not None, "no stop callback was given"
+        report = measure_restoration(model, batches_at(masks, noise), restorer)
         points.append(Point(level, term_restoration(report.outcomes), report.majority, report.cer, report.cer_reduction))
     return Curve(damage, tuple(points))
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from resilient_t5.errors import DataError
+from resilient_t5.errors import DataError, plural
 from resilient_t5.training.convergence.phases import AFTER_PLATEAU, NEXT, Mark, Phase, Reason, Sign, State, Verdict, Window
 from resilient_t5.training.convergence.rules import Rules, unreachable
 from resilient_t5.training.convergence.trend import (
@@ -289,8 +289,8 @@ class ConvergenceMachine:
             return f"loss is not finite, {state.nonfinite} so far"
         if sign in (Sign.SPENT, Sign.COOLING) and state.best:
             best = f"best {state.best.value:.4g} at {state.best.update}"
-            plural = "" if state.plateau == 1 else "s"
-            return best if previous is Phase.COOLDOWN else f"{state.plateau} window{plural} without a counted gain, {best}"
+            without = f"{plural(state.plateau, 'window')} without a counted gain"
+            return best if previous is Phase.COOLDOWN else f"{without}, {best}"
         needed = rules.needed_gain(reference) if reference is not None else rules.min_gain
         return f"no gain above {needed:.3g}"
 

@@ -240,8 +240,8 @@ def _scalars(log: "EventAccumulator") -> dict[str, Pairs]:
     return series
 
 
-def _find(names: list[str], wanted: Iterable[str]) -> int | None:
-    return next((names.index(name) for name in wanted if name in names), None)
+def _find(names: list[str], candidates: Iterable[str]) -> int | None:
+    return next((names.index(name) for name in candidates if name in names), None)
 
 
 def _plain_name(name: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import updates_at
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
+from resilient_t5.errors import plural
 from resilient_t5.training.convergence.machine import ConvergenceMachine, format_verdict
 from resilient_t5.training.convergence.phases import Mark, Phase, Verdict, Window
 from resilient_t5.training.convergence.rules import Rules, unreachable
@@ -85,14 +85,6 @@ def windows_of(curve: Curve, clock: str = "windows") -> tuple[Window, ...]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The number of `windows` trained, and the index of the `kept` one."""
-
-    windows: int
-    kept: int
-
-
-@dataclass(frozen=True)
 class Replay:
     """`verdicts` up to the stop, over all `windows` of the recording."""
 
@@ -106,13 +98,6 @@ class Replay:
     def stopped(self) -> Verdict | None:
         """The verdict that ended the run; None when the recording ended first."""
         return self.verdicts[-1] if self.verdicts and self.verdicts[-1].stop else None
-
-    @property
-    def outcome(self) -> Outcome:
-        """How long the run trained and which window it kept."""
-        updates = [window.update for window in self.windows]
-        kept = updates.index(self.best.update) if self.best else len(self.verdicts) - 1
-        return Outcome(len(self.verdicts), kept)
 
 
 @dataclass(frozen=True)
@@ -177,15 +162,15 @@ def story(result: Replay, *, whole: bool = False) -> list[str]:
     windows, rules = result.windows, result.rules
     finite = [window.loss for window in windows if math.isfinite(window.loss)]
     if not finite:
-        return [f"{result.curve.name}: {_plural(len(windows), 'evaluation')}, none of them finite"]
+        return [f"{result.curve.name}: {plural(len(windows), 'evaluation')}, none of them finite"]
     lines = [
-        f"{result.curve.name}: {_plural(len(windows), 'evaluation')}, one window = {_plural(rules.every, 'update')}, "
+        f"{result.curve.name}: {plural(len(windows), 'evaluation')}, one window = {plural(rules.every, 'update')}, "
         f"loss {finite[0]:.4g} -> lowest {min(finite):.4g} -> last {finite[-1]:.4g}",
-        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {_plural(rules.patience, 'window')}, "
+        f"rules: start {rules.start}, judge_from {rules.judge_from}, patience {plural(rules.patience, 'window')}, "
         f"counted gain {rules.min_gain:g} or {100 * rules.min_gain_rel:g} % ({rules.anchor_rule}), "
         f"at saturation: {rules.on_saturation}",
     ]
-    lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update, rules.every)]
+    lines += [f"warning: {text}" for text in unreachable(rules, windows[-1].update)]
     for number, (window, verdict) in enumerate(zip(windows, result.verdicts, strict=False)):
         if whole or number == 0 or verdict.events or verdict.stop:
             lines.append(f"{window.update:>8}  {window.loss:<8.4g} {verdict.phase.name:<21} {format_verdict(verdict)}")
@@ -203,21 +188,17 @@ def _balance(result: Replay, least: float, first: float) -> list[str]:
     else:
         lines = [f"never stops: the recording ends in {last.phase.name} at update {windows[-1].update}"]
     share = 100 * (best.loss - least) / (first - least) if first > least else 0.0
-    at = windows[lowest(result.curve.losses, 0, len(windows))].update
+    at = windows[lowest(result.curve.losses, len(windows))].update
     cost = f"forgoes {best.loss - least:.4g} ({share:.2f} % of the descent): the lowest, {least:.4g}, is at update {at}"
     lines.append(f"keeps {best.loss:.4g} of update {best.update}; {cost if best.loss > least else 'forgoes nothing'}")
-    lines.append(f"saves {_plural(len(windows) - done, 'window')}, {100 * (1 - done / len(windows)):.0f} % of the recording")
+    lines.append(f"saves {plural(len(windows) - done, 'window')}, {100 * (1 - done / len(windows)):.0f} % of the recording")
     has_cooled = result.curve.windows and result.rules == result.curve.rules
     if any(verdict.phase is Phase.COOLDOWN for verdict in result.verdicts) and not has_cooled:
         lines.append("the recording did not cool down, so these figures do not include the gain of a decaying learning rate")
     return lines
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def lowest(losses: Losses, begin: int, end: int) -> int:
-    """Index of the lowest finite loss in [begin, end), the oldest of equals; the last index where none is finite."""
-    finite = [index for index in range(begin, end) if math.isfinite(losses[index])]
+def lowest(losses: Losses, end: int) -> int:
+    """Index of the lowest finite loss before `end`, the oldest of equals; the last index where none is finite."""
+    finite = [index for index in range(end) if math.isfinite(losses[index])]
     return min(finite, key=lambda index: losses[index]) if finite else end - 1

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import Point
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, Point
 from resilient_t5.errors import ConfigError, DataError
 
 SEED: dict[str, Any] = {
@@ -130,10 +129,9 @@ class Rules:
         return stop + (self.cooldown_updates(stop) if self.on_saturation == "cooldown" else 0)
 
 
-def unreachable(rules: Rules, planned_updates: int, evaluation_every: int) -> list[str]:
+def unreachable(rules: Rules, planned_updates: int) -> list[str]:
     """Warnings about phases that a run of `planned_updates` cannot reach, each with options that fix it."""
-    rules = replace(rules, every=evaluation_every)
-    last = planned_updates // evaluation_every * evaluation_every
+    last = planned_updates // rules.every * rules.every
     saturated = replace(rules, on_saturation="stop").earliest_stop() or 0
     stop = rules.earliest_stop() or saturated
     if stop <= last:

@@ -22,12 +22,13 @@ from resilient_t5.data.store.fingerprint import identify
 from resilient_t5.data.store.prepare import existing_store, prepare, store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, StorageError
+from resilient_t5.files import free_bytes, nearest_directory
 from resilient_t5.model.memory import GIB
 from resilient_t5.training.build import build_run
 from resilient_t5.training.entrypoints.train import Given, close, named_checkpoint, preview_of
 from resilient_t5.training.evaluator import evaluate, restore_terms
 from resilient_t5.training.hardware.machine import MIB, memory_mib
-from resilient_t5.training.reports.preview import banner_lines, free_bytes, nearest_existing, preview_over
+from resilient_t5.training.reports.preview import banner_lines, preview_over
 from resilient_t5.training.run import Run
 from resilient_t5.training.run_directory import inspect
 from resilient_t5.training.schedule import learning_rate, time_left
@@ -66,7 +67,7 @@ def rehearse(config: Config, given: Given) -> ExitCode:
     resumed_from = newest_checkpoint(config)
     stop = StopSignal(deadline_s=config.run.deadline_s)
     with stop, Console("quiet" if config.telemetry.progress == "quiet" else "plain", None) as console:
-        parent = nearest_existing(Path(config.run.dir))
+        parent = nearest_directory(Path(config.run.dir))
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=parent) as temporary:
             try:
                 _rehearse_in(Path(temporary), config, given, resumed_from, console, stop)
@@ -190,7 +191,7 @@ def _projection(run: Run, config: Config, peak_mib: float, save_bytes: int) -> I
     yield f"time   about {left.text()} for {run.plan.total_updates} updates"
     export_bytes = 4 * fit.sizes.with_rows(max(fit.sizes.rows, run.store.tokenizer.size)).parameters
     needed = max_kept(config.checkpoint.keep_last) * save_bytes + 2 * export_bytes
-    free = free_bytes(replace(preview_of(run), config=config))
+    free = free_bytes(Path(config.run.dir))
     yield f"disk   at most {needed / GIB:.2f} GiB for checkpoints and two exports; {free / GIB:.1f} GiB free"
     if free < needed:
         yield "plan warning: the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"

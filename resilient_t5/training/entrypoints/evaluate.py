@@ -19,19 +19,16 @@ from resilient_t5.config.schema import Config, ModelConfig
 from resilient_t5.data.batches import EvaluationBatch, evaluation_batches
 from resilient_t5.data.corruption.token_table import build_token_table
 from resilient_t5.data.dataset import Dataset, in_full_ids
-from resilient_t5.data.ragged import Split
 from resilient_t5.data.store.prepare import prepare, store_directory
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.load import load_model
 from resilient_t5.model.vocabulary import cut_vocabulary
-from resilient_t5.restoration.scoring.baselines import MajorityBaseline
-from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration
-from resilient_t5.restoration.scoring.metrics import BandBy, Glossary, count_terms, term_restoration_by
+from resilient_t5.restoration.scoring.measure import RestorationReport, Restorer, measure_restoration
+from resilient_t5.restoration.scoring.metrics import BandBy, term_restoration_by
 from resilient_t5.restoration.scoring.resilience import DAMAGES, Curve, measure_curve
-from resilient_t5.restoration.scoring.score_report import RestorationReport
-from resilient_t5.training.build import batch_sizes
+from resilient_t5.training.build import batch_sizes, build_restorer
 from resilient_t5.training.hardware.device import build_device
 
 TRAIN_PLACEHOLDER = "A store needs training text; this line is never used.\n"
@@ -45,7 +42,6 @@ class EvaluatedModel:
     name: str
     config: Config
     model: T5Model
-    split: Split
     restorer: Restorer
     sizes: dict[str, int]
     foreign_share: float
@@ -58,16 +54,13 @@ class EvaluatedModel:
         )
         config = dataclasses.replace(self.config, corruption=corruption)
         table, seed = self.restorer.table, config.run.seed
-        return evaluation_batches(self.split, table, config, examples=examples, seed=seed, **self.sizes)
+        return evaluation_batches(self.restorer.split, table, config, examples=examples, seed=seed, **self.sizes)
 
     @torch.no_grad()
     def report(self, examples: int) -> RestorationReport:
         """Restoration metrics with the corruption of the run."""
         own = self.config.corruption
-        batches = self.batches(examples, own.mask_ratio, own.noise_ratio)
-        report = measure_restoration(self.model, [(b.micro_batch, b.corrupted) for b in batches], self.restorer)
-        assert report is not None, "measurement without a stop signal"
-        return report
+        return measure_restoration(self.model, self.batches(examples, own.mask_ratio, own.noise_ratio), self.restorer)
 
     @torch.no_grad()
     def curves(self, examples: int) -> list[Curve]:
@@ -86,7 +79,7 @@ class EvaluatedModel:
         ]
 
 
-def open_model(run: Path, config: Config, which: str, text: Sequence[str], samples: int) -> EvaluatedModel:
+def open_model(config: Config, which: str, text: Sequence[str], samples: int) -> EvaluatedModel:
     """Load a run's export and its evaluation examples.
 
     Args:
@@ -98,37 +91,24 @@ def open_model(run: Path, config: Config, which: str, text: Sequence[str], sampl
     Raises:
         DataError: the export or the store is missing, or the text is unusable.
     """
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run)))
-    export = run / "export" / which
+    export = Path(config.run.dir) / "export" / which
     if not (export / "config.json").is_file():
         raise DataError(f"there is no export in {export}", hint="Let the run finish, or write it with bin/export")
     store = Store.open(store_directory(config))
     device, _, _ = build_device(config)
     model = load_model(str(export), ModelConfig())
-    own = Dataset.over(store, config)
-    if not text:
-        ids, train, split, foreign_share = own.active_to_full, own.train, own.validation, 0.0
-    else:
-        ids, train, split, foreign_share = _with_other_text(config, store, own, text)
-    cut_vocabulary(model, ids)
-    confusions = config.corruption.confusions
-    table = build_token_table(store.tokenizer, ids, None if confusions is None else Path(confusions))
-    glossary = Glossary(store.terms, count_terms(train.terms, len(store.terms)), lambda tokens: _decode(store, ids, tokens))
-    restorer = Restorer(
-        split=split,
-        table=table,
-        glossary=glossary,
-        majority=MajorityBaseline.fit(train),
-        task=config.corruption.task,
-        max_target_tokens=config.data.max_target_tokens,
-        samples=samples,
-    )
+    corpus, foreign_share = Dataset.over(store, config), 0.0
+    if text:
+        corpus, foreign_share = _with_other_text(config, corpus, text)
+    cut_vocabulary(model, corpus.active_to_full)
+    restorer = build_restorer(config, corpus, samples)
     model.to(device).eval()  # type: ignore[arg-type]  # as in build_trained_model
-    return EvaluatedModel(str(run), config, model, split, restorer, batch_sizes(config, device), foreign_share)
+    return EvaluatedModel(config.run.dir, config, model, restorer, batch_sizes(config, device), foreign_share)
 
 
-def _with_other_text(config: Config, store: Store, own: Dataset, text: Sequence[str]) -> tuple[np.ndarray, Split, Split, float]:
-    """Union of the ids of both corpora, the training split and the other text in these ids, share of untrained tokens."""
+def _with_other_text(config: Config, own: Dataset, text: Sequence[str]) -> tuple[Dataset, float]:
+    """The other text as validation split, in the union of the ids of both corpora, and its share of untrained tokens."""
+    store = own.store
     with tempfile.TemporaryDirectory() as folder:
         terms = Path(folder, "terms.txt")
         terms.write_text("".join(f"{term}\n" for term in store.terms), encoding="utf-8")
@@ -148,12 +128,9 @@ def _with_other_text(config: Config, store: Store, own: Dataset, text: Sequence[
         split = dataclasses.replace(split, tokens=tokens, **copies)  # independent of the temporary files
     train = in_full_ids(store.train, np.searchsorted(ids, store.active_to_full).astype(np.int32))
     trained = np.isin(ids, own.active_to_full)
-    return ids, train, split, float(1.0 - trained[tokens].mean())
-
-
-def _decode(store: Store, ids: np.ndarray, tokens: np.ndarray) -> str:
-    known = np.asarray(tokens)[np.asarray(tokens) < len(ids)]
-    return store.tokenizer.decode(ids[known].tolist())
+    confusions = None if config.corruption.confusions is None else Path(config.corruption.confusions)
+    table = build_token_table(store.tokenizer, ids, confusions)
+    return Dataset(store, train, split, ids, table), float(1.0 - trained[tokens].mean())
 
 
 def as_json(model: EvaluatedModel, report: RestorationReport, curves: Sequence[Curve]) -> dict[str, Any]:

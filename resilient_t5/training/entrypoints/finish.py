@@ -8,7 +8,14 @@ from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.files import write_whole
 from resilient_t5.training.build import original_tables
 from resilient_t5.training.entrypoints.export import facts_of, restoration_row
-from resilient_t5.training.entrypoints.model_directory import CardFacts, ExportParts, export_parts, model_card, write_export
+from resilient_t5.training.entrypoints.model_directory import (
+    CardFacts,
+    ExportParts,
+    export_parts,
+    model_card,
+    percent,
+    write_export,
+)
 from resilient_t5.training.evaluator import restore_terms
 from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS
@@ -181,15 +188,9 @@ def closing_lines(run: Run, reason: StopReason) -> list[str]:
     state, export = run.state, run.manager.run_directory / "export"
     lines = [f"end    {STATUS[reason]} ({reason}) at update {state.update} after {readable(wall_s(run))}"]
     if state.before is not None and state.best is not None:
-        rates = f" | term restoration {_percent(state.before)} -> {_percent(state.best)}"
-        measured = {state.before["term_restoration"], state.best["term_restoration"]} != {None}
+        before, after = state.before["term_restoration"], state.best["term_restoration"]
+        rates = "" if before is None and after is None else f" | term restoration {percent(before)} -> {percent(after)}"
         lines.append(
-            f"result loss {state.before['loss']:.4f} -> {state.best['loss']:.4f} at update {state.best['update']}"
-            f"{rates if measured else ''}"
+            f"result loss {state.before['loss']:.4f} -> {state.best['loss']:.4f} at update {state.best['update']}{rates}"
         )
     return [*lines, f"model  {export / 'best'} (best) and {export / 'last'} (last)"]
-
-
-def _percent(record: dict[str, Any]) -> str:
-    rate = record["term_restoration"]
-    return "?" if rate is None else f"{100 * rate:.1f} %"

@@ -23,7 +23,7 @@ from resilient_t5.data.store.corpus_report import SHARE
 from resilient_t5.data.store.store import Store
 from resilient_t5.data.tokenizer.tokenizer import TextTokenizer
 from resilient_t5.errors import DataError
-from resilient_t5.files import FileSystem, closing
+from resilient_t5.files import fsync_path, fsync_tree
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.vocabulary import FullTables, write_back
 from resilient_t5.restoration.decoder import generate
@@ -156,7 +156,6 @@ def write_export(parts: ExportParts, card: str, directory: Path) -> None:
         DataError: transformers cannot load the export, or its answer differs from the answer of the run's own decoder.
         DiskFull, StorageError: a write failed.
     """
-    fs = FileSystem()
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".tmp-{directory.name}")
     previous = directory.with_name(f".trash-{directory.name}")
@@ -169,17 +168,14 @@ def write_export(parts: ExportParts, card: str, directory: Path) -> None:
         _extend_generation(temporary, parts.usage, len(parts.original.shared_VD))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         check_export(parts, temporary)
-        for path in temporary.iterdir():
-            with closing(fs, fs.open_old(path)) as file:
-                fs.fsync(file)
-        fs.fsync_directory(temporary)
+        fsync_tree(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if directory.exists():
         os.rename(directory, previous)
     os.rename(temporary, directory)
-    fs.fsync_directory(directory.parent)
+    fsync_path(directory.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -343,15 +339,15 @@ def _figures(facts: CardFacts, config: Config) -> str:
         lines.append(f"Evaluation loss {facts.record['loss']:.4f} nats per target token{before}.\n")
     if not row or not row.get("n"):
         return "\n".join([*lines, "No term restoration was measured for these weights.\n"])
-    rate, low, high = (_percent(row.get(key)) for key in ("term_rate", "term_rate_low", "term_rate_high"))
+    rate, low, high = (percent(row.get(key)) for key in ("term_rate", "term_rate_low", "term_rate_high"))
     lines += [
         f"On {row['n']:,} masked terms of {row.get('n_documents', 0):,} held-out documents: **{rate}** restored exactly, "
         f"95 % interval {low} to {high} (bootstrap over documents)"
-        + (f"; before training {_percent(facts.before['term_restoration'])}" if facts.before else "")
+        + (f"; before training {percent(facts.before['term_restoration'])}" if facts.before else "")
         + ".\n",
         "| metric | value |",
         "| --- | --- |",
-        *(f"| {name} | {_percent(row[key])} |" for name, key in FIGURES if row.get(key) is not None),
+        *(f"| {name} | {percent(row[key])} |" for name, key in FIGURES if row.get(key) is not None),
     ]
     examples = config.evaluation.restore_examples
     return "\n".join(lines) + (
@@ -390,5 +386,6 @@ def _settings(config: Config) -> str:
     return "Settings that differ from the defaults:\n\n```\n" + changed.replace("```", "'''") + "\n```\n"
 
 
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, (int, float)) else "not measured"
+def percent(value: float | None) -> str:
+    """Format a rate."""
+    return f"{100 * value:.1f} %" if value is not None else "not measured"

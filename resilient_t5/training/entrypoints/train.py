@@ -82,7 +82,9 @@ def _open_run_directory(config: Config, group: ProcessGroup) -> Iterator[Console
         return
     refuse_foreign_files(path)
     path.mkdir(parents=True, exist_ok=True)
-    with RunLock(path), Console(config.telemetry.progress, path / "train.log") as console:
+    with RunLock(path) as lock, Console(config.telemetry.progress, path / "train.log") as console:
+        if not lock.is_exclusive:
+            console.line("lock   warning: no locks on this file system; make sure that no other process uses the run directory")
         (path / "STOP").unlink(missing_ok=True)
         try:
             yield console

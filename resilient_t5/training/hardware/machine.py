@@ -80,6 +80,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in CPU_OUT_OF_MEMORY)
 
 
+def allocation_failure(error: BaseException) -> str:
+    """First line of an out-of-memory error, or its type if it has no text."""
+    return str(error).partition("\n")[0][:300] or type(error).__name__
+
+
 def slept_s() -> float:
     """Seconds that this machine has been suspended since boot; 0 where the system does not report it."""
     if not hasattr(time, "CLOCK_BOOTTIME"):

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from resilient_t5.checkpoint.snapshot import TensorFiles, take_snapshot
+from resilient_t5.checkpoint.tensors import TensorFiles, take_snapshot
 from resilient_t5.config.schema import Config
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.embeddings import T5Model

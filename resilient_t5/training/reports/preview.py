@@ -1,7 +1,5 @@
 """The start banner of a run: model, data, plan, disk and memory, then warnings. It needs no model."""
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.corpus_report import SHARE, WORTH_SHOWING, percent, unknown_warning
 from resilient_t5.data.store.store import Store
+from resilient_t5.files import free_bytes
 from resilient_t5.model.memory import GIB, WIDE, optimizer_bytes
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import make_plan_and_rules, plan_batches
@@ -96,10 +95,10 @@ def banner_lines(
 
 def _warnings(preview: Preview) -> Iterator[str]:
     plan, report, config = preview.plan, preview.store.report, preview.config
-    if free_bytes(preview) < max_bytes(preview):
+    if free_bytes(Path(config.run.dir)) < max_bytes(preview):
         yield "the disk may become full; lower checkpoint.keep_last, or see checkpoint.on_disk_full"
     yield from preview.fit.warnings()
-    yield from unreachable(preview.rules, plan.total_updates, plan.evaluate_every)
+    yield from unreachable(preview.rules, plan.total_updates)
     if (warning := unknown_warning(report)) is not None:
         yield warning
     if config.evaluation.restore_examples and not report["terms"]["occurrences"]:
@@ -140,7 +139,7 @@ def disk_line(preview: Preview) -> str:
     saves = " and ".join(cadence) or "the best and the last"
     return (
         f"disk   saves {saves}, about {checkpoint_bytes(preview) / GIB:.3f} GiB each,"
-        f" {max_bytes(preview) / GIB:.2f} GiB at most, {free_bytes(preview) / GIB:.1f} GiB free"
+        f" {max_bytes(preview) / GIB:.2f} GiB at most, {free_bytes(Path(preview.config.run.dir)) / GIB:.1f} GiB free"
     )
 
 
@@ -153,16 +152,3 @@ def checkpoint_bytes(preview: Preview) -> int:
 def max_bytes(preview: Preview) -> int:
     """Maximum size of all checkpoints of the run."""
     return max_kept(preview.config.checkpoint.keep_last) * checkpoint_bytes(preview)
-
-
-def free_bytes(preview: Preview) -> int:
-    """Free bytes on the disk of the run directory."""
-    return shutil.disk_usage(nearest_existing(Path(preview.config.run.dir))).free
-
-
-def nearest_existing(path: Path) -> Path:
-    """Return `path`, or its nearest ancestor that is a directory."""
-    nearest = Path(os.path.abspath(path))
-    while not nearest.is_dir():
-        nearest = nearest.parent
-    return nearest

@@ -5,10 +5,11 @@ Values that depend on the clock or the machine end in _s, _per_s, _mib or _share
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from resilient_t5.files import write_whole
 
 AUDIT_KINDS = ("start", "end", "save", "guard", "signal")
 """Rows that are kept when a run returns to an older update."""
@@ -37,12 +38,7 @@ def drop_rows_beyond(path: Path, update: int, evaluated_update: int) -> None:
         for row in read_rows(path)
         if row["kind"] in AUDIT_KINDS or row["update"] <= (update if row["kind"] == "train" else evaluated_update)
     ]
-    temporary = path.with_name(".tmp-metrics.jsonl")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def plain(value: Any) -> Any:

@@ -186,7 +186,7 @@ def _mark_decisions(axes: "Axes", result: Replay) -> None:
         _mark(axes, best.update, best.loss, BEST, "best")
     if (stopped := result.stopped) is not None:
         axes.axvline(stopped.update, color=STOP, linewidth=2, label=f"stop: {stopped.stop} at {stopped.update:,}")
-    least = lowest(result.curve.losses, 0, len(result.windows))
+    least = lowest(result.curve.losses, len(result.windows))
     if least >= len(result.verdicts):
         _mark(axes, result.windows[least].update, result.windows[least].loss, STOP, "not reached", "s")
 

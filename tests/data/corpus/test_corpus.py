@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_t5.config.data import DataConfig
+from resilient_t5.config.sections import DataConfig
 from resilient_t5.data.corpus import encodings, formats
 from resilient_t5.data.corpus.documents import (
     CorpusCounts,

@@ -265,8 +265,8 @@ def test_validation_text_of_another_corpus_keeps_every_token(config, corpus):
     (corpus / "other.txt").write_text("\n".join(other), encoding="utf-8")
     alone = prepare(config, corpus / "alone")
     store = prepare(changed(config, "data", validation=str(corpus / "other.txt")), corpus / "store")
-    wanted = [store.tokenizer.decode(store.tokenizer.encode_batch([text])[0].ids.tolist()) for text in other]
-    assert sorted(spelled(store, store.validation)) == sorted(squeezed(wanted))
+    expected_texts = [store.tokenizer.decode(store.tokenizer.encode_batch([text])[0].ids.tolist()) for text in other]
+    assert sorted(spelled(store, store.validation)) == sorted(squeezed(expected_texts))
     added = np.setdiff1d(store.active_to_full, alone.active_to_full)
     assert len(added) > 0
     seen = store.active_to_full[np.asarray(store.validation.tokens)]

@@ -57,12 +57,12 @@ def context_of(row: list[int], start: int, end: int) -> list[int]:
 def plain_guess(split: Examples, context: list[int]) -> int:
     """The back-off as loops over the training occurrences."""
     for left, right in CONTEXTS:
-        wanted = [*range(left), *range(REACH, REACH + right)]
+        columns = [*range(left), *range(REACH, REACH + right)]
         found = Counter()
         for example, start, end, term in split.terms.tolist():
             row = split.tokens[split.offsets[example] : split.offsets[example + 1]].tolist()
             own = context_of(row, start, end)
-            found[term] += all(own[i] == context[i] for i in wanted)
+            found[term] += all(own[i] == context[i] for i in columns)
         best = max(sorted(found), key=lambda term: found[term], default=-1)
         if best >= 0 and found[best]:
             return best
@@ -158,5 +158,5 @@ def test_terms_of_an_example_are_found_by_its_number():
     """For every example, also those without a term, the rows are those of a plain filter."""
     split = make_split([[1, 2, 3]] * 6, [(0, 0, 1, 4), (2, 0, 1, 5), (2, 1, 3, 6), (5, 0, 2, 7)])
     for example in range(6):
-        wanted = [row[1:] for row in split.terms.tolist() if row[0] == example]
-        assert terms_of_example(split, example).tolist() == wanted
+        columns = [row[1:] for row in split.terms.tolist() if row[0] == example]
+        assert terms_of_example(split, example).tolist() == columns

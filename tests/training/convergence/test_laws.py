@@ -18,8 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import updates_at
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Phase, Reason, Rules, Verdict, Window
 
 ROOT = Path(__file__).parents[3]

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import updates_at
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
 from resilient_t5.errors import DataError
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Phase, Reason, Rules, Window, cooldown_factor
 from resilient_t5.training.convergence.phases import NEXT, Sign

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from resilient_t5.commands.replay import main
-from resilient_t5.config.training import ConvergenceConfig
+from resilient_t5.config.sections import ConvergenceConfig
 from resilient_t5.errors import DataError
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules, Window
 from resilient_t5.training.convergence.recordings import read_curves

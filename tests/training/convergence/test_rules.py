@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from resilient_t5.config.training import ConvergenceConfig, EvaluationConfig
-from resilient_t5.config.values import updates_at
+from resilient_t5.config.sections import ConvergenceConfig, EvaluationConfig, updates_at
 from resilient_t5.errors import ConfigError
 from resilient_t5.training.convergence.rules import PRESETS, Rules, unreachable
 
@@ -59,16 +58,16 @@ def test_an_unreachable_phase_is_reported_with_options_that_work():
                     lambda x, p=planned: updates_at(x, p // 2, 1.0),
                     EvaluationConfig(every=every),
                 )
-                warnings = unreachable(rules, planned, every)
+                warnings = unreachable(rules, planned)
                 last = planned // every * every
                 assert bool(warnings) == ((rules.earliest_stop() or 0) > last)
                 if warnings:
                     words = warnings[0].replace("--convergence.", "").replace("--evaluation.", "").split("Use ")[1].split()
                     changed = replace(rules, **{key: int(value) for key, value in zip(words[::2], words[1::2], strict=True)})
-                    assert unreachable(changed, planned, changed.every) == []
+                    assert unreachable(changed, planned) == []
     rules = Rules.from_config(ConvergenceConfig(), lambda point: updates_at(point, 1, 1.0))
-    assert "convergence.start 6000 is never reached" in unreachable(rules, 5_681, 1000)[0]
-    assert "convergence.judge_from 12000 is never reached" in unreachable(rules, 11_900, 1000)[0]
-    assert "SATURATED can never be reached" in unreachable(rules, 16_999, 1000)[0]
-    assert "too short" in unreachable(rules, 2, 1000)[0]
-    assert unreachable(rules, 17_000, 1000) == []
+    assert "convergence.start 6000 is never reached" in unreachable(rules, 5_681)[0]
+    assert "convergence.judge_from 12000 is never reached" in unreachable(rules, 11_900)[0]
+    assert "SATURATED can never be reached" in unreachable(rules, 16_999)[0]
+    assert "too short" in unreachable(rules, 2)[0]
+    assert unreachable(rules, 17_000) == []

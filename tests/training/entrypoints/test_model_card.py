@@ -62,8 +62,8 @@ def test_the_front_matter_is_yaml_that_names_no_pipeline(license, base):
     opening, front, _ = text.split("---\n", 2)
     found = yaml.safe_load(front)
     assert opening == "" and "pipeline" not in text
-    wanted = {"library_name": "transformers", "tags": ["t5", "span-restoration"], "license": license, "base_model": base}
-    assert found == {key: value for key, value in wanted.items() if value is not None}
+    expected = {"library_name": "transformers", "tags": ["t5", "span-restoration"], "license": license, "base_model": base}
+    assert found == {key: value for key, value in expected.items() if value is not None}
 
 
 def test_the_card_says_how_its_figures_were_made_and_how_to_measure_them_again():

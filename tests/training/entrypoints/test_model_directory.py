@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from resilient_t5.config.data import ModelConfig
+from resilient_t5.config.sections import ModelConfig
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
 from resilient_t5.errors import DataError

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image, ImageColor
 
 from resilient_t5.commands.replay import main
@@ -118,15 +117,8 @@ def test_a_failing_picture_does_not_fail_the_run(monkeypatch):
 
     lines, outcomes = [], []
     monkeypatch.setattr(artifacts, "draw_windows", fail)
-    run = SimpleNamespace(
-        config=Config(),
-        device=torch.device("cpu"),
-        directory=Path("run"),
-        display=SimpleNamespace(line=lines.append),
-        state=SimpleNamespace(best=None, update=1),
-        telemetry=SimpleNamespace(outcome=lambda *figures: outcomes.append(figures)),
-        wall_s=lambda: 1.0,
-    )
-    artifacts.write_outcome(run)
+    board = SimpleNamespace(outcome=lambda *figures: outcomes.append(figures))
+    log = SimpleNamespace(directory=Path("run"), line=lines.append, draw=lambda write: write(board))
+    artifacts.write_outcome(Config(), SimpleNamespace(best=None, update=1), 1.0, 1.0, log)
     assert "broken matplotlib" in lines[0]
     assert len(outcomes) == 1

@@ -24,7 +24,7 @@ from resilient_t5.data.corpus.sample import clinical_terms, generate_notes
 from resilient_t5.restoration.beam_search import DecodeSettings
 from resilient_t5.restoration.filler import open_filler
 from resilient_t5.restoration.gaps import find_gaps
-from resilient_t5.training.entrypoints.model_directory import snippet
+from resilient_t5.training.entrypoints.export import snippet
 from tests.published import LAYOUTS, random_weights, write_layout
 from tests.shown_commands import FIRST_RUN, ROOT, first_block, shown_commands
 

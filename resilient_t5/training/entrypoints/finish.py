@@ -7,13 +7,14 @@ from typing import Any
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
 from resilient_t5.files import write_whole
 from resilient_t5.training.build import original_tables
-from resilient_t5.training.entrypoints.export import facts_of, restoration_row
-from resilient_t5.training.entrypoints.model_directory import (
+from resilient_t5.training.entrypoints.export import (
     CardFacts,
     ExportParts,
     export_parts,
+    facts_of,
     model_card,
     percent,
+    restoration_row,
     write_export,
 )
 from resilient_t5.training.evaluator import restore_terms

@@ -12,7 +12,7 @@ import yaml
 
 from resilient_t5.config.schema import Config, EvaluationConfig, ModelConfig, RunConfig
 from resilient_t5.restoration.restoration_config import RestorationConfig
-from resilient_t5.training.entrypoints.model_directory import (
+from resilient_t5.training.entrypoints.export import (
     CHINESE_EXAMPLE,
     ENGLISH_EXAMPLE,
     CardFacts,

@@ -1,6 +1,6 @@
 """The check of an export, and what a cut vocabulary means for it.
 
-Run: python -m pytest tests/training/entrypoints/test_model_directory.py
+Run: python -m pytest tests/training/entrypoints/test_export.py
 """
 
 import json
@@ -16,7 +16,7 @@ from resilient_t5.errors import DataError
 from resilient_t5.model.load import SpecialIds, build_model
 from resilient_t5.model.vocabulary import cut_vocabulary, tables_of
 from resilient_t5.restoration.restoration_config import RestorationConfig, read_restoration_config
-from resilient_t5.training.entrypoints.model_directory import ExportParts, write_export
+from resilient_t5.training.entrypoints.export import ExportParts, write_export
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_an_export_of_a_cut_model_never_answers_with_an_untrained_id(parts, tmp_
 def test_an_export_that_answers_otherwise_is_refused_and_the_former_one_stays(parts, tmp_path, monkeypatch):
     """Without the suppressed ids the check fails: an error, no temporary directory, the former export as it was."""
     write_export(parts, "the first", tmp_path / "best")
-    monkeypatch.setattr("resilient_t5.training.entrypoints.model_directory._extend_generation", lambda *arguments: None)
-    monkeypatch.setattr("resilient_t5.training.entrypoints.model_directory._is_tie", lambda *arguments: False)
+    monkeypatch.setattr("resilient_t5.training.entrypoints.export._extend_generation", lambda *arguments: None)
+    monkeypatch.setattr("resilient_t5.training.entrypoints.export._is_tie", lambda *arguments: False)
     with pytest.raises(DataError, match="probe"):
         write_export(parts, "the second", tmp_path / "best")
     assert (tmp_path / "best" / "README.md").read_text() == "the first"

@@ -4,10 +4,10 @@ PYTHON ?= python
 .PHONY: fast test check docs bench
 
 fast:   ## all tests except those marked slow
-	$(PYTHON) -m pytest -q -n logical --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test:   ## all tests
-	$(PYTHON) -m pytest -n logical --dist loadfile
+	$(PYTHON) -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 check:  ## linters and types
 	$(PYTHON) -m ruff check .

@@ -29,6 +29,12 @@ run: {seed: 7}
 """
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker starts the longest file when the others are done."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def foreground():
     """Signals as in the foreground: a shell ignores SIGINT for what it starts in the background, and nohup SIGHUP.

@@ -1,7 +1,7 @@
 """The run directory: check whether a run may use it, and write the files that describe the run once.
 
-Nothing in it is ever deleted here. A directory with other content is refused. A directory with a run is continued if the
-settings that change the mathematics are equal, and otherwise refused with every different key.
+Nothing in it is ever deleted here. A directory with other content is refused. A directory with a run is continued if
+`resume_check` accepts the settings.
 """
 
 import importlib.metadata
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resilient_t5.config.schema import REMOVED_KEYS, Config, trajectory_settings
-from resilient_t5.errors import ResumeMismatch, RunDirectoryError
+from resilient_t5.config.schema import Config, trajectory_settings
+from resilient_t5.errors import RunDirectoryError
 from resilient_t5.files import write_whole
+from resilient_t5.training.resume_check import refuse_changed_settings
 
 FORMAT = 1
 ENVIRONMENT = "environment.json"
@@ -52,12 +53,12 @@ def inspect(config: Config) -> RunDirectory:
             f"{path} already holds a run, and run.resume is none",
             hint=f"Continue it with {command}, or choose another --run.dir",
         )
-    if changed := changed_trajectory_settings(mathematics, config):
-        raise ResumeMismatch(
-            f"{path} holds another run; these settings would change its mathematics",
-            where="; ".join(changed),
-            hint=f"Continue it with its own settings: {command}; or choose another --run.dir",
-        )
+    refuse_changed_settings(
+        mathematics,
+        config,
+        f"{path} holds another run; these settings would change its mathematics",
+        hint=f"Continue it with its own settings: {command}; or choose another --run.dir",
+    )
     return RunDirectory(path, run_id, is_new=False)
 
 
@@ -98,27 +99,6 @@ def refuse_foreign_files(path: Path) -> None:
         raise RunDirectoryError(
             f"{path} is not empty and holds no run", where=", ".join(foreign[:5]), hint="Choose another --run.dir"
         )
-
-
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every value that differs."""
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
-
-
-def changed_trajectory_settings(old: dict[str, Any], config: Config) -> list[str]:
-    """Return `key: old -> new` for every setting that would change the mathematics of a run saved with `old`.
-
-    A key of a later version is missing in `old` and had its default; a key that a later version dropped is ignored.
-    """
-    new = trajectory_settings(config)
-    former = {**trajectory_settings(Config()), **old}
-    return changed_keys({key: value for key, value in former.items() if key in new}, new)
-
-
-def removed_settings(old: dict[str, Any]) -> list[str]:
-    """`key: old -> removed` for every setting of a run saved with `old` that had an effect and no longer exists."""
-    effective = [key for key, removed in REMOVED_KEYS.items() if key in old and old[key] not in removed.inert]
-    return [f"{key}: {old[key]} -> removed" for key in effective]
 
 
 def _read(environment: Path) -> tuple[str, dict[str, Any]]:

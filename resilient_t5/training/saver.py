@@ -23,7 +23,7 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
 from resilient_t5.training.hardware.sharding import local_rows, local_tensor
-from resilient_t5.training.run_directory import changed_keys, changed_trajectory_settings, removed_settings
+from resilient_t5.training.resume_check import changed_keys, refuse_changed_settings, removed_settings
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
@@ -157,15 +157,14 @@ class Saver:
         Raises:
             ResumeMismatch: the checkpoint belongs to other settings, other data or another model; lists every key.
         """
-        changed = changed_trajectory_settings(loaded.state["mathematics"], self.config)
-        if loaded.manifest.fingerprints["data"] != self.fingerprints["data"]:
-            changed.append("the prepared corpus: its fingerprint differs")
-        if changed:
-            raise ResumeMismatch(
-                f"resuming {loaded.name} with these settings would change the mathematics of the run",
-                where="; ".join(changed),
-                hint="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
-            )
+        same_corpus = loaded.manifest.fingerprints["data"] == self.fingerprints["data"]
+        refuse_changed_settings(
+            loaded.state["mathematics"],
+            self.config,
+            f"resuming {loaded.name} with these settings would change the mathematics of the run",
+            hint="Use the settings that the run was started with, or start a new run with --run.dir and --run.fork",
+            other_changes=() if same_corpus else ("the prepared corpus: its fingerprint differs",),
+        )
         updater, scaler = self.updater, self.updater.accelerator.scaler
         load_model_tensors(updater.model, loaded.tensors.pop("model"))
         own = updater.sharded.shard_state(loaded.tensors.pop("optimizer"))

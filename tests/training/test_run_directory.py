@@ -7,7 +7,8 @@ import pytest
 
 from resilient_t5.config.schema import Config, OptimConfig, RunConfig, TelemetryConfig
 from resilient_t5.errors import ExitCode, ResumeMismatch, RunDirectoryError
-from resilient_t5.training.run_directory import claim, inspect, removed_settings
+from resilient_t5.training.resume_check import removed_settings
+from resilient_t5.training.run_directory import claim, inspect
 
 
 def config_for(path, resume="auto", lr=1e-3, log_every=100):

@@ -37,6 +37,7 @@ from resilient_t5.model.vocabulary import FullTables, write_back
 from resilient_t5.restoration.decoder import generate
 from resilient_t5.restoration.restoration_config import RestorationConfig
 from resilient_t5.training.build import build_trained_model, original_tables, trained_ids
+from resilient_t5.training.entrypoints.summary import percent
 from resilient_t5.training.run_directory import ENVIRONMENT
 from resilient_t5.training.saver import load_model_tensors
 from resilient_t5.training.telemetry.metrics_log import read_rows
@@ -471,8 +472,3 @@ def _data(report: Mapping[str, Any]) -> str:
 def _settings(config: Config) -> str:
     changed = "\n".join(f"{key}: {value!r}" for key, value in non_default_settings(config).items())
     return "Settings that differ from the defaults:\n\n```\n" + changed.replace("```", "'''") + "\n```\n"
-
-
-def percent(value: float | None) -> str:
-    """Format a rate."""
-    return f"{100 * value:.1f} %" if value is not None else "not measured"

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from resilient_t5.errors import ExitCode, NoValidCheckpoint, ResilientError
-from resilient_t5.files import write_whole
 from resilient_t5.training.build import original_tables
 from resilient_t5.training.entrypoints.export import (
     CardFacts,
@@ -13,10 +12,10 @@ from resilient_t5.training.entrypoints.export import (
     export_parts,
     facts_of,
     model_card,
-    percent,
     restoration_row,
     write_export,
 )
+from resilient_t5.training.entrypoints.summary import STATUS, STATUS_OF_CODE, SUMMARY, closing_lines, wall_s, write_summary
 from resilient_t5.training.evaluator import restore_terms
 from resilient_t5.training.hardware.machine import memory_mib
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS
@@ -25,17 +24,6 @@ from resilient_t5.training.reports.artifacts import write_outcome
 from resilient_t5.training.run import Run
 from resilient_t5.training.saver import load_model_tensors
 from resilient_t5.training.signals import StopSignal
-from resilient_t5.training.telemetry.timing import readable
-
-STATUS = {
-    StopReason.MAX_UPDATES: "finished",
-    StopReason.MAX_TIME: "finished",
-    StopReason.SATURATED: "saturated",
-    StopReason.DIVERGED: "diverged",
-    StopReason.INTERRUPTED: "interrupted",
-}
-STATUS_OF_CODE = {ExitCode.DIVERGED: "diverged", ExitCode.RESUMABLE: "interrupted"}
-SUMMARY = "summary.json"
 
 
 def finish(run: Run, reason: StopReason, stop: StopSignal) -> ExitCode:
@@ -157,41 +145,3 @@ def _measure_missing(run: Run, record: dict[str, Any] | None, stop: StopSignal) 
     report = restore_terms(replace(run.evaluator, group=SINGLE_PROCESS), lambda: stop.requested)
     record["term_restoration"] = None if report is None else report.term_rate
     return {} if report is None else report.as_row()
-
-
-def write_summary(run: Run, status: str, reason: str, code: int) -> None:
-    """Log the end of the run and write summary.json."""
-    state = run.state
-    summary = {
-        "status": status,
-        "stop_reason": str(reason),
-        "exit_code": int(code),
-        "updates": state.update,
-        "best": state.best,
-        "last": state.last,
-        "before_training": state.before,
-        "target_tokens": state.target_tokens,
-        "wall_s": wall_s(run),
-        "peak_memory_mib": memory_mib(run.device),
-        "useful_token_share": state.useful_tokens / state.padded_tokens if state.padded_tokens else None,
-    }
-    run.log.event("end", state.update, status=status, stop_reason=str(reason), exit_code=int(code))
-    write_whole(run.manager.run_directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
-
-
-def wall_s(run: Run) -> float:
-    """Seconds that the run has trained, over all its resumes."""
-    return run.state.wall_s + run.timing.elapsed_s
-
-
-def closing_lines(run: Run, reason: StopReason) -> list[str]:
-    """Return the last console lines: why the run ended, its result, and where the model is."""
-    state, export = run.state, run.manager.run_directory / "export"
-    lines = [f"end    {STATUS[reason]} ({reason}) at update {state.update} after {readable(wall_s(run))}"]
-    if state.before is not None and state.best is not None:
-        before, after = state.before["term_restoration"], state.best["term_restoration"]
-        rates = "" if before is None and after is None else f" | term restoration {percent(before)} -> {percent(after)}"
-        lines.append(
-            f"result loss {state.before['loss']:.4f} -> {state.best['loss']:.4f} at update {state.best['update']}{rates}"
-        )
-    return [*lines, f"model  {export / 'best'} (best) and {export / 'last'} (last)"]

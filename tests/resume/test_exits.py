@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(arena):
     for policy in ("continue", "wait"):
         full = [("tests.resume.placing:fill_disk_from", {"call": 3, "free_again_after": 4})]
         run = arena.finish(f"full-{policy}", "--checkpoint.on_disk_full", policy, before=full)
-        assert "no room" in arena.console(f"full-{policy}").read_text()
+        assert "no space" in arena.console(f"full-{policy}").read_text()
         assert differences(run, arena.folder / "reference") == []
 
 

@@ -26,11 +26,11 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
     meter.forget_peak()
     try:
         for _ in range(setup.warm_updates):
-            _update(run)
+            run_update(run)
         # Restart at the first update, so that the timed updates are exactly the first window.
         run.prefetcher.restart(0)
         meter.start()
-        done = [micro_batch for _ in range(setup.updates) for micro_batch in _update(run)]
+        done = [micro_batch for _ in range(setup.updates) for micro_batch in run_update(run)]
         figures = meter.stop()
     finally:
         run.prefetcher.close()
@@ -64,7 +64,7 @@ def open_run(setup: Setup, seed: int) -> Run:
     return build_run(config, Store.open(Path(setup.store)), manager, None, log)
 
 
-def _update(run: Run) -> list[MicroBatch]:
+def run_update(run: Run) -> list[MicroBatch]:
     """Run the next update as the loop does, and return its micro-batches."""
     micro_batches = run.prefetcher.take()
     rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)

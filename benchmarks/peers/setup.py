@@ -58,6 +58,10 @@ class Setup:
     """For the tuned Trainer."""
     compiled: bool = False
     """Whether ours uses compiled layers."""
+    pad_multiple: int | Literal["auto"] = "auto"
+    """Of ours: lengths are padded to a multiple of this."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of ours: number format of the matrix products."""
 
     def config(self, seed: int) -> Config:
         """Return our configuration: the defaults with this store and model."""
@@ -66,10 +70,12 @@ class Setup:
             tokenizer=TokenizerConfig(name_or_path=str(Path(self.store) / "tokenizer")),
             model=ModelConfig(name_or_path=self.model),
             corruption=CorruptionConfig(),
-            batch=BatchConfig(examples_per_update=EXAMPLES_PER_UPDATE, micro_tokens=self.micro_tokens),
+            batch=BatchConfig(
+                examples_per_update=EXAMPLES_PER_UPDATE, micro_tokens=self.micro_tokens, pad_multiple=self.pad_multiple
+            ),
             evaluation=EvaluationConfig(every=10**9, examples=1, restore_examples=0),
             checkpoint=CheckpointConfig(every_minutes=None, every_updates=None),
-            hardware=HardwareConfig(device=self.device, compile=self.compiled),
+            hardware=HardwareConfig(device=self.device, compile=self.compiled, precision=self.precision),
             run=RunConfig(dir=self.scratch, seed=seed),
         )
 

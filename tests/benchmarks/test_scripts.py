@@ -62,6 +62,14 @@ def test_memory_compares_ours_with_the_trainer():
     assert result["trainer_mib"] > result["ours_mib"] > 0
 
 
+def test_launches_counts_the_calls_of_an_update_on_both_sides():
+    """Each side makes calls; a part of our tokens is padding; one shape at least occurs in an epoch."""
+    result = run("launches", "--quick", "--updates", "1")
+    assert result["ours_calls_per_update"] > 100 and result["tuned_trainer_calls_per_update"] > 100
+    assert result["host_syncs_per_update"] >= 0 and result["shapes_per_epoch"] >= 1
+    assert 0.5 < result["useful_token_share"] <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

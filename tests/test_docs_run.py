@@ -28,6 +28,8 @@ from resilient_t5.training.entrypoints.export import snippet
 from tests.published import LAYOUTS, random_weights, write_layout
 from tests.shown_commands import FIRST_RUN, ROOT, first_block, shown_commands
 
+pytestmark = pytest.mark.slow
+
 MAIN = {
     "bin/evaluate": evaluate.main,
     "bin/export": export.main,
@@ -132,7 +134,6 @@ def test_the_first_page_leads_to_a_restored_sentence(tmp_path):
     assert "[?]" not in printed
 
 
-@pytest.mark.slow
 def test_the_first_page_prints_its_sentence_and_plain_transformers_restores_the_same_texts(tmp_path):
     """The full quickstart prints the documented sentence. The documented Python code and bin/restore agree on 95 of 96 gaps."""
     shown = FIRST_RUN.read_text(encoding="utf-8").split("```")[3].strip()

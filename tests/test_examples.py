@@ -14,6 +14,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 LESS_WORK = ("--data.sample_notes", "400", "--schedule.max_updates")
 
@@ -53,7 +55,6 @@ def test_three_sentences_are_restored_in_plain_transformers_and_through_the_pack
     assert not any(names["GAP"] in line for line in lines[3:])
 
 
-@pytest.mark.slow
 def test_training_restoring_and_evaluating_from_an_empty_folder(tmp_path):
     """The sentence comes back with both gaps filled, and the evaluation prints its table."""
     printed = run_script("train_and_restore.sh", tmp_path / "new", *LESS_WORK, "4")
@@ -62,7 +63,6 @@ def test_training_restoring_and_evaluating_from_an_empty_folder(tmp_path):
     assert (tmp_path / "new" / "resilience.png").is_file()
 
 
-@pytest.mark.slow
 def test_a_killed_run_is_resumed_from_a_checkpoint_of_a_trained_update(tmp_path):
     """The first start is new and dies with SIGKILL; the second one resumes after update 0."""
     printed = run_script("resume_after_kill.sh", tmp_path / "new", *LESS_WORK, "20")

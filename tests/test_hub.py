@@ -16,6 +16,8 @@ import pytest
 from resilient_t5 import hub
 from resilient_t5.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 COMMIT, NEXT_COMMIT = "a" * 40, "b" * 40
 NAME = "maker/model"
 SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32}

@@ -153,6 +153,7 @@ def test_importing_the_package_is_quick_and_loads_no_torch():
     assert torch_loaded == "False"
 
 
+@pytest.mark.slow
 def test_every_module_imports_quietly():
     """Importing every module prints nothing and installs no signal handler."""
     names = [name_of(path) for path in MODULES]

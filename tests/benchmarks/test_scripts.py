@@ -11,6 +11,8 @@ from PIL import Image
 
 from benchmarks.peers.results import document
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SIDES = ("script", "script_mended", "tuned_trainer", "ours")
 
@@ -47,7 +49,6 @@ def test_throughput_compares_all_sides_on_the_same_examples(tmp_path):
     assert Image.open(tmp_path / "r.png").size[0] > 1000
 
 
-@pytest.mark.slow
 def test_a_search_keeps_the_fastest_sizes_and_compiled_layers_are_a_side_of_their_own():
     """One of the sizes tried is kept for each side that is searched; ours stands beside ours with compiled layers."""
     result = run("throughput", "--quick", "--rounds", "1", "--updates", "3", "--search", "--compile")

@@ -153,6 +153,7 @@ def tried(record_property):
     record_property("actions", sum(runs))
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(keep_last=st.integers(2, 4), actions=st.lists(ACTIONS, min_size=3, max_size=9))
 def test_retention_keeps_what_it_promises_whatever_happens(tried, keep_last, actions):

@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from resilient_t5.commands import supervise
 from resilient_t5.commands.supervise import Supervisor, newest_commit
 from tests.conftest import ROOT, read_summary
+
+pytestmark = pytest.mark.slow
 
 CHILD = """
 import os, signal, sys, time

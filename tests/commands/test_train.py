@@ -91,6 +91,7 @@ def test_the_run_trained_in_full_ids_restores_too(fork_server, tiny_config, tmp_
     assert read_summary(run)["best"]["loss"] < read_summary(run)["before_training"]["loss"]
 
 
+@pytest.mark.slow
 def test_adafactor_and_bf16_train_and_resume(fork_server, tiny_config, tmp_path):
     """The other optimizer and the other format go through the same loop."""
     argv = [

@@ -183,6 +183,7 @@ def test_every_character_of_a_term_is_inside_its_tokens(lengths: list[int], data
     assert widened == (encoded.starts[sharing[0]] < start or encoded.ends[sharing[-1]] > end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("terms", "text"), [("zh_terms.txt", "zh_medical_25mb_open.txt"), ("en_terms.txt", "en_medquad.txt")])
 def test_matches_equal_those_of_a_plain_search_on_real_text(shared_data: Path, terms: str, text: str) -> None:
     """18,749 Chinese and 30,581 English terms over every fortieth line of the real files."""

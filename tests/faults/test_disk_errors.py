@@ -59,6 +59,7 @@ def count_calls(base, work):
     return hook.operations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goes_on", [False, True], ids=["once", "for good"])
 def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_on, record_property):
     """The save raises an error that names the errno, or has committed; older ones are whole; a later save works."""

@@ -22,6 +22,8 @@ from tests.checkpoint.harness import (
     valid_updates,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def save_the_next(directory, hook, write):
     """The fourth save, with a victim of retention, a new best and both pointers."""

@@ -10,9 +10,13 @@ import random
 import signal
 import time
 
+import pytest
+
 from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.checkpoint.writer import Writer
 from tests.checkpoint.harness import is_exactly, leftovers, make_manager, make_parts, valid_updates
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("RESILIENT_T5_KILLS", "100"))
 MAX_S = 0.05

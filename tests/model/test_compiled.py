@@ -11,6 +11,8 @@ from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.training.hardware.device import compile_layers
 
+pytestmark = pytest.mark.slow
+
 
 def test_nothing_is_compiled_unless_asked_for():
     """The default is false, and a combination with checkpointing is refused."""
@@ -26,7 +28,6 @@ def test_a_machine_without_a_compiler_is_told_so(make_model, monkeypatch):
         compile_layers(make_model("mt5"), torch.device("cpu"))
 
 
-@pytest.mark.slow
 def test_compiled_layers_give_the_plain_losses_and_gradients_at_every_length(
     make_model, make_examples, collate, gradients_of, relative_error
 ):

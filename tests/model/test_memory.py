@@ -141,6 +141,7 @@ def test_a_plan_of_the_largest_model_takes_milliseconds():
     assert time.process_time() - started_s < 0.1
 
 
+@pytest.mark.slow
 def test_more_memory_never_gives_a_smaller_or_less_exact_choice():
     """Over all mT5 sizes and cards from 2 to 96 GiB."""
     for name in ("mt5-small", "mt5-base", "mt5-large", "mt5-xl"):

@@ -383,6 +383,7 @@ def test_a_bin_that_runs_a_command_is_refused_and_runs_nothing(is_zip, sharded, 
     assert mark.exists(), "the file was not hostile"
 
 
+@pytest.mark.slow
 def test_no_environment_makes_a_bin_an_ordinary_pickle(directory):
     """torch has a variable that turns the restriction off where a call does not ask for it; ours does."""
     write_config(directory, "t5")
@@ -532,6 +533,7 @@ def test_a_tensor_that_is_read_twice_is_the_same_and_has_memory_of_its_own(direc
     assert torch.equal(first, tensors[SHARED] + 1)
 
 
+@pytest.mark.slow
 def test_loading_a_bin_needs_one_copy_of_the_model(directory):
     """Memory of its own of a fresh process, above what the imports take, in copies of 460 MB: the map does not count."""
     write_config(directory, "t5", d_model=256, vocab_size=250_000, d_ff=4096, num_layers=12)

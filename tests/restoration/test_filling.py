@@ -86,6 +86,7 @@ def encodable(text, encoding):
         return False
 
 
+@pytest.mark.slow
 def test_every_byte_outside_the_gaps_stays_over_a_thousand_random_documents(filler):
     """Any encoding, any number of gaps: the bytes between the fills are the bytes between the marks, in order."""
     draws, filled = np.random.default_rng(11), 0

@@ -12,7 +12,9 @@ import pytest
 from tests.resume.exact import attack_exact
 from tests.resume.harness import Arena, differences, metric_rows, newest_checkpoint, whole_rows
 
-RUNS = int(os.environ.get("RESILIENT_T5_RUNS", "10"))
+pytestmark = pytest.mark.slow
+
+RUNS = int(os.environ.get("RESILIENT_T5_RUNS", "4"))
 INTERRUPTIONS = int(os.environ.get("RESILIENT_T5_INTERRUPTIONS", "4"))
 
 

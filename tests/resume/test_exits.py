@@ -14,7 +14,9 @@ from tests.conftest import read_summary
 from tests.resume.exits import attack_exits
 from tests.resume.harness import Arena, committed_update, differences, whole_rows
 
-EXITS = int(os.environ.get("RESILIENT_T5_EXITS", "50"))
+pytestmark = pytest.mark.slow
+
+EXITS = int(os.environ.get("RESILIENT_T5_EXITS", "24"))
 SIGNAL = "tests.resume.placing:signal_at"
 
 

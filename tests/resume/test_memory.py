@@ -6,6 +6,8 @@ benchmarks/checkpoint_io.py measures what this test holds fast.
 import dataclasses
 import weakref
 
+import pytest
+
 from resilient_t5.checkpoint.manager import CheckpointManager
 from resilient_t5.config.parse import parse_config
 from resilient_t5.data.store.prepare import prepare
@@ -14,6 +16,8 @@ from resilient_t5.training.loop import train
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.telemetry.console import Console
 from resilient_t5.training.telemetry.run_log import RunLog
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_restored_checkpoint_is_not_held_in_memory_a_second_time(tiny_config, tmp_path):

@@ -6,10 +6,14 @@ RESILIENT_T5_NAN makes it longer.
 import json
 import os
 
+import pytest
+
 from tests.resume.harness import Arena, differences, whole_rows
 from tests.resume.nonfinite import SHORT, attack_nonfinite
 
-TRIALS = int(os.environ.get("RESILIENT_T5_NAN", "100"))
+pytestmark = pytest.mark.slow
+
+TRIALS = int(os.environ.get("RESILIENT_T5_NAN", "21"))
 
 
 def test_nothing_that_is_not_finite_is_committed_and_the_guard_keeps_its_promise(fork_server, tmp_path, record_property):

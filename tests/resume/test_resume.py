@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from tests.conftest import read_summary
 
+pytestmark = pytest.mark.slow
+
 CLOCK = ("_s", "_per_s", "_mib", "_share")
 
 

@@ -19,6 +19,8 @@ from tests.forkserver import LIMIT_S
 from tests.resume.harness import Arena, differences, metric_rows, newest_checkpoint, whole_rows
 from tests.resume.several import attack_lost, console, free_port, run_together, start_together, summary
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("RESILIENT_T5_RANK_KILLS", "3"))
 UPDATES = ("--schedule.max_updates", "20", "--telemetry.log_every", "1")
 RELATIVE_TOLERANCE = 1e-6

@@ -16,6 +16,8 @@ from tests.resume.harness import Arena, committed_update, differences, metric_ro
 from tests.resume.several import attack_lost, console, damage, run_together, start_together, summary, wait_for_both
 from tests.resume.test_several import UPDATES, assert_close, order
 
+pytestmark = pytest.mark.slow
+
 CUT = (*UPDATES, "--hardware.shard_layers", "true")
 CODES = ("--run.signal_exit", "code")
 
@@ -133,7 +135,6 @@ def test_a_killed_process_leaves_the_last_commit_and_the_other_goes(arena, two, 
         assert differences(arena.folder / name, two) == []
 
 
-@pytest.mark.slow
 def test_ten_processes_killed_in_saves_lose_nothing_of_cut_layers(fork_server, tmp_path):
     """R22 with sharded layers: one of two is killed in a save, ten times; all commits are intact, and the run ends the same."""
     figures, _ = attack_lost(fork_server, tmp_path, 10, seed=3, more=("--hardware.shard_layers", "true"))

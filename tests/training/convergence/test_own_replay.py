@@ -12,6 +12,8 @@ from resilient_t5.commands.replay import main
 from resilient_t5.training.telemetry.metrics_log import read_rows
 from tests.conftest import read_summary
 
+pytestmark = pytest.mark.slow
+
 VERDICT = re.compile(
     r"phase  (?P<phase>[A-Z_]+) patience (?P<plateau>\d+)/(?P<patience>\d+) used, trend (unknown|(RISE|FLAT|UNSURE|DECLINE), "
     r"gain over 5 windows [-.e\d]+ \[[-.e\d]+, [-.e\d]+\], flat below [-.e\d]+, noise [-.e\d]+) "

@@ -45,6 +45,7 @@ def board(fork_server, tiny_config, tmp_path_factory):
     return EventMultiplexer().AddRunsFromDirectory(str(run / "tensorboard")).Reload(), run
 
 
+@pytest.mark.slow
 def test_everything_is_in_one_run(board):
     """Hyper-parameters and curves create no extra runs, which a resume could not purge."""
     assert len(board[0].Runs()) == 1

@@ -3,8 +3,8 @@
     bin/benchmark launches [--corpus FILE --terms FILE] [--model mt5-small] [--updates 3] [--quick] [--json FILE]
 
 A `TorchDispatchMode` counts the aten calls of an update on a CPU in bf16, without views and without calls that only
-allocate. On a CUDA card each of them is about one kernel launch. A replayed CUDA graph would be one launch; no graph is captured
-here, so the count is that of eager code.
+allocate. On a CUDA card each of them is about one kernel launch. A replayed CUDA graph would be one launch; no graph is
+captured here, so the count is that of eager code.
 Both sides train the same masked examples from the same weights, with the settings that each would have on a card.
 
 The last line is JSON: `ours_calls_per_update`, `tuned_trainer_calls_per_update`, `ratio` (ours over the Trainer's),

@@ -37,6 +37,7 @@ def call(monkeypatch, capfdbinary):
     return run
 
 
+@pytest.mark.slow
 def test_a_text_comes_back_with_its_gaps_filled_and_every_other_byte(call, finished, tmp_path):
     """File and standard input, UTF-8 and GB18030, CRLF kept: the same characters, each in its own encoding."""
     results = []
@@ -174,6 +175,7 @@ def test_a_run_is_exported_from_its_checkpoints_alone(call, finished, tmp_path):
     assert 'license: "apache-2.0"' in (target / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_exported_and_a_held_one_only_elsewhere(call, fork_server, tiny_config, tmp_path):
     """While it trains: 69 into its own export/, 0 into another directory; after SIGTERM: 0, and the model fills gaps."""
     run = tmp_path / "run"

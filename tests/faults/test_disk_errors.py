@@ -16,6 +16,8 @@ from resilient_t5.errors import DiskFull, NoValidCheckpoint, StorageError
 from resilient_t5.files import FileSystem
 from tests.checkpoint.harness import CountingHook, commit, in_child, is_exactly, make_manager, make_parts, valid_updates
 
+pytestmark = pytest.mark.slow
+
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -59,7 +61,6 @@ def count_calls(base, work):
     return hook.operations
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("goes_on", [False, True], ids=["once", "for good"])
 def test_no_error_at_any_call_of_a_save_harms_what_is_saved(base, scratch, goes_on, record_property):
     """The save raises an error that names the errno, or has committed; older ones are whole; a later save works."""

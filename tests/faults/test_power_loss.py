@@ -18,6 +18,8 @@ from resilient_t5.files import FileSystem, remove_tree, replace_file
 from tests.checkpoint.harness import RUN_ID, commit, is_exactly, leftovers, live_names, make_manager, make_parts
 from tests.faults.power_loss import Recorder, materialise, states
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("journal", "weak")
 KEEP_LAST = 2
 

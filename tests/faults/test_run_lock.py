@@ -15,6 +15,8 @@ from resilient_t5.checkpoint.lock import RunLock
 from resilient_t5.errors import RunHeld, StorageError
 from tests.checkpoint.harness import in_child
 
+pytestmark = pytest.mark.slow
+
 STARTERS = 8
 ROUNDS = int(os.environ.get("RESILIENT_T5_STARTS", "20"))
 

@@ -26,6 +26,7 @@ print(resident_mib() - before_mib - 20 / 16)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap, read from /proc")
 def test_freed_tensors_stay_in_the_heap_unless_it_returns_them_to_the_os():
     """80 MiB of tensors freed between small ones that stay: all of it stays resident, or none."""

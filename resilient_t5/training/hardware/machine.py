@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from resilient_t5.errors import plural
 from resilient_t5.host_memory import peak_mib
 
 MIB = 1 << 20
@@ -31,7 +32,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / MIB:.0f} MiB"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def numeric_conditions(device: torch.device) -> dict[str, Any]:

@@ -37,7 +37,8 @@ HARD = [
     "",
     " ",
 ]
-texts = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\u2581\U0010ffff"), max_size=40)
+# U+10FFFE and U+10FFFF are noncharacters, reserved for internal use: the tokenizer uses both as marks.
+texts = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\u2581\U0010fffe\U0010ffff"), max_size=40)
 mixed = st.lists(st.sampled_from([*NOTES[0], *NOTES[1], *" ,.\n\u2026\u338e\u00e9\u4e00\u9f98"]), max_size=60).map("".join)
 
 

@@ -11,6 +11,8 @@ from resilient_t5.config.parse import parse_arguments
 from resilient_t5.data.corpus.sample import FACTS
 from tests.shown_commands import FIRST_RUN, ROOT, shown_commands
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {"bin/train": train.FLAGS, "bin/prepare": (), "bin/plan": plan.FLAGS}
 COMMANDS = shown_commands()
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import read_summary
 
+pytestmark = pytest.mark.slow
+
 
 def tree(folder):
     """Every path below a folder, with size and time of change."""

@@ -15,6 +15,8 @@ from resilient_t5.restoration.answer_rules import BEGUN, SEEN, answer_rules
 from resilient_t5.restoration.beam_search import BeamSearch, SearchRequest
 from tests.restoration.test_decoder import KINDS, build
 
+pytestmark = pytest.mark.slow
+
 PAD, EOS, UNKNOWN = 0, 1, 2
 # One to four bytes, some that no well-formed character begins with; a control character; look-alikes of special names.
 BYTES = [0x0A, 0x20, 0x41, 0x80, 0x8F, 0x90, 0xA0, 0xBF, 0xC0, 0xC2, 0xC3, 0xE0, 0xE4, 0xED, 0xF0, 0xF1, 0xF4, 0xF5]

@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
             setup, scratch=str(folder / "run"), micro_tokens=CARD_MICRO_TOKENS, pad_multiple=CARD_PAD_MULTIPLE, precision="bf16"
         )
         ours, trainer = (in_fresh_process(count, setup, 42) for count in (count_ours, count_trainer))
-    result = circumstances("launches", ("torch", "transformers", "accelerate")) | {
+    figures = {
         "ours_calls_per_update": ours["calls_per_update"],
         "tuned_trainer_calls_per_update": trainer["calls_per_update"],
         "ratio": round(ours["calls_per_update"] / trainer["calls_per_update"], 3),
@@ -153,12 +153,14 @@ def main(argv: Sequence[str]) -> int:
         "micro_batches_per_update": ours["micro_batches_per_update"],
         "shapes_per_epoch": ours["shapes_per_epoch"],
         "useful_token_share": ours["useful_token_share"],
+    }
+    for name, value in figures.items():
+        print(f"{name:<38} {value}")
+    described = {
         "model": "tiny" if options.quick else options.model,
         "most_frequent": {"ours": ours["most_frequent"], "tuned_trainer": trainer["most_frequent"]},
     }
-    for key in list(result)[7:15]:
-        print(f"{key:<38} {result[key]}")
-    write_json(result, options.json)
+    write_json(circumstances("launches", ("torch", "transformers", "accelerate")) | figures | described, options.json)
     return 0
 
 

@@ -211,7 +211,7 @@ class _Collector:
             self.given.append(Given(key, text, where))
         elif key not in REMOVED_KEYS:
             self.problems.append(_unknown(key, where, is_option=False))
-        elif yaml.safe_load(text) not in REMOVED_KEYS[key].inert:
+        elif _value_of(text) not in REMOVED_KEYS[key].inert:
             self.problems.append(f"{key}: {text} is no longer a setting ({where}). {REMOVED_KEYS[key].hint}")
 
     def _entries(self, node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
@@ -229,6 +229,14 @@ def _node_text(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return "null" if node.tag.endswith(":null") else str(node.value)
     return str(yaml.serialize(node, Dumper=yaml.SafeDumper)).strip()
+
+
+def _value_of(text: str) -> Any:
+    """The value of a setting as YAML reads it; the text itself if it is not valid YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _unknown(key: str, where: str, *, is_option: bool) -> str:

@@ -87,7 +87,7 @@ def test_a_removed_setting_is_accepted_where_it_had_no_effect_and_refused_with_a
         text = yaml.safe_dump({section: {name: value}})
         assert parse("--config", file(text)).config == Config()
         assert parse(f"--{key}", json.dumps(value), "--run.seed", "3").config.run.seed == 3
-    for argv in (["--config", file(f"{section}: {{{name}: 777}}")], [f"--{key}=777"]):
+    for argv in (["--config", file(f"{section}: {{{name}: 777}}")], [f"--{key}=777"], [f"--{key}={{"]):
         (problem,) = problems_of(*argv)
         assert "no longer a setting" in problem and removed.hint in problem
 

@@ -109,7 +109,7 @@ def write_config(directory, kind, **changes):
     (directory / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
 
 
-def equals_transformers(directory, kind="t5"):
+def assert_equals_transformers(directory, kind="t5"):
     """Every tensor and the logits of our loading and of `from_pretrained` are equal; returns our model."""
     ours = load_model(str(directory), ModelConfig()).eval()
     theirs, info = CLASSES[CONFIGS[kind]["model_type"]][1].from_pretrained(
@@ -132,7 +132,7 @@ def test_weights_in_every_format_equal_those_of_transformers(file_format, kind, 
     """T5 1.0, T5 1.1 and mT5, whole and sharded; also their tables alone, and their sizes in a plan."""
     write_config(directory, kind)
     FORMATS[file_format](directory, tensors_of(kind))
-    model = equals_transformers(directory, kind)
+    model = assert_equals_transformers(directory, kind)
     assert is_tied(model) == (kind == "t5")
     tables = tables_from(str(directory))
     assert torch.equal(tables.shared_VD, model.shared.weight)
@@ -146,7 +146,7 @@ def test_weights_in_every_precision_equal_those_of_transformers(file_format, dty
     """Stored in 16 or 64 bits, read as float32."""
     write_config(directory, "mt5", torch_dtype=str(dtype).removeprefix("torch."))
     FORMATS[file_format](directory, {name: value.to(dtype) for name, value in tensors_of("mt5").items()})
-    equals_transformers(directory, "mt5")
+    assert_equals_transformers(directory, "mt5")
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -166,7 +166,7 @@ def test_the_one_table_of_a_tied_model_is_found_under_any_of_its_names(names, fi
     """As state dictionaries and safetensors' save_model leave it."""
     write_config(directory, "t5")
     FORMATS[file_format](directory, renamed(tensors_of("t5"), *names))
-    model = equals_transformers(directory)
+    model = assert_equals_transformers(directory)
     assert is_tied(model)
     assert torch.equal(tables_from(str(directory)).shared_VD, model.shared.weight)
 
@@ -178,7 +178,7 @@ def test_an_untied_head_stays_apart_whatever_the_embedding_is_called(names, kind
     write_config(directory, kind)
     tensors = tensors_of(kind)
     bin_file(directory, renamed(tensors, *names))
-    model = equals_transformers(directory, kind)
+    model = assert_equals_transformers(directory, kind)
     assert torch.equal(model.shared.weight, tensors[SHARED])
     assert torch.equal(model.lm_head.weight, tensors[HEAD])
 
@@ -187,7 +187,7 @@ def test_a_model_that_save_model_of_safetensors_wrote_is_loaded(directory):
     """The writer itself, not its layout by hand."""
     write_config(directory, "t5")
     save_with_safetensors(T5ForConditionalGeneration(T5Config(**SIZES, **IDS)), str(directory / "model.safetensors"))
-    equals_transformers(directory)
+    assert_equals_transformers(directory)
 
 
 def test_an_untied_head_alone_is_not_taken_for_the_embedding(directory):
@@ -215,7 +215,7 @@ def test_safetensors_win_over_a_bin_beside_them(directory):
     write_config(directory, "t5")
     safetensors(directory, tensors_of("t5"))
     (directory / "pytorch_model.bin").write_bytes(b"damaged")
-    equals_transformers(directory)
+    assert_equals_transformers(directory)
 
 
 OLD = {"n_positions": 512, "output_past": True, "task_specific_params": {"summarization": {"max_length": 200}}}
@@ -245,7 +245,7 @@ def test_a_configuration_of_any_age_is_read_as_transformers_reads_it(kind, chang
     """Without model_type or feed_forward_proj, with null, with lists of one id, with keys that are no longer used."""
     write_config(directory, kind, **changes)
     bin_file(directory, tensors_of(kind))
-    model = equals_transformers(directory, kind)
+    model = assert_equals_transformers(directory, kind)
     assert (model.config.eos_token_id, model.config.pad_token_id) == (1, 0)
     assert sizes_of_checkpoint(directory).parameters == sum(parameter.numel() for parameter in model.parameters())
 
@@ -320,8 +320,8 @@ def test_a_directory_without_a_readable_configuration_is_left_to_its_readers(con
     if content is not None:
         (directory / "config.json").write_bytes(content)
         (directory / "tokenizer_config.json").write_bytes(content)
-    hub.refuse_unsupported(directory)
-    hub.refuse_unsupported(directory / "absent")
+    for place in (directory, directory / "absent"):
+        assert hub.refuse_unsupported(place) is None, "nothing is refused for what cannot be read here"
 
 
 @pytest.mark.parametrize("name", ["config.json", "spiece.model", "tokenizer.json", "model.safetensors", "pytorch_model.bin"])
@@ -468,7 +468,7 @@ def test_a_bin_that_was_compressed_is_refused_instead_of_read_as_other_numbers(d
     write_config(directory, "t5")
     bin_file(directory, tensors_of("t5"))
     rewritten(directory / "pytorch_model.bin")
-    equals_transformers(directory)
+    assert_equals_transformers(directory)
     rewritten(directory / "pytorch_model.bin", zipfile.ZIP_DEFLATED)
     with pytest.raises(DataError, match="compressed"):
         load_model(str(directory), ModelConfig())

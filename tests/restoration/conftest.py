@@ -12,6 +12,15 @@ from resilient_t5.restoration.restoration_config import RestorationConfig
 SIZES = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread: as fast for a tiny model, and repeatable."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A tokenizer of some 500 pieces with byte fallback, trained on clinical notes."""

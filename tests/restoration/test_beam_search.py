@@ -25,15 +25,6 @@ PIECES = ["<pad>", "</s>", "<unk>", *(f"<0x{value:02X}>" for value in BYTES), *T
 SENTINELS = np.arange(63, 53, -1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: as fast for a tiny model, and repeatable."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def vocabulary(pieces=PIECES, size=64, sentinels=SENTINELS):
     """The attributes of a tokenizer that the rules read, over the given pieces."""
     texts = [*pieces, *(f"w{k}" for k in range(len(pieces), size - len(sentinels)))]

@@ -15,15 +15,6 @@ SIZES = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_la
 KINDS = ["t5_tied", "t5_gated_untied", "mt5_untied"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: as fast for a tiny model, and repeatable."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(kind: str, seed: int = 0, sharpness: float = 6.0, **sizes: int) -> torch.nn.Module:
     """A tiny random model whose rows end at different lengths."""
     torch.manual_seed(seed)

@@ -5,7 +5,6 @@ Run: python -m pytest tests/restoration/test_filling.py
 
 import numpy as np
 import pytest
-import torch
 
 from resilient_t5.data.corpus.sample import generate_notes
 from resilient_t5.data.tokenizer.tokenizer import train_tokenizer
@@ -50,15 +49,6 @@ ALPHABET = list("患者因高血压入院给予氨氯地平。，；\n abcDE019.
 ]
 WIDE = ["\U0001f9ec", "\ue000", "鼽", "\u0301", "<extra_id_3>", "<pad>", "</s>", "\ufeff", "\u2028"]
 MARKS = ["[?]", "\u25a1\u25a1", "___", "<extra_id_0>", "患者"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: as fast for a tiny model, and repeatable."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

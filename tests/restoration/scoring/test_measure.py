@@ -4,7 +4,7 @@ Run: python -m pytest tests/restoration/scoring/test_measure.py
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +16,7 @@ from resilient_t5.config.schema import CorruptionConfig, DataConfig
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.corruption.corruption import Corrupted, corrupt
 from resilient_t5.data.corruption.token_table import TokenTable
+from resilient_t5.data.ragged import Split
 from resilient_t5.restoration.scoring.baselines import MajorityBaseline
 from resilient_t5.restoration.scoring.measure import Restorer, measure_restoration, score_generated
 from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
@@ -31,21 +32,7 @@ def decode(ids: np.ndarray) -> str:
     return " ".join(f"t{i - FIRST_TERM}" if i < FIRST_WORD else f"w{i}" for i in ids if 2 <= i < SIZE - 100)
 
 
-@dataclass
-class Examples:
-    """A split in memory."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    terms: np.ndarray
-    documents: np.ndarray
-    pairs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-
-def make_split(examples: int = 12) -> Examples:
+def make_split(examples: int = 12) -> Split:
     """Texts of words with all four terms in each, three examples to a document."""
     draws = np.random.Generator(np.random.Philox(key=1))
     rows, terms = [], []
@@ -57,7 +44,7 @@ def make_split(examples: int = 12) -> Examples:
             row += TERM_TOKENS[term]
         rows.append([*row, *draws.integers(FIRST_WORD, SIZE - 100, 4).tolist()])
     offsets = np.cumsum([0] + [len(row) for row in rows])
-    return Examples(
+    return Split(
         np.concatenate(rows).astype(np.uint16),
         offsets.astype(np.int64),
         np.array(terms, np.int32),
@@ -73,12 +60,12 @@ def make_table() -> TokenTable:
     return TokenTable(SIZE, PAD, EOS, SENTINELS, nothing, special, nothing, np.zeros(0, np.int32), np.zeros(SIZE + 1, np.int64))
 
 
-def make_restorer(split: Examples, task: str = "restore") -> Restorer:
+def make_restorer(split: Split, task: str = "restore") -> Restorer:
     glossary = Glossary(TERMS, count_terms(split.terms, len(TERMS)), decode)
     return Restorer(split, make_table(), glossary, MajorityBaseline.fit(split), task, 64, samples=2)
 
 
-def damage(split: Examples, ids: np.ndarray, **settings) -> Corrupted:
+def damage(split: Split, ids: np.ndarray, **settings) -> Corrupted:
     chosen = CorruptionConfig(**{"mask_ratio": 0.3, "term_probability": 0.7, "noise_ratio": 0.0, **settings})
     data = DataConfig(max_source_tokens=64, max_target_tokens=64)
     return corrupt(split, ids, np.zeros_like(ids), seed=5, settings=chosen, data=data, table=make_table())
@@ -93,7 +80,7 @@ def rows_of(values: np.ndarray, offsets: np.ndarray, width: int = 64) -> np.ndar
 
 
 @pytest.fixture
-def split() -> Examples:
+def split() -> Split:
     return make_split()
 
 
@@ -177,7 +164,7 @@ def test_a_model_that_writes_the_whole_text_is_judged_in_the_damaged_places(spli
 def test_a_term_that_the_damage_touches_is_a_masked_term_of_the_whole_text():
     """Of two terms one is damaged, its neighbour too: one span, one occurrence, restored only when the term is back."""
     clean = [30, 31, 10, 11, 32, 12, 33]
-    split = Examples(
+    split = Split(
         np.array(clean, np.uint16),
         np.array([0, 7]),
         np.array([[0, 2, 4, 0], [0, 5, 6, 1]]),
@@ -202,7 +189,7 @@ def test_a_pair_that_was_masked_elsewhere_is_judged_by_its_own_target(split):
     """Its clean text is its source with its answers filled in; its terms are unknown, so no term is counted."""
     source = [30, SENTINELS[0], 31, 32, SENTINELS[1], 33]
     target = [SENTINELS[0], 40, 41, SENTINELS[1], 42]
-    pair = Examples(
+    pair = Split(
         np.array([*source, *target], np.uint16), np.array([0, 11]), np.zeros((0, 4), np.int32), np.zeros(1), np.array([6])
     )
     corrupted = damage(pair, np.array([0]))

@@ -33,6 +33,7 @@ from resilient_t5.errors import ConfigError
 FREE_SECTIONS = ("checkpoint.", "telemetry.")
 FREE_KEYS = (
     "batch.micro_tokens",
+    "batch.pack",
     "batch.pad_multiple",
     "batch.readers",
     "convergence.patience",
@@ -44,6 +45,7 @@ FREE_KEYS = (
     "hardware.compile",
     "hardware.deterministic",
     "hardware.device",
+    "hardware.graphs",
     "hardware.memory_gib",
     "hardware.shard_layers",
     "hardware.threads",

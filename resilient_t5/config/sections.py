@@ -236,6 +236,8 @@ class BatchConfig:
     """Number of length groups that an update is composed of if `window_updates` is above 1."""
     pad_multiple: int | Literal["auto"] = "auto"
     """Pad lengths to a multiple of this; `auto`: 1 on a CPU, 8 on a GPU."""
+    pack: bool | Literal["auto"] = "auto"
+    """Pack several examples into each row of a micro-batch, so that a run has at most eight shapes; `auto`: on a GPU."""
     readers: int = 1
     """Threads that prepare batches in advance; 0 prepares them in the training loop. Does not affect the results."""
 
@@ -431,6 +433,8 @@ class HardwareConfig:
     """CPU threads for matrix products."""
     compile: bool = False
     """Compile the layers with torch.compile; on a GPU worth the minute that it takes at the start."""
+    graphs: bool | Literal["auto"] = "auto"
+    """Capture forward and backward as CUDA graphs, one for each shape; needs `batch.pack`. `auto`: on a GPU if they fit."""
     shard_layers: bool = False
     """Shard the layers, their gradients and optimizer state over all processes (FSDP), for models too large for one GPU."""
     deterministic: bool = False

@@ -1,212 +1,86 @@
-"""Memory-saving T5 layers: the forward pass saves only tensors that the backward pass cannot recompute cheaply.
+"""T5 layers for training: few operations, and only tensors saved that the backward pass cannot recompute cheaply.
 
 The layers of transformers save every intermediate: eight feed-forward widths for a gated GELU, the normed input in addition to
-the input, a 16-bit copy of every weight under autocast, and a mask of B x heads x S x S in every layer. Here a norm saves its
-input, a product saves its input and the weight itself, and a feed-forward layer saves the results of its first products. The
-rest is recomputed: element-wise operations, and on a CPU the scores of attention. Forward and backward are the same up to
-rounding.
+the input, and a 16-bit copy of every weight under autocast. Here a norm saves its input, a product its input, and a
+feed-forward layer the results of its first products. The rest is recomputed: element-wise operations, and on a CPU the scores
+of attention (`model/attention.py`). Products over the same input are one product. Gradients of matrices are added to
+`weight.grad` by the product itself, as those of the vocabulary tables are (`model/vocabulary_gradients.py`), unless the
+layers are sharded. Nothing in forward or backward depends on the values of a tensor, so on a GPU a pass can be captured as a
+graph.
 
-All layers of a stack share one position bias and one additive mask. transformers adds the padding mask to the bias in every
-layer, B x heads x S x S each time, and adds zeros of that size in every cross-attention. Here the first layer adds them once,
-in the number format of the products, and passes the result on in place of the bias; without padding it stays
-(1, heads, S, S), and cross-attention gets (B, 1, T, S) or nothing. On a GPU torch's kernels do the rest (the gradient of the
-bias is then accumulated over the layers in 16 bits). On a CPU they would save scores, weights
-and dropout of every layer, so `RecomputedAttention` saves the projections and one byte per score, and recomputes the weights,
-like Dao et al. 2022 (arXiv 2205.14135) but without tiling.
+`install_lean_layers` changes the classes of stacks and blocks. With `embedded_BSD` a stack computes as described here,
+otherwise as in transformers, which generation uses.
 
-`model/memory.py` counts the saved bytes. Shapes: B examples, S tokens, D model width, F feed-forward width, H heads,
-Q queries, K keys, W width of a head.
+`model/memory.py` counts the saved bytes. Shapes: B rows, S tokens, N = B S, D model width, F feed-forward width, I width of all
+heads together, H heads, Q queries, K keys, O results of a product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5DenseActDense, MT5DenseGatedActDense, MT5LayerNorm
-from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense, T5DenseGatedActDense, T5LayerNorm
+from transformers.models.mt5.modeling_mt5 import MT5Block, MT5Stack
+from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
+from resilient_t5.model.attention import PositionMask, additive_mask, attend, mask_dtype
+from resilient_t5.model.dropout import Dropped, drop
 from resilient_t5.model.embeddings import T5Model
-from resilient_t5.model.vocabulary_gradients import wide_product
-
-
-class RecomputedAttention(torch.autograd.Function):
-    """softmax(q k^T + mask) v with dropout on the weights; computes in float32, saves its inputs and the dropout mask."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BHQW: torch.Tensor,
-        key_BHKW: torch.Tensor,
-        value_BHKW: torch.Tensor,
-        mask: torch.Tensor | None,
-        probability: float,
-    ) -> torch.Tensor:
-        with torch.autocast(query_BHQW.device.type, enabled=False):
-            weights_BHQK = _weights(query_BHQW, key_BHKW, mask)
-            keep_BHQK = None
-            if probability > 0:
-                keep_BHQK = torch.empty_like(weights_BHQK, dtype=torch.bool).bernoulli_(1.0 - probability)
-                weights_BHQK.mul_(keep_BHQK)
-            ctx.save_for_backward(query_BHQW, key_BHKW, value_BHKW, mask, keep_BHQK)
-            # The scale of dropout is applied to the values, which are far fewer than the weights.
-            ctx.factor = 1.0 / (1.0 - probability)
-            wide_BHKW = _wide(value_BHKW) * ctx.factor if probability > 0 else _wide(value_BHKW)
-            return (weights_BHQK @ wide_BHKW).to(query_BHQW.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BHQW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_BHQW, key_BHKW, value_BHKW, mask, keep_BHQK = ctx.saved_tensors
-        with torch.autocast(grad_BHQW.device.type, enabled=False):
-            scaled_BHQW = _wide(grad_BHQW) * ctx.factor
-            grad_BHQK = scaled_BHQW @ _wide(value_BHKW).transpose(2, 3)
-            weights_BHQK = _weights(query_BHQW, key_BHKW, mask)
-            if keep_BHQK is None:
-                grad_value_BHKW = weights_BHQK.transpose(2, 3) @ scaled_BHQW
-            else:
-                grad_value_BHKW = (weights_BHQK * keep_BHQK).transpose(2, 3) @ scaled_BHQW
-                grad_BHQK.mul_(keep_BHQK)
-            dtype = weights_BHQK.dtype
-            grad_BHQK = torch.ops.aten._softmax_backward_data(grad_BHQK, weights_BHQK, -1, dtype)
-            del weights_BHQK
-            grad_query_BHQW = grad_BHQK @ _wide(key_BHKW)
-            grad_key_BHKW = grad_BHQK.transpose(2, 3) @ _wide(query_BHQW)
-            grad_mask = None
-            if mask is not None and ctx.needs_input_grad[3]:
-                grad_mask = grad_BHQK.sum_to_size(mask.shape).to(mask.dtype)
-        narrow = query_BHQW.dtype
-        return grad_query_BHQW.to(narrow), grad_key_BHKW.to(narrow), grad_value_BHKW.to(narrow), grad_mask, None
-
-
-def attend(
-    query_BHQW: torch.Tensor,
-    key_BHKW: torch.Tensor,
-    value_BHKW: torch.Tensor,
-    mask: torch.Tensor | None,
-    probability: float,
-) -> torch.Tensor:
-    """T5 attention, which has no scale factor: (B, H, Q, W).
-
-    Args:
-        mask: additive, in the dtype of the query, broadcastable to (B, H, Q, K); None if every key is visible.
-        probability: of dropout on the weights.
-    """
-    if query_BHQW.device.type == "cpu" and torch.is_grad_enabled():
-        return RecomputedAttention.apply(query_BHQW, key_BHKW, value_BHKW, mask, probability)
-    return functional.scaled_dot_product_attention(
-        query_BHQW, key_BHKW, value_BHKW, attn_mask=mask, dropout_p=probability, scale=1.0
-    )
-
-
-def additive_mask(bias_1HQK: torch.Tensor | None, visible: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Combine bias and visibility into one additive mask of `dtype`.
-
-    Args:
-        bias_1HQK: the learned position bias; None in cross-attention.
-        visible: bool, or additive floats, broadcastable to (B, H, Q, K); None if all keys are visible.
-    """
-    bias = None if bias_1HQK is None else bias_1HQK.to(dtype)
-    if visible is None:
-        return None if bias is None else bias.contiguous()
-    if visible.dtype != torch.bool:
-        return visible.to(dtype) if bias is None else bias + visible.to(dtype)
-    hidden = torch.finfo(dtype).min
-    if bias is None:
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
-    return torch.where(visible, bias, hidden)
-
-
-class _LeanAttention(nn.Module):
-    """Forward of the two classes below over `attend`. With a cache, the forward of transformers runs."""
-
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-    dropout: float
-    n_heads: int
-    key_value_proj_dim: int
-    inner_dim: int
-    is_causal: bool
-    has_relative_attention_bias: bool
-    compute_bias: Any
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        key_value_states: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **rest: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        if past_key_values is not None:
-            return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **rest)
-        source = hidden_states if key_value_states is None else key_value_states
-        query_BHQW, key_BHKW, value_BHKW = (
-            self._split(self.q(hidden_states)),
-            self._split(self.k(source)),
-            self._split(self.v(source)),
-        )
-        if position_bias is None:
-            position_bias = self._mask(mask, query_BHQW, key_BHKW.shape[2])
-        probability = self.dropout if self.training else 0.0
-        mixed_BHQW = attend(query_BHQW, key_BHKW, value_BHKW, position_bias, probability)
-        rows, length = hidden_states.shape[:2]
-        return self.o(mixed_BHQW.transpose(1, 2).reshape(rows, length, self.inner_dim)), position_bias, None
-
-    def _split(self, states_BSI: torch.Tensor) -> torch.Tensor:
-        rows, length, _ = states_BSI.shape
-        return states_BSI.view(rows, length, self.n_heads, self.key_value_proj_dim).transpose(1, 2)
-
-    def _mask(self, visible: torch.Tensor | None, query_BHQW: torch.Tensor, keys: int) -> torch.Tensor | None:
-        """The mask of the first layer, which is passed to the others as their bias."""
-        queries, device = query_BHQW.shape[2], query_BHQW.device
-        if not self.has_relative_attention_bias:
-            return additive_mask(None, visible, query_BHQW.dtype)
-        if visible is None and self.is_causal and queries > 1:
-            visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
-        return additive_mask(self.compute_bias(queries, keys, device=device), visible, query_BHQW.dtype)
-
-
-class LeanT5Attention(_LeanAttention, T5Attention):
-    """`T5Attention` over `attend`."""
-
-
-class LeanMT5Attention(_LeanAttention, MT5Attention):
-    """`MT5Attention` over `attend`."""
-
-
-LEAN_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {T5Attention: LeanT5Attention, MT5Attention: LeanMT5Attention}
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _weights(query_BHQW: torch.Tensor, key_BHKW: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    scores_BHQK = _wide(query_BHQW) @ _wide(key_BHKW).transpose(2, 3)
-    if mask is not None:
-        scores_BHQK.add_(mask)
-    return torch.softmax(scores_BHQK, -1)
-
+from resilient_t5.model.operands import Operand, StaticBuffers
+from resilient_t5.model.vocabulary_gradients import add_product, wide_product
 
 aten = torch.ops.aten
-Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Name in a T5 configuration -> the function, and its backward (grad of output, input) -> grad of input.
+Derivative = Callable[..., torch.Tensor]
+# Name in a T5 configuration -> the function, and its backward (grad of output, input, where to write) -> grad of input.
 ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derivative]] = {
-    "relu": (torch.relu, lambda grad, gate: aten.threshold_backward(grad, gate, 0)),
-    "gelu": (functional.gelu, lambda grad, gate: aten.gelu_backward(grad, gate)),
+    "relu": (torch.relu, lambda grad, gate, out: aten.threshold_backward.grad_input(grad, gate, 0, grad_input=out)),
+    "gelu": (functional.gelu, lambda grad, gate, out: aten.gelu_backward.grad_input(grad, gate, grad_input=out)),
     "gelu_new": (
         lambda gate: functional.gelu(gate, approximate="tanh"),
-        lambda grad, gate: aten.gelu_backward(grad, gate, approximate="tanh"),
+        lambda grad, gate, out: aten.gelu_backward.grad_input(grad, gate, approximate="tanh", grad_input=out),
     ),
-    "silu": (functional.silu, lambda grad, gate: aten.silu_backward(grad, gate)),
-    "swish": (functional.silu, lambda grad, gate: aten.silu_backward(grad, gate)),
+    "silu": (functional.silu, lambda grad, gate, out: aten.silu_backward.grad_input(grad, gate, grad_input=out)),
+    "swish": (functional.silu, lambda grad, gate, out: aten.silu_backward.grad_input(grad, gate, grad_input=out)),
 }
+
+
+LEAN = "lean"
+"""First argument of a block for the forward pass of this module."""
+LONGEST_DISTANCES = 1024
+"""Distances are looked up for lengths of at least this; doubled for longer rows."""
+
+
+@dataclass
+class Constants:
+    """Tensors that every pass needs, made once. Captured graphs read them, so none is ever replaced."""
+
+    scalars: dict[tuple[float, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    distances: dict[tuple[bool, int, torch.device], torch.Tensor] = field(default_factory=dict)
+    """See `one_hot_distances`."""
+
+    def scalar(self, value: float, like: torch.Tensor) -> torch.Tensor:
+        """A scalar on the device of `like`, in its dtype or float32 if that is wider."""
+        key = value, like.device, torch.promote_types(like.dtype, torch.float32)
+        if key not in self.scalars:
+            self.scalars[key] = torch.full((), value, device=key[1], dtype=key[2])
+        return self.scalars[key]
+
+
+@dataclass
+class LeanSettings:
+    """What the blocks of a model share, and each block's copies of its weights."""
+
+    by_kernel: bool
+    """Draw dropout in one call, as for a GPU."""
+    in_place: bool
+    """Add gradients of matrices to `weight.grad` directly."""
+    activation: str
+    constants: "Constants"
+    operands: dict[str, Operand] = field(default_factory=dict)
+    """Copies of the weights of a block in the dtype of its products, by the name of the product."""
 
 
 def working_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -218,179 +92,459 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class RmsNorm(torch.autograd.Function):
-    """x / rms(x) * weight; saves x and one number per token. Computes in float32 or wider, returns `dtype`."""
+    """(x / rms(x) * weight in `dtype`, x itself); saves x and one number per token. Computes in float32 or wider.
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        x, weight_D, scale = ctx.saved_tensors
-        normed = x * scale
-        along = (normed * grad).flatten(0, -2)
-        grad_weight_D = along.sum(0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
-        mean = torch.mv(along, weight_D.to(along.dtype)).div_(x.shape[-1]).view(scale.shape)
-        del along
-        grad_x = normed.mul_(mean.neg_()).addcmul_(grad.to(normed.dtype), weight_D.to(normed.dtype)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight_D, None, None
-
-
-class RecastProduct(torch.autograd.Function):
-    """x @ weight^T in the 16-bit format of x; saves x and the weight itself, and casts the weight again in backward.
-
-    The gradient of the weight is accumulated in float32 if the device supports it.
+    The second result is for the residual connection: its gradient then arrives here and is added by the last operation.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x, weight.to(x.dtype))
+    def forward(
+        ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, scalars: tuple[torch.Tensor, torch.Tensor], settings: tuple[Any, bool]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (epsilon, ctx.one), (dtype, ctx.in_place) = scalars, settings
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=epsilon.dtype)
+        scale = torch.addcmul(epsilon, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
+        ctx.save_for_backward(x, scale)
+        ctx.weight = weight_D
+        ctx.set_materialize_grads(False)
+        normed = x * scale
+        return torch.mul(normed, weight_D, out=normed if dtype == normed.dtype else torch.empty_like(normed, dtype=dtype)), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: torch.Tensor, grad_residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        (x, scale), weight_D = ctx.saved_tensors, ctx.weight
+        normed = x * scale
+        along = (normed * grad).flatten(0, -2)
+        grad_weight_D = None
+        if ctx.needs_input_grad[1] and ctx.in_place and weight_D.grad is not None:
+            weight_D.grad.addmv_(along.T, ctx.one.expand(along.shape[0]))
+        elif ctx.needs_input_grad[1]:
+            grad_weight_D = along.sum(0).to(weight_D.dtype)
+        weight = weight_D.to(along.dtype)
+        mean = torch.addmv(along.new_empty(along.shape[0]), along, weight, beta=0, alpha=-1.0 / x.shape[-1]).view(scale.shape)
+        del along
+        grad_x = normed.mul_(mean).addcmul_(grad, weight)
+        grad_x = grad_x.mul_(scale) if grad_residual is None else torch.addcmul(grad_residual, grad_x, scale)
+        return grad_x.to(x.dtype), grad_weight_D, None, None
+
+
+def rms_norm(x: torch.Tensor, norm: Any, dtype: torch.dtype, lean: LeanSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) * weight in `dtype`, and x for the residual connection; on a GPU by torch's kernel."""
+    if x.device.type == "cpu":
+        scalars = lean.constants.scalar(norm.variance_epsilon, x), lean.constants.scalar(1.0, x)
+        return RmsNorm.apply(x, norm.weight, scalars, (dtype, lean.in_place))
+    return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon).to(dtype), x
+
+
+class Product(torch.autograd.Function):
+    """x @ weight^T for one or several weights (O_i, D) with the same input: (..., sum of O_i) in the dtype of x. Saves x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, in_place: bool, operand: Operand | None, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.in_place, ctx.operand, ctx.weights = in_place, operand, weights
+        x_ND = x.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
-            grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-            grad_weight = None
-            if ctx.needs_input_grad[1]:
-                grad_weight = wide_product(grad.flatten(0, -2).T, x.flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+            if operand is not None:
+                return torch.mm(x_ND, operand.cast_OD.T).view(*x.shape[:-1], -1)
+            out_NO = x_ND.new_empty(x_ND.shape[0], sum(weight.shape[0] for weight in weights))
+            for part_NO, weight in zip(out_NO.split([w.shape[0] for w in weights], 1), weights, strict=True):
+                torch.mm(x_ND, weight.to(x.dtype).T, out=part_NO)
+            return out_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), weights = ctx.saved_tensors, ctx.weights
+        grad_NO, x_ND = grad.flatten(0, -2), x.flatten(0, -2)
+        sizes, needed = [weight.shape[0] for weight in weights], ctx.needs_input_grad[3:]
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = _product_gradient(grad_NO, weights, ctx.operand).view_as(x)
+            grads: list[torch.Tensor | None] = [None] * len(weights)
+            if ctx.in_place and ctx.operand is not None and all(needed):
+                ctx.operand.add_gradient(grad_NO, x_ND)
+            else:
+                parts = zip(grad_NO.split(sizes, 1), weights, needed, strict=True)
+                grads = [_weight_gradient(g, x_ND, w, 1.0, ctx.in_place) if use else None for g, w, use in parts]
+        return grad_x, None, None, *grads
 
 
-class FeedForward(torch.autograd.Function):
-    """keep * activation(gate) * linear @ weight^T; saves gate, linear and the dropout mask, recomputes the rest."""
+def _product_gradient(
+    grad_NO: torch.Tensor, weights: Sequence[torch.Tensor], operand: Operand | None
+) -> torch.Tensor:
+    """The gradient (N, D) of the input of a product."""
+    if operand is not None:
+        return torch.mm(grad_NO, operand.cast_OD)
+    parts = grad_NO.split([weight.shape[0] for weight in weights], 1)
+    grad_ND = torch.mm(parts[0], weights[0].to(grad_NO.dtype))
+    for part_NO, weight in zip(parts[1:], weights[1:], strict=True):
+        grad_ND.addmm_(part_NO, weight.to(grad_NO.dtype))
+    return grad_ND
+
+
+class ResidualProduct(torch.autograd.Function):
+    """residual + dropout(x @ weight^T): the end of an attention. Saves x and the dropout mask."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        gate: torch.Tensor,
-        linear: torch.Tensor | None,
-        weight_DF: torch.Tensor,
-        keep: torch.Tensor | None,
-        settings: tuple[str, float, torch.dtype],
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight_DI: torch.Tensor,
+        operand: Operand | None,
+        settings: tuple[float, bool, bool],
     ) -> torch.Tensor:
-        ctx.save_for_backward(gate, linear, weight_DF, keep)
-        ctx.settings = settings
-        with torch.autocast(gate.device.type, enabled=False):
-            hidden = _hidden(ACTIVATIONS[settings[0]][0](gate), linear, keep, settings[1])
-            return functional.linear(hidden.to(settings[2]), weight_DF.to(settings[2]))
+        probability, by_kernel, ctx.in_place = settings
+        # Not a saved tensor: checkpointing would hand out another one, without `grad`.
+        ctx.operand, ctx.weight = operand, weight_DI
+        with torch.autocast(x.device.type, enabled=False):
+            dropped = drop(torch.mm(x.flatten(0, -2), _in_dtype(weight_DI, operand, x.dtype).T), probability, by_kernel)
+            ctx.save_for_backward(x, dropped.keep)
+            ctx.scales = dropped.mask_scale, dropped.product_scale
+            return torch.add(residual, dropped.values.view(residual.shape), alpha=dropped.product_scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None]:
-        gate, linear, weight_DF, keep = ctx.saved_tensors
-        name, factor, dtype = ctx.settings
-        activation, derivative = ACTIVATIONS[name]
-        with torch.autocast(gate.device.type, enabled=False):
-            activated = activation(gate)
-            grad_weight_DF = None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x, keep), weight_DI = ctx.saved_tensors, ctx.weight
+        with torch.autocast(x.device.type, enabled=False):
+            grad_ND, scale = _through_dropout(grad, keep, ctx.scales, x.dtype)
+            grad_x = _scaled_mm(grad_ND, _in_dtype(weight_DI, ctx.operand, x.dtype), scale).view_as(x)
+            grad_weight = None
             if ctx.needs_input_grad[2]:
-                hidden = _hidden(activated if linear is None else activated.clone(), linear, keep, factor)
-                grad_weight_DF = _product(grad.flatten(0, -2).T, hidden.flatten(0, -2).to(dtype)).to(weight_DF.dtype)
-                del hidden
-            grad_hidden = (grad @ weight_DF.to(grad.dtype)).to(gate.dtype)
-            if keep is not None:
-                grad_hidden.mul_(keep).mul_(factor)
-            if linear is None:
-                return derivative(grad_hidden, gate), None, grad_weight_DF, None, None
-            grad_linear = activated.mul_(grad_hidden)
-            return derivative(grad_hidden.mul_(linear), gate), grad_linear, grad_weight_DF, None, None
+                grad_weight = _weight_gradient(grad_ND, x.flatten(0, -2), weight_DI, scale, ctx.in_place)
+        return grad, grad_x, grad_weight, None, None
 
 
-def _hidden(activated: torch.Tensor, linear: torch.Tensor | None, keep: torch.Tensor | None, factor: float) -> torch.Tensor:
-    """The input of the second product, computed in place of `activated`."""
-    if linear is not None:
-        activated.mul_(linear)
-    return activated if keep is None else activated.mul_(keep).mul_(factor)
+class ResidualFeedForward(torch.autograd.Function):
+    """residual + dropout(dropout(activation(gate) * linear) @ weight^T): a feed-forward layer after its first products.
 
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a @ b if a.dtype in (torch.float32, torch.float64) else wide_product(a, b)
-
-
-FEED_FORWARDS = (T5DenseActDense, T5DenseGatedActDense, MT5DenseActDense, MT5DenseGatedActDense)
-
-
-class LeanNorm(nn.Module):
-    """A norm inside a block: its output feeds matrix products only, so under autocast it is cast to 16 bits once."""
-
-    weight: torch.Tensor
-    variance_epsilon: float
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, working_dtype(hidden_states))
-
-
-class LeanLastNorm(LeanNorm):
-    """The decoder's last norm: float32 regardless of autocast, since it is the input of the loss."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
-
-
-class LeanDropout(nn.Dropout):
-    """Dropout that saves one byte per value, on a CPU too."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(input, self.p, True)[0] if self.training and self.p > 0 else input
-
-
-class LeanLinear(nn.Linear):
-    """A linear layer that saves no 16-bit copy of its weight under autocast."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        dtype = working_dtype(input)
-        if dtype == self.weight.dtype:
-            return functional.linear(input, self.weight)
-        return RecastProduct.apply(input.to(dtype), self.weight)
-
-
-class LeanFeedForward(nn.Module):
-    """T5's feed-forward layer, gated or not, over `FeedForward`."""
-
-    wo: nn.Linear
-    dropout: nn.Dropout
-    activation_name: str
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        first: Any = getattr(self, "wi_0", None)
-        gated = first is not None
-        gate = first(hidden_states) if gated else self.get_submodule("wi")(hidden_states)
-        linear = self.get_submodule("wi_1")(hidden_states) if gated else None
-        probability = self.dropout.p if self.training else 0.0
-        keep = torch.empty_like(gate, dtype=torch.bool).bernoulli_(1.0 - probability) if probability > 0 else None
-        factor = 1.0 / (1.0 - probability)
-        # In the number format of the gate: a float32 island (`precision.py`) needs its second product in float32 too.
-        return FeedForward.apply(gate, linear, self.wo.weight, keep, (self.activation_name, factor, gate.dtype))
-
-
-def install_lean_layers(model: T5Model) -> None:
-    """Replace the classes of the layers of `model`; parameters, names and hooks are kept. Idempotent.
-
-    Compatible with autocast, checkpointing, float32 islands (before or after), evaluation and generation.
+    `first` holds gate and linear (..., 2 F), or only the gate (..., F). Saved: `first` and the dropout masks; the rest is
+    recomputed.
     """
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        kind = type(module)
-        if kind in LEAN_ATTENTION:
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: torch.Tensor,
+        first: torch.Tensor,
+        weight_DF: torch.Tensor,
+        operand: Operand | None,
+        settings: tuple[str, float, bool, bool],
+    ) -> torch.Tensor:
+        ctx.activation, probability, by_kernel, ctx.in_place = settings
+        ctx.operand, ctx.weight = operand, weight_DF
+        with torch.autocast(first.device.type, enabled=False):
+            gate, linear = _gate_and_linear(first, weight_DF)
+            activated = ACTIVATIONS[ctx.activation][0](gate)
+            hidden = drop(activated if linear is None else activated.mul_(linear), probability, by_kernel)
+            cast_FD = _in_dtype(weight_DF, operand, first.dtype).T
+            dropped = drop(_scaled_mm(hidden.values, cast_FD, hidden.product_scale), probability, by_kernel)
+            ctx.save_for_backward(first, hidden.keep, dropped.keep)
+            ctx.scales = dropped.mask_scale, dropped.product_scale
+            return torch.add(residual, dropped.values.view(residual.shape), alpha=dropped.product_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (first, keep_hidden, keep), weight_DF = ctx.saved_tensors, ctx.weight
+        activation, derivative = ACTIVATIONS[ctx.activation]
+        with torch.autocast(first.device.type, enabled=False):
+            grad_ND, scale = _through_dropout(grad, keep, ctx.scales, first.dtype)
+            gate, linear = _gate_and_linear(first, weight_DF)
+            activated = activation(gate)
+            mask = Dropped(activated, keep_hidden, *ctx.scales)
+            scale *= mask.product_scale
+            grad_weight = None
+            if ctx.needs_input_grad[2]:
+                hidden = mask.again(activated) if linear is None else mask.again_(activated * linear)
+                grad_weight = _weight_gradient(grad_ND, hidden, weight_DF, scale, ctx.in_place)
+                del hidden
+            grad_hidden = mask.again_(_scaled_mm(grad_ND, _in_dtype(weight_DF, ctx.operand, first.dtype), scale))
+            grad_first = first.new_empty(gate.shape[0], first.shape[-1])
+            if linear is not None:
+                torch.mul(activated, grad_hidden, out=grad_first[:, gate.shape[1] :])
+                grad_hidden.mul_(linear)
+            derivative(grad_hidden, gate, grad_first[:, : gate.shape[1]])
+        return grad, grad_first.view_as(first), grad_weight, None, None
+
+
+def _gate_and_linear(first: torch.Tensor, weight_DF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views (N, F) of the gate and, in a gated layer, of the linear part."""
+    first_N = first.flatten(0, -2)
+    width = weight_DF.shape[1]
+    return (first_N, None) if first_N.shape[1] == width else (first_N[:, :width], first_N[:, width:])
+
+
+def _through_dropout(
+    grad: torch.Tensor, keep_ND: torch.Tensor | None, scales: tuple[float, float], dtype: torch.dtype
+) -> tuple[torch.Tensor, float]:
+    """The gradient (N, D) of a product before its dropout, in `dtype`, and the factor that is left to the next product."""
+    grad_ND = grad.flatten(0, -2)
+    if keep_ND is None:
+        return grad_ND.to(dtype), 1.0
+    out_ND = torch.empty_like(grad_ND, dtype=dtype)
+    return torch.mul(grad_ND, keep_ND, out=out_ND), scales[0] * scales[1]
+
+
+def _in_dtype(weight: torch.Tensor, operand: Operand | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in the dtype of a product: the copy that exists anyway, or a new one."""
+    return weight.to(dtype) if operand is None else operand.cast_OD
+
+
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.mm(a, b) if scale == 1.0 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _weight_gradient(
+    grad_NO: torch.Tensor, x_ND: torch.Tensor, weight: torch.Tensor, scale: float, in_place: bool
+) -> torch.Tensor | None:
+    """scale * grad^T @ x, accumulated in the dtype of the weight: added to `weight.grad` or returned."""
+    if in_place:
+        add_product(weight, grad_NO.T, x_ND, scale)
+        return None
+    product = torch.mm(grad_NO.T, x_ND) if x_ND.dtype == weight.dtype else wide_product(grad_NO.T, x_ND).to(weight.dtype)
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+class LeanBlock(nn.Module):
+    """Forward of the two classes below over the functions above.
+
+    Every argument is positional, since checkpointing passes only those to the backward pass. Returns the hidden states and
+    the mask of self-attention, which the first block makes from visibility and its table of biases.
+    """
+
+    layer: nn.ModuleList
+    is_decoder: bool
+    lean: "LeanSettings"
+
+    def forward(self, hidden_BSD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (args and args[0] is LEAN):
+            return super().forward(hidden_BSD, *args, **kwargs)
+        _, mask, encoded_BKD, cross_mask = args
+        hidden_BSD, mask = self._self_attention(hidden_BSD, mask)
+        if self.is_decoder:
+            hidden_BSD = self._cross_attention(hidden_BSD, encoded_BKD, cross_mask)
+        return self._feed_forward(hidden_BSD), mask
+
+    def products(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The weights of each product, by its name."""
+        attention: Any = self.layer[0].SelfAttention
+        found = {"self.first": (attention.q.weight, attention.k.weight, attention.v.weight), "self.last": (attention.o.weight,)}
+        if self.is_decoder:
+            cross: Any = self.layer[1].EncDecAttention
+            found |= {"cross.first": (cross.q.weight,), "cross.second": (cross.k.weight, cross.v.weight)}
+            found |= {"cross.last": (cross.o.weight,)}
+        dense: Any = self.layer[-1].DenseReluDense
+        gates = (dense.wi_0.weight, dense.wi_1.weight) if hasattr(dense, "wi_0") else (dense.wi.weight,)
+        return found | {"ff.first": gates, "ff.last": (dense.wo.weight,)}
+
+    def _self_attention(self, hidden_BSD: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        sublayer: Any = self.layer[0]
+        attention = sublayer.SelfAttention
+        normed_BSD, hidden_BSD = self._norm(sublayer, hidden_BSD)
+        first = self._heads(self._product(normed_BSD, "self.first"), attention)
+        if attention.has_relative_attention_bias:
+            mask = self._position_mask(attention, first, mask)
+        return self._attention_end(sublayer, attention, hidden_BSD, (first, None, mask)), mask
+
+    def _cross_attention(
+        self, hidden_BTD: torch.Tensor, encoded_BKD: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        sublayer: Any = self.layer[1]
+        attention = sublayer.EncDecAttention
+        normed_BTD, hidden_BTD = self._norm(sublayer, hidden_BTD)
+        first = self._heads(self._product(normed_BTD, "cross.first"), attention)
+        second = self._heads(self._product(encoded_BKD, "cross.second"), attention)
+        return self._attention_end(sublayer, attention, hidden_BTD, (first, second, mask))
+
+    def _attention_end(self, sublayer: Any, attention: Any, hidden_BSD: torch.Tensor, inputs: tuple[Any, ...]) -> torch.Tensor:
+        mixed_BSHW = attend(*inputs, self._probability(attention.dropout), self.lean.by_kernel)
+        name = "self.last" if inputs[1] is None else "cross.last"
+        settings = (self._probability(sublayer.dropout.p), self.lean.by_kernel, self.lean.in_place)
+        weight = attention.o.weight
+        return ResidualProduct.apply(hidden_BSD, mixed_BSHW.flatten(2), weight, self._operand(name, mixed_BSHW.dtype), settings)
+
+    def _feed_forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        sublayer: Any = self.layer[-1]
+        dense = sublayer.DenseReluDense
+        normed_BSD, hidden_BSD = self._norm(sublayer, hidden_BSD)
+        first = self._product(normed_BSD, "ff.first")
+        if first.dtype == torch.float16:
+            first = first.float()  # an island: hidden values overflow float16, so the second product is float32 too
+        settings = (self.lean.activation, self._probability(dense.dropout.p), self.lean.by_kernel, self.lean.in_place)
+        return ResidualFeedForward.apply(hidden_BSD, first, dense.wo.weight, self._operand("ff.last", first.dtype), settings)
+
+    def _norm(self, sublayer: Any, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norm = sublayer.layer_norm
+        return rms_norm(hidden_BSD, norm, working_dtype(hidden_BSD), self.lean)
+
+    def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        x = x.to(working_dtype(x))
+        return Product.apply(x, self.lean.in_place, self._operand(name, x.dtype), *self.products()[name])
+
+    def _operand(self, name: str, dtype: torch.dtype) -> Operand | None:
+        """The copy of the weights of a product in `dtype`; only in training, which keeps it up to date."""
+        operand = self.lean.operands.get(name) if self.training else None
+        return operand if operand is not None and operand.cast_OD.dtype == dtype else None
+
+    def _heads(self, product_BSO: torch.Tensor, attention: Any) -> torch.Tensor:
+        return product_BSO.unflatten(2, (-1, attention.n_heads, attention.key_value_proj_dim))
+
+    def _position_mask(self, attention: Any, first: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        length = first.shape[1]
+        table_NH = attention.relative_attention_bias.weight
+        one_hot_PN = one_hot_distances(attention, length, self.lean.constants, first.device)
+        return PositionMask.apply(table_NH, one_hot_PN, visible, (length, length), mask_dtype(first))
+
+    def _probability(self, probability: float) -> float:
+        return probability if self.training else 0.0
+
+
+def one_hot_distances(attention: Any, length: int, constants: Constants, device: torch.device) -> torch.Tensor:
+    """The bucket of each distance from -(length - 1) to length - 1 as one-hot rows (P, N), float32.
+
+    Distances are position of the key minus position of the query.
+    """
+    longest = max(LONGEST_DISTANCES, 1 << (length - 1).bit_length())
+    key = attention.is_decoder, longest, device
+    if key not in constants.distances:
+        buckets_P = attention._relative_position_bucket(
+            torch.arange(1 - longest, longest),
+            bidirectional=not attention.is_decoder,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        buckets_N = torch.arange(attention.relative_attention_num_buckets)
+        constants.distances[key] = (buckets_P[:, None] == buckets_N).float().to(device)
+    return constants.distances[key][longest - length : longest + length - 1]
+
+
+class LeanT5Block(LeanBlock, T5Block):
+    """`T5Block` with the forward pass of this module."""
+
+
+class LeanMT5Block(LeanBlock, MT5Block):
+    """`MT5Block` with the forward pass of this module."""
+
+
+class LeanStack(nn.Module):
+    """Forward of the two classes below: embedded inputs to hidden states.
+
+    Without `embedded_BSD` the forward pass of transformers runs.
+    """
+
+    block: nn.ModuleList
+    final_layer_norm: Any
+    dropout: nn.Dropout
+    is_decoder: bool
+    lean: LeanSettings
+
+    def forward(
+        self,
+        *args: Any,
+        embedded_BSD: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+        encoded_BKD: torch.Tensor | None = None,
+        cross_visible: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The hidden states (B, S, D): of a decoder in the dtype of the residual stream, since they enter the loss.
+
+        Args:
+            embedded_BSD: rows of the embedding.
+            visible: bool, broadcastable to (B, 1, S, S), the keys that each query sees; None for all.
+            encoded_BKD: result of the encoder.
+            cross_visible: the same for the encoder's positions as keys, (B, 1, S, K).
+        """
+        if embedded_BSD is None:
+            return super().forward(*args, **kwargs)
+        probability = self.dropout.p if self.training else 0.0
+        hidden_BSD = Dropout.apply(embedded_BSD, probability, self.lean.by_kernel)
+        dtype = working_dtype(hidden_BSD)
+        cross_dtype = torch.promote_types(dtype, torch.float32) if hidden_BSD.device.type == "cpu" else dtype
+        mask, cross_mask = visible, additive_mask(cross_visible, cross_dtype)
+        for block in self.block:
+            hidden_BSD, mask = block(hidden_BSD, LEAN, mask, encoded_BKD, cross_mask)
+        # The output of the encoder is the input of products only, so it is cast to 16 bits once.
+        normed_BSD, _ = rms_norm(
+            hidden_BSD, self.final_layer_norm, hidden_BSD.dtype if self.is_decoder else dtype, self.lean
+        )
+        return Dropout.apply(normed_BSD, probability, self.lean.by_kernel)
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout that saves one byte per value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, probability: float, by_kernel: bool) -> torch.Tensor:
+        dropped = drop(x if by_kernel or probability <= 0 else x.clone(), probability, by_kernel)
+        ctx.save_for_backward(dropped.keep)
+        ctx.scales = dropped.mask_scale, dropped.product_scale
+        return dropped.values if dropped.product_scale == 1.0 else dropped.values.mul_(dropped.product_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        grad_x = Dropped(grad, keep, *ctx.scales).again(grad)
+        return grad_x if keep is None or ctx.scales[1] == 1.0 else grad_x.mul_(ctx.scales[1]), None, None
+
+
+class LeanT5Stack(LeanStack, T5Stack):
+    """`T5Stack` with the forward pass of this module."""
+
+
+class LeanMT5Stack(LeanStack, MT5Stack):
+    """`MT5Stack` with the forward pass of this module."""
+
+
+LEAN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    T5Block: LeanT5Block,
+    MT5Block: LeanMT5Block,
+    T5Stack: LeanT5Stack,
+    MT5Stack: LeanMT5Stack,
+}
+
+
+def install_lean_layers(model: T5Model, *, in_place: bool = True, by_kernel: bool = False) -> None:
+    """Replace the classes of the stacks and blocks of `model`; parameters, names and hooks are kept. Idempotent.
+
+    Compatible with autocast, checkpointing, evaluation and generation.
+
+    Args:
+        in_place: add the gradients of matrices to `weight.grad` directly; not with sharded layers, whose gradients are
+            reduced by autograd hooks.
+        by_kernel: draw dropout in one call, as for a GPU.
+    """
+    constants = Constants()
+    for stack in (model.encoder, model.decoder):
+        modules: list[Any] = [stack, *stack.block]
+        for module in modules:
             # Only the class changes, so parameters, names and hooks are kept.
-            module.__class__ = LEAN_ATTENTION[kind]
-        elif kind in (T5LayerNorm, MT5LayerNorm):
-            module.__class__ = LeanNorm
-        elif kind in FEED_FORWARDS:
-            module.activation_name = model.config.dense_act_fn
-            module.__class__ = LeanFeedForward
-        elif kind is nn.Dropout:
-            module.__class__ = LeanDropout
-        elif kind is nn.Linear and module is not model.lm_head:
-            module.__class__ = LeanLinear
-    last: Any = model.decoder.final_layer_norm
-    last.__class__ = LeanLastNorm
+            module.__class__ = LEAN_CLASSES.get(type(module), type(module))
+            module.lean = LeanSettings(by_kernel, in_place, model.config.dense_act_fn, constants)
+
+
+def allocate_buffers(model: T5Model, dtype: torch.dtype | None) -> StaticBuffers:
+    """Allocate the static buffers of a model with lean layers that is trained and not sharded.
+
+    Args:
+        dtype: of the copies of the weights; None keeps no copies.
+    """
+    operands: list[Operand] = []
+    blocks: list[Any] = [*model.encoder.block, *model.decoder.block] if dtype is not None else []
+    for block in blocks:
+        for name, weights in block.products().items():
+            # The second product of a feed-forward layer is a float32 island with float16: no copy.
+            if all(weight.requires_grad for weight in weights) and not (name == "ff.last" and dtype == torch.float16):
+                block.lean.operands[name] = Operand.allocate(weights, dtype or weights[0].dtype)
+                operands.append(block.lean.operands[name])
+    return StaticBuffers(model, operands)

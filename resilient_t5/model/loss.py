@@ -1,7 +1,7 @@
 """The loss of a T5 or mT5 as a sum over target tokens; gradients of the vocabulary tables are accumulated in place.
 
-Encoder and decoder are called with embedded inputs, and the head only on positions with a label, by blocks of the vocabulary,
-so the full matrix of logits is never allocated. The sum is divided once by the target tokens of the whole update, so the
+Encoder and decoder are called with embedded inputs, and the head by blocks of the vocabulary, so the full matrix of logits is
+never allocated: on a CPU only at positions with a label, on a GPU at all. The sum is divided once by the target tokens of the whole update, so the
 gradient does not depend on how the update is split into micro-batches.
 
 Shapes: B examples, S source tokens, T target tokens, N labels that are not -100, V vocabulary rows, D model width.
@@ -13,7 +13,13 @@ import torch
 
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import SpecialIds, T5Model, scales_decoder_output, special_ids
-from resilient_t5.model.vocabulary_gradients import EmbeddingInPlace, HeadLossInPlace, LossTerms
+from resilient_t5.model.vocabulary_gradients import (
+    GPU_BLOCK_VALUES,
+    EmbeddingInPlace,
+    HeadLossInPlace,
+    LossTerms,
+    rows_of_block,
+)
 
 IGNORED = -100
 
@@ -47,10 +53,12 @@ def forward_loss(
     source_BS: torch.Tensor,
     source_mask_BS: torch.Tensor | None,
     labels_BT: torch.Tensor,
+    target_segments_BT: torch.Tensor | None = None,
     *,
-    divisor: float,
+    divisor: float | torch.Tensor,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    all_positions: bool = False,
 ) -> LossParts:
     """The loss of one micro-batch; its backward adds to `.grad` of both vocabulary tables.
 
@@ -58,21 +66,29 @@ def forward_loss(
     and tied, untied and frozen tables.
 
     Args:
-        model: T5ForConditionalGeneration or MT5ForConditionalGeneration; its own forward is not called.
+        model: T5ForConditionalGeneration or MT5ForConditionalGeneration with lean layers.
         source_BS: encoder ids, padded.
-        source_mask_BS: 1 for a token, 0 for padding; None without padding.
+        source_mask_BS: 1 for a token, 0 for padding; None without padding. With packed rows the number of the example in
+            its row, from 1.
         labels_BT: decoder targets, -100 for no target; shifted right, they are the decoder's inputs.
-        divisor: target tokens of the whole update, on all ranks.
+        target_segments_BT: with packed rows, the number of each label's example in its row; 0 for padding.
+        divisor: target tokens of the whole update, on all ranks; a scalar tensor in float32 is not checked.
         label_smoothing: share of the target probability spread over the V rows.
         z_loss: weight of the squared log-partition of each label.
+        all_positions: compute the head for every position, with or without label: more work, but no size then depends on
+            the values of the labels.
 
     Raises:
         DataError: the divisor is not above 0: the update has no target token.
     """
-    if not divisor > 0:
+    if not isinstance(divisor, torch.Tensor) and not divisor > 0:
         raise DataError("an update without any target token", hint="Check the prepared corpus; every example needs a target")
-    terms = LossTerms(1.0 / divisor, label_smoothing, z_loss, _product_dtype(model))
-    hidden_ND, labels_N, _ = _label_states(model, source_BS, source_mask_BS, labels_BT)
+    block_rows = rows_of_block(labels_BT.numel(), model.lm_head.weight.shape[0], GPU_BLOCK_VALUES) if all_positions else None
+    terms = LossTerms(1.0 / divisor, label_smoothing, z_loss, _product_dtype(model), block_rows=block_rows)
+    batch = (source_BS, source_mask_BS, labels_BT, target_segments_BT)
+    decoded_BTD = _decode(model, *batch, check_padding=not all_positions)
+    positions_N = None if all_positions else _label_positions(labels_BT)
+    hidden_ND, labels_N = _at(model, decoded_BTD, labels_BT, positions_N)
     loss, nll_N, _ = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
     return LossParts(loss, nll_N.detach().sum(dtype=torch.float64))
 
@@ -83,6 +99,7 @@ def token_nll(
     source_BS: torch.Tensor,
     source_mask_BS: torch.Tensor | None,
     labels_BT: torch.Tensor,
+    target_segments_BT: torch.Tensor | None = None,
     *,
     part_BT: torch.Tensor | None = None,
 ) -> ExampleNll:
@@ -90,10 +107,13 @@ def token_nll(
 
     Args:
         model: in evaluation mode for a result without dropout.
-        source_BS, source_mask_BS, labels_BT: as in `forward_loss`.
+        source_BS, source_mask_BS, labels_BT, target_segments_BT: as in `forward_loss`; with packed rows the results are
+            per row.
         part_BT: bool; a subset of the labels, such as terms, to be evaluated separately in the same forward pass.
     """
-    hidden_ND, labels_N, positions_N = _label_states(model, source_BS, source_mask_BS, labels_BT)
+    decoded_BTD = _decode(model, source_BS, source_mask_BS, labels_BT, target_segments_BT, check_padding=True)
+    positions_N = _label_positions(labels_BT)
+    hidden_ND, labels_N = _at(model, decoded_BTD, labels_BT, positions_N)
     terms = LossTerms(1.0, product_dtype=_product_dtype(model), count_correct=True)
     _, nll_N, correct_N = HeadLossInPlace.apply(hidden_ND, model.lm_head.weight, labels_N, terms)
     example_N = positions_N // labels_BT.shape[1]
@@ -113,10 +133,15 @@ def token_nll(
     return over(torch.ones_like(correct_N), of_part)
 
 
-def shift_right(labels_BT: torch.Tensor, special: SpecialIds) -> torch.Tensor:
-    """Decoder inputs: the start id, then the labels without the last one; -100 becomes the pad."""
+def shift_right(
+    labels_BT: torch.Tensor, special: SpecialIds, target_segments_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Decoder inputs: for each example the start id, then its labels without the last one; -100 becomes the pad."""
     inputs_BT = labels_BT.new_full(labels_BT.shape, special.decoder_start_id)
     inputs_BT[:, 1:] = labels_BT[:, :-1]
+    if target_segments_BT is not None:
+        begins_BT = target_segments_BT[:, 1:] != target_segments_BT[:, :-1]
+        inputs_BT[:, 1:].masked_fill_(begins_BT, special.decoder_start_id)
     return inputs_BT.masked_fill_(inputs_BT == IGNORED, special.pad_id)
 
 
@@ -128,24 +153,59 @@ def _product_dtype(model: T5Model) -> torch.dtype:
     return dtype
 
 
-def _label_states(
-    model: T5Model, source_BS: torch.Tensor, source_mask_BS: torch.Tensor | None, labels_BT: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inputs of the head at the N labels (N, D), the labels (N,), and their flat positions (N,) in labels_BT."""
-    embedding_VD, config = model.shared.weight, model.config
-    inputs_BT = shift_right(labels_BT, special_ids(model))
-    encoded_BSD = model.encoder(
-        inputs_embeds=EmbeddingInPlace.apply(embedding_VD, source_BS), attention_mask=source_mask_BS
-    ).last_hidden_state
-    # The decoder needs no padding mask: padding is at the end, and attention is causal.
-    decoded_BTD = model.decoder(
-        inputs_embeds=EmbeddingInPlace.apply(embedding_VD, inputs_BT),
-        encoder_hidden_states=encoded_BSD,
-        encoder_attention_mask=source_mask_BS,
-        use_cache=False,
-    ).last_hidden_state
-    positions_N = (labels_BT.flatten() != IGNORED).nonzero()[:, 0]  # a host sync on a GPU
-    hidden_ND = decoded_BTD.flatten(0, 1).index_select(0, positions_N)
+def _decode(
+    model: T5Model,
+    source_BS: torch.Tensor,
+    source_mask_BS: torch.Tensor | None,
+    labels_BT: torch.Tensor,
+    target_segments_BT: torch.Tensor | None,
+    *,
+    check_padding: bool,
+) -> torch.Tensor:
+    """The output of the decoder (B, T, D).
+
+    Args:
+        check_padding: on a CPU, leave out a mask without padding; a GPU would have to be waited for.
+    """
+    if source_mask_BS is not None and check_padding and not source_mask_BS.is_cuda and target_segments_BT is None:
+        source_mask_BS = None if bool(source_mask_BS.all()) else source_mask_BS
+    embedding_VD = model.shared.weight
+    inputs_BT = shift_right(labels_BT, special_ids(model), target_segments_BT)
+    causal_TT = torch.ones(labels_BT.shape[1], labels_BT.shape[1], dtype=torch.bool, device=labels_BT.device).tril()
+    visible = None if source_mask_BS is None else source_mask_BS[:, None, None, :] > 0
+    cross_visible, causal = visible, causal_TT[None, None]
+    if target_segments_BT is not None and source_mask_BS is not None:
+        visible = _same(source_mask_BS, source_mask_BS)
+        cross_visible = _same(target_segments_BT, source_mask_BS)
+        causal = causal & _same(target_segments_BT, target_segments_BT)
+    # Unpacked, the decoder needs no padding mask: padding is at the end, and attention is causal.
+    encoded_BSD = model.encoder(embedded_BSD=EmbeddingInPlace.apply(embedding_VD, source_BS), visible=visible)
+    decoded_BTD: torch.Tensor = model.decoder(
+        embedded_BSD=EmbeddingInPlace.apply(embedding_VD, inputs_BT),
+        visible=causal,
+        encoded_BKD=encoded_BSD,
+        cross_visible=cross_visible,
+    )
+    return decoded_BTD
+
+
+def _same(queries_BQ: torch.Tensor, keys_BK: torch.Tensor) -> torch.Tensor:
+    """Which positions belong to the same example: bool (B, 1, Q, K)."""
+    return queries_BQ[:, None, :, None] == keys_BK[:, None, None, :]
+
+
+def _label_positions(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Flat positions (N,) of the labels in labels_BT; waits for a GPU."""
+    return (labels_BT.flatten() != IGNORED).nonzero()[:, 0]
+
+
+def _at(
+    model: T5Model, decoded_BTD: torch.Tensor, labels_BT: torch.Tensor, positions_N: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs of the head (N, D) and the labels (N,), at these positions or at all."""
+    hidden_ND, labels_N = decoded_BTD.flatten(0, 1), labels_BT.flatten()
+    if positions_N is not None:
+        hidden_ND, labels_N = hidden_ND.index_select(0, positions_N), labels_N[positions_N]
     if scales_decoder_output(model):
-        hidden_ND = hidden_ND * config.d_model**-0.5
-    return hidden_ND, labels_BT.flatten()[positions_N], positions_N
+        hidden_ND = hidden_ND * model.config.d_model**-0.5
+    return hidden_ND, labels_N.long()

@@ -4,8 +4,6 @@ T5 was trained in bfloat16 and overflows float16: the product of the second feed
 precautions in transformers (`_keep_in_fp32_modules`, the clamps) have no effect under autocast.
 """
 
-import hashlib
-import struct
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resilient_t5.errors import ConfigError
 from resilient_t5.model.embeddings import T5Model
-from resilient_t5.model.layers import LeanLinear
 from resilient_t5.model.loss import token_nll
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -87,7 +84,7 @@ def cpu_supports_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
         return None
 
 
-class WideOutput(LeanLinear):
+class WideOutput(nn.Linear):
     """A linear layer that returns float32, so that later operations cannot overflow float16."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -203,12 +200,3 @@ def check_attention(device: torch.device) -> str:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_flash_sdp(False)
     return f"; attention backward differs by {offset:.1e}, so only the math kernel is used"
-
-
-def seed_dropout(seed: int, update: int, micro_batch: int) -> None:
-    """Seed torch's global generators, on all devices, with a hash of the three numbers.
-
-    Dropout is then a function of them alone, independent of earlier draws, of a resume, and of the rank.
-    """
-    digest = hashlib.blake2b(struct.pack("<4q", seed, update, micro_batch, 0), digest_size=8, person=b"dropout").digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -11,6 +11,7 @@ Shapes: N target tokens, V vocabulary rows, D model width, R rows of a block.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.autograd.function import once_differentiable
 BLOCK_ROWS = 4096
 # 8 MiB in float32: with few tokens a block has more rows, since the last block is not computed twice.
 BLOCK_VALUES = 512 * BLOCK_ROWS
+GPU_BLOCK_VALUES = 2**24
+"""64 MiB in float32, so that short texts need one block: on a GPU a launch costs more than this memory."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class LossTerms:
     (1 - label_smoothing) * nll + label_smoothing * mean over V of -log p + z_loss * (log sum exp z)**2
     """
 
-    scale: float
+    scale: float | torch.Tensor
+    """A tensor is a scalar in float32 on the device; a captured graph reads it at every replay."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     product_dtype: torch.dtype = torch.float32
@@ -65,6 +69,8 @@ class HeadLossInPlace(torch.autograd.Function):
     The last block is still in the buffer when backward begins, so with a single block nothing is computed twice. Time: four
     products of N x V x D with several blocks, three with one. Buffer: N x R values.
 
+    A label of -100 is ignored: its loss and its gradient are zero.
+
     Returns (loss, nll_N, correct_N); only the loss has a gradient. correct_N is empty without `count_correct`.
     """
 
@@ -74,13 +80,14 @@ class HeadLossInPlace(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             pass_ = _forward_pass(hidden_ND, weight_VD, labels_N, terms)
-        nll_N = pass_.log_sum_N - pass_.label_logit_N
+        valid_N = labels_N >= 0
+        nll_N = torch.where(valid_N, pass_.log_sum_N - pass_.label_logit_N, 0.0)
         per_token_N = nll_N
         if terms.label_smoothing > 0:
             smooth_N = pass_.log_sum_N - pass_.logit_sum_N / weight_VD.shape[0]
-            per_token_N = (1 - terms.label_smoothing) * nll_N + terms.label_smoothing * smooth_N
+            per_token_N = (1 - terms.label_smoothing) * nll_N + terms.label_smoothing * torch.where(valid_N, smooth_N, 0.0)
         if terms.z_loss > 0:
-            per_token_N = per_token_N + terms.z_loss * pass_.log_sum_N.square()
+            per_token_N = per_token_N + terms.z_loss * torch.where(valid_N, pass_.log_sum_N.square(), 0.0)
         ctx.weight, ctx.terms, ctx.last = weight_VD, terms, (pass_.buffer, pass_.max_N)
         ctx.save_for_backward(hidden_ND, labels_N, pass_.log_sum_N)
         correct_N = pass_.best_N == labels_N if terms.count_correct else labels_N.new_empty(0, dtype=torch.bool)
@@ -116,9 +123,9 @@ def gradient_of(weight: torch.Tensor) -> torch.Tensor:
     return weight.grad
 
 
-def rows_of_block(tokens: int, rows: int) -> int:
-    """Rows of a block of the vocabulary for this many target tokens."""
-    return min(rows, max(BLOCK_ROWS, BLOCK_VALUES // max(1, tokens)))
+def rows_of_block(tokens: int, rows: int, values: int = BLOCK_VALUES) -> int:
+    """Rows of a block of the vocabulary for this many target tokens, at most `values` logits unless they are 4,096 rows."""
+    return min(rows, max(BLOCK_ROWS, values // max(1, tokens)))
 
 
 def _blocks(rows: int, tokens: int, terms: LossTerms) -> list[tuple[int, int]]:
@@ -139,6 +146,36 @@ def _logits(operand_ND: torch.Tensor, weight_RD: torch.Tensor, buffer: torch.Ten
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of 16-bit operands in float32; only CUDA returns the unrounded sum."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+
+
+def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """weight.grad += scale * a @ b, accumulated in the dtype of the weight."""
+    if weight.grad is not None:
+        add_into(weight.grad, a, b, scale)
+        return
+    product = torch.mm(a, b) if a.dtype == weight.dtype else wide_product(a, b).to(weight.dtype)
+    weight.grad = product if scale == 1.0 else product.mul_(scale)
+
+
+def add_into(grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """grad += scale * a @ b in the dtype of `grad`; of 16-bit operands in one kernel where the device has it."""
+    if a.dtype == grad.dtype:
+        grad.addmm_(a, b, alpha=scale)
+    elif a.is_cuda and _accumulates_wide(a.device, a.dtype):
+        torch.addmm(grad, a, b, alpha=scale, out_dtype=grad.dtype, out=grad)
+    else:
+        grad.add_(wide_product(a, b) if a.is_cuda else torch.mm(a, b), alpha=scale)
+
+
+@cache
+def _accumulates_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of 16-bit operands can be added to a float32 matrix, tested on this device."""
+    a, grad = torch.eye(16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(grad, a, a, alpha=2.0, out_dtype=torch.float32, out=grad)
+        return bool((grad == 1 + 2 * torch.eye(16, device=device)).all())
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _forward_pass(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, terms: LossTerms) -> _Pass:
@@ -177,9 +214,10 @@ def _backward_pass(
 ) -> torch.Tensor:
     upstream, buffer, max_N = rest
     terms, weight_VD, rows = ctx.terms, ctx.weight, ctx.weight.shape[0]
-    factor_N = upstream.to(log_sum_N.dtype) * terms.scale * (1 + 2 * terms.z_loss * log_sum_N)
-    on_label = upstream.to(log_sum_N.dtype) * terms.scale * (1 - terms.label_smoothing)
-    on_all = upstream.to(log_sum_N.dtype) * terms.scale * terms.label_smoothing / rows
+    scale = upstream.to(log_sum_N.dtype) * terms.scale
+    factor_N = torch.where(labels_N >= 0, scale * (1 + 2 * terms.z_loss * log_sum_N), 0.0)
+    on_label = scale * (1 - terms.label_smoothing)
+    on_all_N = torch.where(labels_N >= 0, scale * terms.label_smoothing / rows, 0.0)
     operand_ND = hidden_ND.to(terms.product_dtype)
     grad_ND = torch.zeros_like(hidden_ND, dtype=log_sum_N.dtype)
     grad_VD = gradient_of(weight_VD) if ctx.needs_input_grad[1] else None
@@ -196,7 +234,7 @@ def _backward_pass(
             share_NR.sub_(log_sum_N[:, None]).exp_().mul_(factor_N[:, None])
         ready = False
         if terms.label_smoothing > 0:
-            share_NR.sub_(on_all)
+            share_NR.sub_(on_all_N[:, None])
         inside_N = (labels_N >= first) & (labels_N < last)
         column_N = (labels_N - first).clamp(0, last - first - 1)
         share_NR.scatter_add_(1, column_N[:, None], torch.where(inside_N, -on_label, 0.0)[:, None])

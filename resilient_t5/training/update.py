@@ -17,18 +17,21 @@ from accelerate import Accelerator
 from resilient_t5.config.schema import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
 from resilient_t5.errors import ConfigError, OutOfMemory
+from resilient_t5.model.dropout import seed_dropout
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.loss import LossParts, forward_loss
+from resilient_t5.model.operands import StaticBuffers
 from resilient_t5.model.optimizer import AdafactorInBackward
-from resilient_t5.model.precision import seed_dropout
 from resilient_t5.model.vocabulary_gradients import gradient_of
+from resilient_t5.training.hardware.graphs import CapturedPasses
 from resilient_t5.training.hardware.machine import allocation_failure, is_out_of_memory
 from resilient_t5.training.hardware.process_group import ProcessGroup
 from resilient_t5.training.hardware.sharding import ShardedModel
+from resilient_t5.data.pass_input import PassInput, pass_input
 from resilient_t5.training.state import UpdateResult
 
 
-@dataclass(frozen=True)
+@dataclass
 class Updater:
     """Runs updates of one model."""
 
@@ -37,6 +40,12 @@ class Updater:
     optimizer: torch.optim.Optimizer
     settings: OptimConfig
     seed: int
+    buffers: StaticBuffers | None = None
+    """Gradients and copies of the weights at fixed addresses; None allocates gradients anew in every update."""
+    static_shapes: bool = False
+    """Run passes as a GPU needs them: no operation depends on the values of a tensor."""
+    graphs: CapturedPasses | None = None
+    """Captured passes; None runs all passes eagerly."""
 
     @property
     def model(self) -> T5Model:
@@ -67,6 +76,8 @@ class Updater:
         fault = failure_of(micro_batches, self.model.shared.weight.shape[0])
         nll_sum = norm = math.nan
         half_moved = False
+        if self.buffers is not None:
+            self.buffers.begin_update()
         if not fault and isinstance(self.optimizer, AdafactorInBackward):
             nll_sum, norm, fault = self._move_in_backward(micro_batches, tokens, attempted, lr)
             half_moved = bool(fault) and self.optimizer.moved > 0
@@ -157,21 +168,48 @@ class Updater:
         return nll_sums
 
     def accumulate(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> torch.Tensor:
-        """Add the gradient of one micro-batch; return its loss sum in nats, on the device."""
-        parts = self._forward(micro_batch, tokens, attempted, index)
+        """Add the gradient of one micro-batch; return its loss sum in nats, on the device.
+
+        Dropout depends only on (seed, update, micro-batch).
+        """
+        seed_dropout(self.seed, attempted, index)
+        if not self.static_shapes:
+            parts = self._forward(micro_batch, tokens)
+            self.accelerator.backward(parts.loss)
+            return parts.nll_sum
+        given = micro_batch.on_device or pass_input(micro_batch).to(self.accelerator.device)
+        given.wait()
+        if self.graphs is not None and given.shape in self.graphs:
+            return self.graphs.replay(given, float(tokens))
+        return self.run_pass(given, torch.full((), float(tokens), device=self.accelerator.device))
+
+    def run_pass(self, given: PassInput, divisor: torch.Tensor) -> torch.Tensor:
+        """Forward and backward without a host sync; adds gradients and returns the loss sum in nats.
+
+        Args:
+            divisor: scalar, float32: target tokens of the update.
+        """
+        with self.accelerator.autocast():
+            parts = forward_loss(
+                self.model,
+                *given.tensors(),
+                divisor=divisor,
+                label_smoothing=self.settings.label_smoothing,
+                z_loss=self.settings.z_loss,
+                all_positions=True,
+            )
         self.accelerator.backward(parts.loss)
         return parts.nll_sum
 
-    def _forward(self, micro_batch: MicroBatch, tokens: int, attempted: int, index: int) -> LossParts:
-        """Run the forward pass of one micro-batch. Dropout depends only on (seed, update, micro-batch)."""
+    def _forward(self, micro_batch: MicroBatch, tokens: int) -> LossParts:
+        """Run the forward pass of one micro-batch."""
         device = self.accelerator.device
-        seed_dropout(self.seed, attempted, index)
         with self.accelerator.autocast():
             return forward_loss(
                 self.model,
-                micro_batch.source_BS.to(device, non_blocking=True),
-                micro_batch.source_mask_BS.to(device, non_blocking=True),
-                micro_batch.labels_BT.to(device, non_blocking=True),
+                micro_batch.source_BS.to(device),
+                micro_batch.source_mask_BS.to(device),
+                micro_batch.labels_BT.to(device),
                 divisor=tokens,
                 label_smoothing=self.settings.label_smoothing,
                 z_loss=self.settings.z_loss,
@@ -185,7 +223,8 @@ class Updater:
         self.optimizer.begin(lr)
         if len(micro_batches) > 1:
             raise ConfigError("batch.micro_tokens: adafactor_in_backward takes an update in one micro-batch; set it to auto")
-        parts = self._forward(micro_batches[0], tokens, attempted, 0)
+        seed_dropout(self.seed, attempted, 0)
+        parts = self._forward(micro_batches[0], tokens)
         nll_sum = float(parts.nll_sum)  # a host sync, before any weight changes
         if not math.isfinite(nll_sum):
             return nll_sum, math.nan, "loss or gradient not finite"

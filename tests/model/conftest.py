@@ -9,6 +9,7 @@ import torch
 
 from resilient_t5.config.sections import ModelConfig
 from resilient_t5.model.embeddings import T5Model
+from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model
 
 SPECIAL = SpecialIds(pad_id=0, eos_id=1, decoder_start_id=0)
@@ -23,9 +24,23 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+class ExactNorm(torch.nn.Module):
+    """T5's norm in the dtype of its input; transformers' takes the mean of squares in float32 even of a float64 model."""
+
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """x / rms(x) * weight."""
+        return self.weight * hidden_states * (hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
 @pytest.fixture
 def make_model() -> Callable[..., T5Model]:
-    """(kind t5 tied | mt5 untied, rows, dtype, dropout) -> a model away from its first weights (norms 1, queries 0)."""
+    """(kind t5 tied | mt5 untied, rows, dtype, dropout) -> a model away from its first weights (norms 1, queries 0).
+
+    It has lean layers; its own forward pass is that of transformers, in float64 with exact norms.
+    """
 
     def make(kind: str, *, rows: int = 203, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 1) -> T5Model:
         settings = ModelConfig(preset=PRESET[kind], dropout=dropout, **SIZES)  # type: ignore[arg-type]
@@ -37,6 +52,10 @@ def make_model() -> Callable[..., T5Model]:
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
                 elif name.endswith("SelfAttention.q.weight"):
                     parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        install_lean_layers(model)
+        for module in model.modules() if dtype == torch.float64 else ():
+            if type(module).__name__.endswith("LayerNorm"):
+                module.__class__ = ExactNorm
         return model.to(dtype)
 
     return make

@@ -194,9 +194,13 @@ def test_adafactor_in_the_backward_pass_is_adafactor_after_it(kind, make_model, 
 def test_in_the_backward_pass_nothing_moves_after_a_gradient_that_is_not_finite(make_model, make_examples, collate):
     """Parameters before it were updated and are counted; those after it stay bitwise the same."""
     model, batch = make_model("mt5"), collate(make_examples(5))
-    optimizer = build_optimizer(model, OptimConfig(name="adafactor_in_backward", clip_norm=0.0), CPU)
     broken = model.encoder.block[1].layer[1].DenseReluDense.wo.weight
-    broken.register_hook(lambda grad: grad * float("inf"))
+
+    def overflow(parameter):
+        parameter.grad.mul_(float("inf"))
+
+    broken.register_post_accumulate_grad_hook(overflow)  # before that of the optimizer
+    optimizer = build_optimizer(model, OptimConfig(name="adafactor_in_backward", clip_norm=0.0), CPU)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.begin(0.01)
     forward_loss(model, *batch, divisor=10.0).loss.backward()

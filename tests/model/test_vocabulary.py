@@ -9,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 from resilient_t5.config.sections import ModelConfig, OptimConfig
 from resilient_t5.errors import DataError
 from resilient_t5.model.embeddings import is_tied
+from resilient_t5.model.layers import install_lean_layers
 from resilient_t5.model.load import load_model, save_model
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.optimizer import build_optimizer
@@ -92,6 +93,7 @@ def test_write_back_changes_the_active_rows_only_and_loads_with_equal_logits(
     model = load_model(str(tmp_path / "original"), ModelConfig(dropout=0.0))
     cut_vocabulary(model, ACTIVE)
     source_BS, mask_BS, labels_BT = batch = collate(make_examples(4, rows=len(ACTIVE)))
+    install_lean_layers(model)
     trained(model, batch).eval()
     write_back(model, tables_from(str(tmp_path / "original")), ACTIVE, tmp_path / "export")
 

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from resilient_t5.model.optimizer import BLOCK_VALUES, MUON_STEP_BYTES
 from resilient_t5.model.shapes import Sizes
-from resilient_t5.model.vocabulary_gradients import rows_of_block
+from resilient_t5.model.vocabulary_gradients import BLOCK_VALUES as LOSS_BLOCK_VALUES
+from resilient_t5.model.vocabulary_gradients import GPU_BLOCK_VALUES, rows_of_block
 
 WIDE = 4
 """Bytes of a float32 value: the residual stream, gradients of parameters, the loss."""
@@ -38,6 +39,15 @@ class Execution:
     """On a GPU attention keeps no scores; on a CPU it keeps one byte per score if there is dropout."""
     processes: int = 1
     """Processes over which layers, their gradients and optimizer state are sharded; the vocabulary tables are replicated."""
+    copies: bool = False
+    """Whether the weights of the layers are kept in the number format of the products too."""
+    packed: bool = False
+    """Rows hold several examples, and the head is computed at all positions."""
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of a value of an additive mask: in the format of the scores, which on a CPU is float32."""
+        return self.value_bytes if self.on_gpu else WIDE
 
     @property
     def value_bytes(self) -> int:
@@ -89,9 +99,8 @@ def walk(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> Iterator[Part]
         yield from _block(parts, run, examples * source * d * WIDE, first)
     yield Part("encoder end", _stack_end(sizes, examples * source) + encoded, 2 * examples * source * d * WIDE, "encoder")
     yield _stack_begin("decoder", sizes, examples * target)
-    cross_mask = examples * target * source * w
     for layer in range(sizes.decoder_layers):
-        first = cross_mask + sizes.heads * target**2 * w + 9 * target**2 if layer == 0 else 0.0
+        first = _decoder_mask_bytes(sizes, run, shape) if layer == 0 else 0.0
         cross = _attention("decoder", sizes, run, (examples, target, source), own_bias=False)
         parts = [
             _attention("decoder", sizes, run, (examples, target, target), own_bias=True),
@@ -151,14 +160,16 @@ def _attention(
     bits = q * d if sizes.dropout > 0 else 0.0
     stream = 2 * q * d * WIDE
     # The gradient of the mask is accumulated over the layers of a stack: B x h x S x S where the mask contains padding.
-    mask_sum = (scores if phase == "encoder" else sizes.heads * queries * keys) * w if own_bias else 0.0
+    per_row = phase == "encoder" or run.packed
+    mask_sum = (scores if per_row else sizes.heads * queries * keys) * run.mask_bytes if own_bias else 0.0
+    slots = (q + 2 * k) * i
     if run.on_gpu:
         log_sums = examples * sizes.heads * queries * WIDE
-        needed = (2 * q + 2 * k) * i * w + (scores * w if own_bias else 0.0) + mask_sum + log_sums
+        needed = (2 * slots + q * i) * w + (scores * w if own_bias else 0.0) + mask_sum + log_sums
         return Part("attention", normed + projections + bits + log_sums, stream + needed, phase)
     weights = scores if sizes.dropout > 0 else 0.0
-    copies = 0.0 if w == WIDE else (q + k) * i * WIDE
-    needed = 3 * scores * WIDE + (2 * q + k) * i * WIDE + mask_sum + copies
+    # Scores, their gradient, and that of the weights; operands and their gradients in float32 with the heads first.
+    needed = 3 * scores * WIDE + 2 * slots * WIDE + mask_sum
     return Part("attention", normed + projections + bits + weights, stream + needed, phase)
 
 
@@ -170,8 +181,9 @@ def _feed_forward(
     hidden = tokens * f * run.gate_bytes
     bits = tokens * (d + f) if sizes.dropout > 0 else 0.0
     kept = tokens * (d * WIDE + WIDE + d * w) + (2 if sizes.gated else 1) * hidden + bits
-    weight = d * f * WIDE + (0 if run.gate_bytes == WIDE else 2 * d * f * 2)
-    return Part("feed-forward", kept, 2 * tokens * d * WIDE + 3 * hidden + weight + other_gradients, phase)
+    # A cast of the weight; on a CPU a 16-bit gradient before it is added.
+    weight = 0.0 if run.value_bytes == WIDE else d * f * 2 * ((0 if run.copies else 1) + (0 if run.on_gpu else 1))
+    return Part("feed-forward", kept, 2 * tokens * d * WIDE + 4 * hidden + weight + other_gradients, phase)
 
 
 def _block(parts: list[Part], run: Execution, entry: float, first: float) -> Iterator[Part]:
@@ -195,8 +207,16 @@ def _stack_begin(phase: Literal["encoder", "decoder"], sizes: Sizes, tokens: flo
 
 
 def _mask_bytes(sizes: Sizes, run: Execution, examples: float, source: int) -> float:
-    """The encoder's mask, the padding mask that it is made from, and the buckets of the position bias."""
-    return examples * source**2 * (sizes.heads * run.value_bytes + 1) + 8 * source**2
+    """The encoder's additive mask, and the visibility that it is made from."""
+    visible = examples * source * (source if run.packed else 1)
+    return examples * source**2 * sizes.heads * run.mask_bytes + visible
+
+
+def _decoder_mask_bytes(sizes: Sizes, run: Execution, shape: MicroBatchShape) -> float:
+    """The additive masks of self-attention and cross-attention, and the visibility that the first is made from."""
+    rows, source, target = shape.examples, shape.source_tokens, shape.target_tokens
+    own = (rows if run.packed else 1.0) * target**2 * (sizes.heads * run.mask_bytes + 1)
+    return own + rows * source * (target if run.packed else 1) * run.mask_bytes
 
 
 def _stack_end(sizes: Sizes, tokens: float) -> float:
@@ -206,7 +226,8 @@ def _stack_end(sizes: Sizes, tokens: float) -> float:
 
 def _loss(sizes: Sizes, run: Execution, labels: float) -> Part:
     """The states at the labels and one block of logits, which is kept until the backward pass."""
-    block = rows_of_block(math.ceil(labels), sizes.rows)
+    on_gpu = run.on_gpu or run.packed
+    block = rows_of_block(math.ceil(labels), sizes.rows, GPU_BLOCK_VALUES if on_gpu else LOSS_BLOCK_VALUES)
     d = sizes.d_model
     kept = labels * d * WIDE + labels * block * WIDE + labels * (3 * WIDE + 16)
     needed = labels * d * WIDE * 2
@@ -324,6 +345,8 @@ def training_peak(sizes: Sizes, optimizer: str, run: Execution, shape: MicroBatc
     parts = list(walk(sizes, run, shape))
     kept = kept_bytes(parts)
     table, weights = WIDE * sizes.table, WIDE * sizes.per_process(run.processes)
+    if run.copies:
+        weights += run.value_bytes * (sizes.encoder + sizes.decoder)
     state = optimizer_bytes(sizes, optimizer, run.processes)
     # Adafactor processes a matrix by blocks, two of which exist at once.
     block, own_block = (2 * WIDE * min(BLOCK_VALUES, values) for values in (sizes.table, sizes.largest_matrix))
@@ -403,6 +426,8 @@ def choice_at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimize
     peak = training_peak(sizes, optimizer, run, shape)
     inference = max(evaluation_bytes(sizes, run, shape), generation_bytes(sizes, run, shape))
     evaluation = WIDE * sizes.parameters + peak.optimizer + inference  # sharded layers are gathered for it
+    if run.copies or run.packed:  # static buffers
+        evaluation += peak.weights - WIDE * sizes.parameters + peak.gradients
     lengths = (task.source_tokens, task.target_tokens)
     cost = counted_flops(sizes, *lengths, run.checkpointing) / counted_flops(sizes, *lengths, False)
     fits = max(peak.total, evaluation) <= memory.usable

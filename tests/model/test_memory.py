@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from resilient_t5.config.sections import ModelConfig, OptimConfig
 from resilient_t5.errors import ConfigError
-from resilient_t5.model.layers import install_lean_layers
+from resilient_t5.model.layers import install_lean_layers, one_hot_distances
 from resilient_t5.model.load import PRESETS, Shape, SpecialIds, build_model, save_model
 from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.memory import (
@@ -106,7 +106,10 @@ def test_what_autograd_keeps_is_what_was_counted(kind, precision, dropout):
     source_BS, labels_BT = torch.randint(2, ROWS, (4, 33)), torch.randint(2, ROWS, (4, 18))
     mask_BS = torch.ones_like(source_BS)
     mask_BS[1, 20:] = 0
-    outside = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    constants = model.encoder.lean.constants
+    one_hot_distances(model.encoder.block[0].layer[0].SelfAttention, 33, constants, torch.device("cpu"))
+    one_hot_distances(model.decoder.block[0].layer[0].SelfAttention, 18, constants, torch.device("cpu"))
+    outside = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *constants.distances.values())}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor):

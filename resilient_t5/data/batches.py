@@ -183,6 +183,11 @@ class MicroBatch:
         rows, source = self.source_BS.shape
         return rows, source, self.labels_BT.shape[1]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one example in one row, so that no smaller micro-batch can hold it."""
+        return len(self.example_ids) == len(self.source_BS) == 1
+
     def lengths(self) -> tuple[list[int], list[int]]:
         """Source and target tokens of each example, in the order of `example_ids`."""
         if self.target_segments_BT is None:

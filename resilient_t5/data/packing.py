@@ -187,17 +187,13 @@ def choose_shapes(
     Returns:
         the shapes with the most rows that reach `GOOD_SHARE` useful tokens in the sample, else `NEARLY` the best share.
     """
-    source, target = rounded_up(np.array(longest), multiple).tolist()
-    budget = max(micro_tokens, source + target)
-
-    def fitted(rows: int, sample: Sequence[Lengths]) -> RowShapes:
-        needs = [_needs_of_update(lengths, rows, parts, budget, multiple) for lengths in sample]
-        return RowShapes(rows, cover(np.vstack([*needs, [[source, target]]]), budget // rows))
+    longest = _padded(longest, multiple)
+    budget = max(micro_tokens, sum(longest))
 
     def share_of(rows: int) -> float:  # in the half of the sample that the shapes were not fitted to
-        return useful_share(updates[1::2] or updates, fitted(rows, updates[::2]), parts)
+        return useful_share(updates[1::2] or updates, fit_shapes(updates[::2], rows, budget, longest, parts, multiple), parts)
 
-    counts = _promising(_row_counts(updates, parts, budget, (source, target)), updates, parts, budget, multiple)
+    counts = _promising(_row_counts(updates, parts, budget, longest), updates, parts, budget, multiple)
     # The share falls as the number of rows grows, so the largest number that is good enough is found by bisection.
     rows = counts.pop()
     share = share_of(rows)
@@ -208,7 +204,30 @@ def choose_shapes(
             rows, counts = counts[middle], counts[:middle]
         else:
             counts = counts[middle + 1 :]
-    return fitted(rows, updates)
+    return fit_shapes(updates, rows, budget, longest, parts, multiple)
+
+
+def fit_shapes(
+    updates: Sequence[Lengths],
+    rows: int,
+    micro_tokens: int,
+    longest: tuple[int, int],
+    parts: int = 1,
+    multiple: int = MULTIPLE,
+) -> RowShapes:
+    """At most eight shapes of this number of rows for a sample of updates; arguments as of `choose_shapes`.
+
+    A micro-batch may have more than `micro_tokens` only if one longest example in each row does.
+    """
+    longest = _padded(longest, multiple)
+    budget = max(micro_tokens, rows * sum(longest))
+    needs = [_needs_of_update(lengths, rows, parts, budget, multiple) for lengths in updates]
+    return RowShapes(rows, cover(np.vstack([*needs, [longest]]), budget // rows))
+
+
+def _padded(longest: tuple[int, int], multiple: int) -> tuple[int, int]:
+    source, target = rounded_up(np.array(longest), multiple).tolist()
+    return source, target
 
 
 def _promising(counts: list[int], updates: Sequence[Lengths], parts: int, budget: int, multiple: int) -> list[int]:

@@ -67,7 +67,7 @@ def measure(case: Sequence[Any], *, recording: bool = True) -> dict[str, float]:
         mask_BS = torch.ones_like(source_BS)
         mask_BS[0, source // 2 :] = 0
         labels_BT = torch.randint(2, rows, (examples, target), generator=generator)
-        return MicroBatch(source_BS, mask_BS, labels_BT, np.arange(examples), labels_BT.numel(), 1, 1)
+        return MicroBatch(source_BS, mask_BS, labels_BT, np.arange(examples), labels_BT.numel(), 1, 1, (2, rows - 1))
 
     micro_batches = [micro_batch(0)] if name == "adafactor_in_backward" else [micro_batch(0), micro_batch(1)]
     updater(micro_batches, 0, 1e-4, lambda: False)

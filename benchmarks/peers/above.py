@@ -123,4 +123,6 @@ def _micro_batch(number: int, rows: int, sizes: tuple[int, int]) -> MicroBatch:
     generator = torch.Generator().manual_seed(number)
     source, target = (torch.randint(2, rows, (EXAMPLES, length), generator=generator) for length in sizes)
     tokens = source.numel() + target.numel()
-    return MicroBatch(source, torch.ones_like(source), target, np.arange(EXAMPLES), target.numel(), tokens, tokens)
+    return MicroBatch(
+        source, torch.ones_like(source), target, np.arange(EXAMPLES), target.numel(), tokens, tokens, (2, rows - 1)
+    )

@@ -36,10 +36,10 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
         run.prefetcher.close()
         run.log.close()
     model, checkpointing = run.updater.model, run.updater.model.encoder.gradient_checkpointing
-    shapes = [MicroShape(*m.source_BS.shape, m.labels_BT.shape[1], m.target_tokens) for m in done]
+    shapes = [MicroShape(*m.shape, m.target_tokens) for m in done]
     return figures | {
         "updates": setup.updates,
-        "examples": sum(shape.examples for shape in shapes),
+        "examples": sum(len(m.example_ids) for m in done),
         "target_tokens": sum(m.target_tokens for m in done),
         "useful_flops": useful_flops(model.config, (pair for m in done for pair in _lengths(m))),
         "flops": sum(our_flops(model.config, s, checkpointing=checkpointing) for s in shapes),
@@ -50,8 +50,7 @@ def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
 
 def _lengths(micro_batch: MicroBatch) -> list[tuple[int, int]]:
     """Return the (source, target) tokens of each example."""
-    sources, targets = micro_batch.source_mask_BS.sum(1), (micro_batch.labels_BT >= 0).sum(1)
-    return list(zip(sources.tolist(), targets.tolist(), strict=True))
+    return list(zip(*micro_batch.lengths(), strict=True))
 
 
 def open_run(setup: Setup, seed: int) -> Run:

@@ -14,8 +14,12 @@ with very different lengths; it is cut where the cost of padding and of the numb
 
 `micro_tokens` is applied after dealing, so it changes the speed of an update and never its examples. The largest micro-batch of
 an update comes first: an out-of-memory error comes early, and the allocator can reuse its blocks.
+
+With packed rows (`packing.py`) the groups of an update are joined, and its examples are packed into micro-batches of at most
+eight shapes. The examples of every update are the same, packed or not.
 """
 
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -30,6 +34,7 @@ from resilient_t5.config.schema import Config
 from resilient_t5.data.corruption.corruption import Corrupted, corrupt, term_targets
 from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, order, shuffle
+from resilient_t5.data.packing import MULTIPLE, Lengths, PackedRows, Packing, RowShapes, choose_shapes, fill_rows, pack
 from resilient_t5.data.ragged import Split, pad_rows, rounded_up
 from resilient_t5.errors import DataError
 
@@ -141,26 +146,60 @@ ESTIMATE_EXAMPLES = 512
 # Readers may be in two windows at once, and a caller may ask for an earlier one.
 WINDOWS_KEPT = 3
 UPDATES_AHEAD = 8
+# Packed shapes are chosen from the first updates: as many as have these examples, but within these bounds.
+SAMPLE_EXAMPLES = 16_384
+SAMPLE_UPDATES = (32, 512)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward."""
+    """One forward and backward of B examples in R rows: B = R unless it is packed.
+
+    The tensors are int64, and int32 in a packed micro-batch, whose rows have several examples one after another or none.
+    """
 
     source_BS: torch.Tensor
-    """int64, padded with the padding id."""
+    """(R, S), padded with the padding id."""
     source_mask_BS: torch.Tensor
-    """int64, 1 for tokens and 0 for padding."""
+    """(R, S), 0 for padding, else 1 + the number of the example in its row: 1 for all tokens if it is not packed."""
     labels_BT: torch.Tensor
-    """int64, padded with -100."""
+    """(R, T), padded with -100."""
     example_ids: np.ndarray
-    """int64 (B,)"""
+    """int64 (B,), row after row."""
     target_tokens: int
     """Labels that are not padding."""
     useful_tokens: int
     """Tokens of sources and targets."""
     padded_tokens: int
     """Elements of the source and the labels, padding included."""
+    id_range: tuple[int, int]
+    """Lowest and highest token id of sources and labels."""
+    target_segments_BT: torch.Tensor | None = None
+    """(R, T), the same for the labels as `source_mask_BS`; None if it is not packed."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, source tokens, target tokens)."""
+        rows, source = self.source_BS.shape
+        return rows, source, self.labels_BT.shape[1]
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one example in one row, so that no smaller micro-batch can hold it."""
+        return len(self.example_ids) == len(self.source_BS) == 1
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Source and target tokens of each example, in the order of `example_ids`."""
+        if self.target_segments_BT is None:
+            return self.source_mask_BS.sum(1).tolist(), (self.labels_BT != IGNORED).sum(1).tolist()
+        return segment_lengths(self.source_mask_BS.numpy()), segment_lengths(self.target_segments_BT.numpy())
+
+
+def segment_lengths(segments: np.ndarray) -> list[int]:
+    """Tokens of each segment of packed rows (rows, length), row after row; 0 is padding."""
+    keys = segments + (int(segments.max()) + 1) * np.arange(len(segments))[:, None]
+    counts = np.bincount(keys[segments > 0])
+    return counts[counts > 0].tolist()
 
 
 @dataclass(frozen=True)
@@ -197,13 +236,24 @@ class Batches:
     Args:
         seed: of order and corruption.
         micro_tokens: maximum padded tokens, source plus target, of a micro-batch; a single example may exceed it.
-        pad_multiple: lengths are padded to a multiple of this.
+        pad_multiple: lengths are padded to a multiple of this; those of packed rows to a multiple of 8 at least.
+        packing: pack the examples of an update; None: one example a row.
 
     Raises:
         DataError: the split is empty.
     """
 
-    def __init__(self, split: Split, table: TokenTable, config: Config, *, seed: int, micro_tokens: int, pad_multiple: int):
+    def __init__(
+        self,
+        split: Split,
+        table: TokenTable,
+        config: Config,
+        *,
+        seed: int,
+        micro_tokens: int,
+        pad_multiple: int,
+        packing: Packing | None = None,
+    ):
         if len(split) == 0:
             raise DataError("there are no examples to train on", hint="Give more text.")
         self.split, self.table, self.config, self.seed = split, table, config, seed
@@ -211,6 +261,9 @@ class Batches:
         self.examples_per_update = config.batch.examples_per_update
         self.window_updates = max(1, min(config.batch.window_updates, len(split) // self.examples_per_update))
         self.updates_per_epoch = len(split) / self.examples_per_update
+        self.packing = packing
+        self._row_shapes: dict[int, RowShapes] = {}
+        self._row_shapes_lock = threading.Lock()
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._slots_lock = threading.Lock()
 
@@ -236,8 +289,53 @@ class Batches:
         ascending = np.lexsort(_lengths(corrupted)[::-1])
         return self._cut(_Window(corrupted, example_ids, [[ascending]]), [ascending])
 
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(rows, source tokens, target tokens) of every micro-batch that a packed update may have; empty if not packed."""
+        return [] if self.packing is None else self._shapes_within(self.packing, self.micro_tokens).triples()
+
+    def _shapes_within(self, packing: Packing, micro_tokens: int) -> RowShapes:
+        """Packed shapes for this budget, chosen once from the first updates of the run."""
+        with self._row_shapes_lock:
+            if micro_tokens not in self._row_shapes:
+                multiple = math.lcm(MULTIPLE, self.pad_multiple)
+                self._row_shapes[micro_tokens] = choose_shapes(
+                    self._sample, micro_tokens=micro_tokens, longest=packing.longest, parts=packing.parts, multiple=multiple
+                )
+            return self._row_shapes[micro_tokens]
+
+    @cached_property
+    def _sample(self) -> list[Lengths]:
+        """Lengths of the examples of each of the first updates."""
+        fewest, most = SAMPLE_UPDATES
+        updates = min(max(SAMPLE_EXAMPLES // self.examples_per_update, fewest), most)
+        windows = -(-updates // self.window_updates)
+        size = self.window_updates * self.examples_per_update
+        source, target = _lengths(self._draw(np.arange(windows * size))[1])
+        sampled: list[Lengths] = []
+        for number in range(windows):
+            first = number * size
+            dealt = self._deal((source[first : first + size], target[first : first + size]), number)
+            sampled += [(source[rows], target[rows]) for rows in (first + np.concatenate(groups) for groups in dealt)]
+        return sampled
+
+    def _packed(self, window: _Window, rows: np.ndarray, packing: Packing) -> list[MicroBatch]:
+        """These rows of a window as packed micro-batches, the largest first."""
+        source, target = _lengths(window.corrupted)
+        shapes = self._shapes_within(packing, self.micro_tokens)
+        parts = [
+            replace(part, examples=rows[part.examples]) for part in pack((source[rows], target[rows]), shapes, packing.parts)
+        ]
+        micro_batches = [
+            collate_packed(window.corrupted, part, window.example_ids[part.examples], pad_id=self.table.pad_id)
+            for part in parts
+        ]
+        return sorted(micro_batches, key=lambda micro_batch: -micro_batch.padded_tokens)
+
     def _cut(self, window: _Window, groups: list[np.ndarray]) -> list[MicroBatch]:
         """Groups of rows as micro-batches, the largest first."""
+        if self.packing is not None:
+            return self._packed(window, np.concatenate(groups), self.packing)
         whole = self.window_updates > 1 or self.config.optim.name == "adafactor_in_backward"  # which cannot accumulate
         cut_group = cut if whole else cheapest_cut
         parts = [
@@ -269,13 +367,19 @@ class Batches:
     def _compute(self, number: int) -> _Window:
         """Corrupt, sort and deal window `number`."""
         size = self.window_updates * self.examples_per_update
-        positions = number * size + np.arange(size)
+        example_ids, corrupted = self._draw(number * size + np.arange(size))
+        return _Window(corrupted, example_ids, self._deal(_lengths(corrupted), number))
+
+    def _draw(self, positions: np.ndarray) -> tuple[np.ndarray, Corrupted]:
+        """The examples at these positions of the stream: their ids, and corrupted."""
         epochs = positions // len(self.split)
         example_ids = order(self.seed, epochs, positions % len(self.split), len(self.split))
-        corrupted = self._corrupt(example_ids, epochs)
-        groups_per_update = min(self.config.batch.groups_per_update, self.examples_per_update) if self.window_updates > 1 else 1
-        ascending = np.lexsort(_lengths(corrupted)[::-1])
-        return _Window(corrupted, example_ids, deal(ascending, self.window_updates, groups_per_update, (self.seed, number)))
+        return example_ids, self._corrupt(example_ids, epochs)
+
+    def _deal(self, lengths: Lengths, number: int) -> list[list[np.ndarray]]:
+        """The groups of each update of window `number`, from the lengths of its examples."""
+        groups = min(self.config.batch.groups_per_update, self.examples_per_update) if self.window_updates > 1 else 1
+        return deal(np.lexsort(lengths[::-1]), self.window_updates, groups, (self.seed, number))
 
     def _corrupt(self, example_ids: np.ndarray, epochs: np.ndarray) -> Corrupted:
         settings, data = self.config.corruption, self.config.data
@@ -349,7 +453,34 @@ def collate(corrupted: Corrupted, rows: np.ndarray, example_ids: np.ndarray, *, 
         target_tokens=target_tokens,
         useful_tokens=int(source_mask.sum()) + target_tokens,
         padded_tokens=source.size + labels.size,
+        id_range=_id_range(source, labels[label_mask]),
     )
+
+
+def collate_packed(corrupted: Corrupted, packed: PackedRows, example_ids: np.ndarray, *, pad_id: int) -> MicroBatch:
+    """Write the examples of `packed`, rows of `corrupted`, one after another into the rows of a micro-batch."""
+    _, source_length, target_length = packed.shape
+    ids, offsets = corrupted.encoder_ids, corrupted.encoder_offsets
+    source, source_segments = fill_rows(ids, offsets, packed, source_length, pad_id)
+    ids, offsets = corrupted.target, corrupted.target_offsets
+    labels, target_segments = fill_rows(ids, offsets, packed, target_length, IGNORED)
+    target_tokens = int(np.count_nonzero(target_segments))
+    return MicroBatch(
+        source_BS=torch.from_numpy(source),
+        source_mask_BS=torch.from_numpy(source_segments),
+        labels_BT=torch.from_numpy(labels),
+        example_ids=example_ids,
+        target_tokens=target_tokens,
+        useful_tokens=int(np.count_nonzero(source_segments)) + target_tokens,
+        padded_tokens=source.size + labels.size,
+        id_range=_id_range(source, labels[target_segments > 0]),
+        target_segments_BT=torch.from_numpy(target_segments),
+    )
+
+
+def _id_range(source: np.ndarray, targets: np.ndarray) -> tuple[int, int]:
+    """Lowest and highest token id."""
+    return int(min(source.min(), targets.min())), int(max(source.max(), targets.max()))
 
 
 def evaluation_batches(

@@ -15,6 +15,7 @@ from resilient_t5.config.schema import Config, trajectory_sha256
 from resilient_t5.data.batches import Batches, EvaluationBatch, Prefetcher, evaluation_batches
 from resilient_t5.data.cooccurrence import count_neighbours
 from resilient_t5.data.dataset import Dataset
+from resilient_t5.data.packing import Packing
 from resilient_t5.data.ragged import Split
 from resilient_t5.data.store.store import Store
 from resilient_t5.model.embeddings import T5Model
@@ -104,7 +105,8 @@ def build_run(
     convergence, guard, state, timing = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), RunState(), Timing()
     ids, writer = trained_ids(corpus, model), Writer(manager, background=config.checkpoint.background)
     conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": group.count}
-    conditions |= {"shard_layers": sharded.is_sharded, **sizes, **numeric_conditions(device)}
+    conditions |= {"shard_layers": sharded.is_sharded, **sizes, "packed": batches.packing is not None}
+    conditions |= numeric_conditions(device)
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, state, timing)
     evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
     set_initial_state(saver, loaded, config, corpus.train, group)
@@ -177,7 +179,22 @@ def plan_batches(
     """Plan the memory; return the plan, the micro-batch sizes and the batches."""
     fit = fit_run(config, corpus.store, device, precision.name, group)
     sizes = batch_sizes(config, device, fit.choice.micro_tokens)
-    return fit, sizes, Batches(corpus.train, corpus.table, config, seed=config.run.seed, **sizes)
+    packing = packing_of(config, device, corpus, fit, group.count)
+    return fit, sizes, Batches(corpus.train, corpus.table, config, seed=config.run.seed, packing=packing, **sizes)
+
+
+def packing_of(config: Config, device: torch.device, corpus: Dataset, fit: Fit, processes: int = 1) -> Packing | None:
+    """How updates are packed under `batch.pack`; None for one example a row.
+
+    Never packed with adafactor_in_backward: it needs one micro-batch of whatever shape, and a packed update may need two.
+    """
+    wanted = device.type == "cuda" if config.batch.pack == "auto" else config.batch.pack
+    if not wanted or config.optim.name == "adafactor_in_backward":
+        return None
+    gaps, source = corpus.table.gap_encoding, fit.task.source_tokens
+    if gaps is not None and gaps.starts_word.any():
+        source = config.data.max_source_tokens  # the rest of a word after a gap may be divided into more pieces
+    return Packing((source, fit.task.target_tokens), processes)
 
 
 def build_trained_model(

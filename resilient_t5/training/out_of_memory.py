@@ -50,7 +50,7 @@ class MemoryGuard:
         if failure is None:
             return result
         weights_moved = isinstance(self.updater.optimizer, AdafactorInBackward)
-        single = all(len(micro_batch.example_ids) == 1 for micro_batch in micro_batches)
+        single = all(micro_batch.is_single for micro_batch in micro_batches)
         if self.halved or weights_moved or self.updater.sharded.is_sharded or single:
             raise self._error(failure)
         self._halve(micro_batches, state, failure)
@@ -79,7 +79,7 @@ class MemoryGuard:
         """Halve the token budget so that the largest micro-batch of this update is split."""
         former = self.batches.micro_tokens
         # Micro-batches are often smaller than the budget, so half the budget might not split them.
-        largest = max(batch.padded_tokens for batch in micro_batches if len(batch.example_ids) > 1)
+        largest = max(batch.padded_tokens for batch in micro_batches if not batch.is_single)
         micro_tokens = max(1, min(former, largest) // 2)
         self.batches.micro_tokens = self.conditions["micro_tokens"] = micro_tokens
         self.halved = True

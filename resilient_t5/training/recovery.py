@@ -197,6 +197,7 @@ def log_verdict(
     verdict: Verdict, result: UpdateResult, micro_batches: Sequence[MicroBatch], state: RunState, log: RunLog
 ) -> None:
     """Log a verdict with the raw values and the examples of its update."""
+    lengths = [batch.lengths() for batch in micro_batches]
     log.event(
         "guard",
         state.update,
@@ -210,8 +211,8 @@ def log_verdict(
         gradient_norm=result.gradient_norm,
         learning_rate=result.learning_rate,
         examples=[int(example) for batch in micro_batches for example in batch.example_ids],
-        source_tokens=[length for batch in micro_batches for length in batch.source_mask_BS.sum(1).tolist()],
-        target_tokens=[length for batch in micro_batches for length in (batch.labels_BT >= 0).sum(1).tolist()],
+        source_tokens=[length for sources, _ in lengths for length in sources],
+        target_tokens=[length for _, targets in lengths for length in targets],
     )
 
 

@@ -180,6 +180,7 @@ class Saver:
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
         former = loaded.state["conditions"]
         former.setdefault("shard_layers", False)  # missing in older checkpoints
+        former.setdefault("packed", False)
         self.changed_conditions = changed_keys(former, self.conditions)
         self.changed_conditions += removed_settings(loaded.state["mathematics"])
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]

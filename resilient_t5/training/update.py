@@ -282,9 +282,6 @@ def failure_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:
     """
     if not any(micro_batch.target_tokens for micro_batch in micro_batches):
         return "no target token"
-    for micro_batch in micro_batches:
-        source_BS, labels_BT = micro_batch.source_BS, micro_batch.labels_BT
-        negative = source_BS.min() < 0 or ((labels_BT < 0) & (labels_BT != IGNORED)).any()
-        if negative or source_BS.max() >= rows or labels_BT.max() >= rows:
-            return "token id outside the vocabulary"
+    if any(micro_batch.id_range[0] < 0 or micro_batch.id_range[1] >= rows for micro_batch in micro_batches):
+        return "token id outside the vocabulary"
     return ""

@@ -109,3 +109,11 @@ def test_a_ratio_is_taken_within_a_round_and_a_side_that_does_not_fit_has_none()
     result = document(rounds, SIDES)
     assert (result["ratio_over_tuned_trainer"], result["ratio_over_tuned_trainer_rounds"]) == (3.0, [2.0, 5.0, 3.0])
     assert (result["ratio_over_script"], result["sides"]["script"]) == (None, None)
+
+
+def test_packing_counts_an_epoch_of_packed_rows():
+    """Packed rows have more useful tokens than length buckets, at most eight shapes, and never more than the bound."""
+    result = run("packing", "--quick")
+    shares = [result[side]["useful_token_share"] for side in ("packed", "buckets")]
+    assert result["best_share"] >= shares[0] > shares[1]
+    assert result["packed"]["shapes"] <= len(result["chosen"]) <= 8

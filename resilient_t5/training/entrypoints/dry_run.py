@@ -200,6 +200,6 @@ def _projection(run: Run, config: Config, peak_mib: float, save_bytes: int) -> I
 
 def _size(micro_batches: list[MicroBatch]) -> str:
     examples = sum(len(micro_batch.example_ids) for micro_batch in micro_batches)
-    largest = micro_batches[0]
-    source, target = largest.source_BS.shape[1], largest.labels_BT.shape[1]
-    return f"{examples} examples, up to {source} + {target} tokens, {len(micro_batches)} micro-batches"
+    rows, source, target = micro_batches[0].shape
+    packed = f" in {rows} packed rows" if micro_batches[0].target_segments_BT is not None else ""
+    return f"{examples} examples{packed}, up to {source} + {target} tokens, {len(micro_batches)} micro-batches"

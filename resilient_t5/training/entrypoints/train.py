@@ -142,7 +142,8 @@ def _print_banner(run: Run, given: Given, resumed_from: str | None) -> None:
 
 def preview_of(run: Run) -> Preview:
     """Return the preview of a run that has been built."""
-    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, run.convergence.rules)
+    rules, shapes = run.convergence.rules, run.batches.shapes
+    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, rules, shapes)
 
 
 def _prepared(config: Config, group: ProcessGroup, progress: Progress) -> Store:

@@ -35,6 +35,8 @@ class Preview:
     store: Store
     plan: Plan
     rules: Rules
+    shapes: Sequence[tuple[int, int, int]]
+    """(rows, source tokens, target tokens) of packed micro-batches; empty if rows are not packed."""
 
 
 def preview_over(config: Config, store: Store) -> Preview:
@@ -47,7 +49,7 @@ def preview_over(config: Config, store: Store) -> Preview:
     """
     device, precision, _ = build_device(config)
     fit, _, batches = plan_batches(config, Dataset.over(store, config), device, precision)
-    return Preview(config, device, precision, fit, store, *make_plan_and_rules(config, batches))
+    return Preview(config, device, precision, fit, store, *make_plan_and_rules(config, batches), batches.shapes)
 
 
 def banner_lines(
@@ -84,6 +86,7 @@ def banner_lines(
         f"memory micro-batches of {choice.micro_tokens} tokens, {'with' if choice.checkpointing else 'without'} gradient"
         f" checkpointing: {preview.fit.why}"
     )
+    yield from _row_lines(preview)
     yield f"phases observed from {rules.start}, judged from {rules.judge_from}, patience {rules.patience} windows"
     for source in dict.fromkeys(source.partition(":")[0] for _, source in given.values()):
         settings = [f"{key} {value}" for key, (value, place) in given.items() if place.partition(":")[0] == source]
@@ -91,6 +94,18 @@ def banner_lines(
     if changed_conditions:
         yield f"resume warning: conditions changed, so the resume is not bit for bit: {'; '.join(changed_conditions)}"
     yield from (f"plan warning: {warning}" for warning in _warnings(preview))
+
+
+def _row_lines(preview: Preview) -> Iterator[str]:
+    """Yield the banner line about packed rows, if they are packed or were asked for."""
+    if preview.shapes:
+        (rows, *least), (*_, source, target) = preview.shapes[0], preview.shapes[-1]
+        yield (
+            f"rows   packed: several examples in a row, {len(preview.shapes)} shapes of {rows} rows from"
+            f" {least[0]} + {least[1]} to {source} + {target} tokens a row"
+        )
+    elif preview.config.batch.pack is True:
+        yield f"rows   not packed: {preview.config.optim.name} takes an update in one micro-batch"
 
 
 def _warnings(preview: Preview) -> Iterator[str]:

@@ -215,6 +215,7 @@ def micro_batch(ids: np.ndarray, corrupted: Corrupted) -> MicroBatch:
         target_tokens=tokens,
         useful_tokens=int(mask.sum()) + tokens,
         padded_tokens=source.numel() + labels.numel(),
+        id_range=(0, SIZE - 1),
     )
 
 

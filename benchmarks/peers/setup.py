@@ -56,8 +56,6 @@ class Setup:
     """For ours."""
     micro_examples: int = EXAMPLES_PER_UPDATE
     """For the tuned Trainer."""
-    compiled: bool = False
-    """Whether ours uses compiled layers."""
     pad_multiple: int | Literal["auto"] = "auto"
     """Of ours: lengths are padded to a multiple of this."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -75,7 +73,7 @@ class Setup:
             ),
             evaluation=EvaluationConfig(every=10**9, examples=1, restore_examples=0),
             checkpoint=CheckpointConfig(every_minutes=None, every_updates=None),
-            hardware=HardwareConfig(device=self.device, compile=self.compiled, precision=self.precision),
+            hardware=HardwareConfig(device=self.device, precision=self.precision),
             run=RunConfig(dir=self.scratch, seed=seed),
         )
 

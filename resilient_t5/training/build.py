@@ -30,7 +30,7 @@ from resilient_t5.restoration.scoring.measure import Restorer
 from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules
 from resilient_t5.training.evaluator import Evaluator
-from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
+from resilient_t5.training.hardware.device import build_accelerator, build_device, settle_precision
 from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os
 from resilient_t5.training.hardware.memory_fit import Fit, fit_run
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, sync_processes
@@ -103,7 +103,7 @@ def build_run(
     plan, rules = make_plan_and_rules(config, batches)
     convergence, guard, state, timing = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), RunState(), Timing()
     ids, writer = trained_ids(corpus, model), Writer(manager, background=config.checkpoint.background)
-    conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": group.count}
+    conditions = {"precision": precision.name, "processes": group.count}
     conditions |= {"shard_layers": sharded.is_sharded, **sizes, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, state, timing)
     evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
@@ -166,8 +166,6 @@ def build_for_plan(
     """Plan the memory, then build model and batches for the plan."""
     fit, sizes, batches = plan_batches(config, corpus, device, precision, group)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
-    if config.hardware.compile:
-        compile_layers(model, device)
     return fit, model, sizes, batches
 
 

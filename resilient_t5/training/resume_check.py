@@ -42,6 +42,15 @@ def changed_trajectory_settings(old: dict[str, Any], config: Config) -> list[str
     return changed_keys({key: value for key, value in former.items() if key in new}, new)
 
 
+def changed_conditions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every condition of bit-exact results that differs from that of a checkpoint.
+
+    Checkpoints of earlier versions lack `shard_layers`, which was off, and have `compile`, which counts only if it was on.
+    """
+    former = {"shard_layers": False, **old}
+    return changed_keys({key: value for key, value in former.items() if (key, value) != ("compile", False)}, new)
+
+
 def removed_settings(old: dict[str, Any]) -> list[str]:
     """`key: old -> removed` for every setting of a run saved with `old` that had an effect and no longer exists."""
     effective = [key for key, removed in REMOVED_KEYS.items() if key in old and old[key] not in removed.inert]

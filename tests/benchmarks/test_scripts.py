@@ -49,12 +49,11 @@ def test_throughput_compares_all_sides_on_the_same_examples(tmp_path):
     assert Image.open(tmp_path / "r.png").size[0] > 1000
 
 
-def test_a_search_keeps_the_fastest_sizes_and_compiled_layers_are_a_side_of_their_own():
-    """One of the sizes tried is kept for each side that is searched; ours stands beside ours with compiled layers."""
-    result = run("throughput", "--quick", "--rounds", "1", "--updates", "3", "--search", "--compile")
+def test_a_search_keeps_the_fastest_sizes():
+    """One of the sizes tried is kept for each side that is searched."""
+    result = run("throughput", "--quick", "--rounds", "1", "--updates", "3", "--search")
     assert result["searched"]["micro_examples"] in (16, 8, 4, 2)
     assert result["searched"]["micro_tokens"] in ("auto", 1024, 2048, 4096, 8192, 16384, 32768)
-    assert result["sides"]["ours_compiled"]["examples_per_s"] > 0 and result["ratio_over_ours_compiled"] > 0
 
 
 def test_memory_compares_ours_with_the_trainer():

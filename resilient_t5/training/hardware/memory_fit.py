@@ -69,7 +69,7 @@ def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: Pre
         ConfigError: adafactor_in_backward with a `batch.micro_tokens` that may split an update.
     """
     micro_tokens = config.batch.micro_tokens
-    checkpointing = False if config.hardware.compile else config.model.gradient_checkpointing
+    checkpointing = config.model.gradient_checkpointing
     whole_update = task.longest * task.examples_per_update
     shards = processes if config.hardware.shard_layers else 1
     if config.optim.name == "adafactor_in_backward" and micro_tokens != "auto" and int(micro_tokens) < whole_update:

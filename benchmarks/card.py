@@ -253,7 +253,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def mark_interrupted(session: Any) -> None:
-    """Give the stage that was running a reason."""
+    """End what is still running, and give the stage that ran a reason."""
+    from benchmarks.card_stages.limited import kill_all
+
+    kill_all()
     for stage in session.result["stages"].values():
         if stage.get("status") == "running":
             stage |= {"status": "interrupted", "reason": session.result["ended"]}

@@ -256,7 +256,7 @@ def _profiled_trainer(setup: Setup, seed: int) -> dict[str, Any]:
     timed, profiled = counts_of(device)
     examples, batches = tuned_batches(setup, seed)
     order = spread(len(batches))
-    warm = np.resize(np.concatenate([[0], order]), max(2, setup.warm_updates))
+    warm = np.resize(order if device.type == "cpu" else np.concatenate([[0], order]), setup.warm_updates)
     chosen = np.concatenate([warm, np.resize(order, timed + profiled)])
     callback = Profiling(device, len(warm), timed, profiled)
     figures = train_timed(

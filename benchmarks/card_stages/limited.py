@@ -77,6 +77,15 @@ class Child:
         return outcome
 
 
+def kill_all() -> None:
+    """End every process that is still running, for instance after a signal during its start."""
+    for process in multiprocessing.active_children():
+        if process.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+
+
 def run_limited(function: Callable[..., Any], arguments: tuple[Any, ...], limit_s: float, log: Path) -> Outcome:
     """Return the outcome of `function(*arguments)`, a function of a module, in a new process."""
     with Child(function, arguments, log) as child:

@@ -139,8 +139,9 @@ def at_largest_batch(measure: Callable[[Setup], dict[str, Any]], setup: Setup) -
 def _trainer(setup: Setup, seed: int, backend: str | None, warm_limit_s: float) -> dict[str, Any]:
     examples, batches = tuned_batches(setup, seed)
     timed = spread(len(batches))[: setup.updates]
-    # The first batch is the longest, so that the memory of the allocator grows before the timed updates.
-    warm = timed if backend else np.resize(np.concatenate([[0], timed]), setup.warm_updates)
+    # On a GPU the first batch is the longest, so that the allocator's memory grows before the timed updates.
+    usual = timed if setup.device == "cpu" else np.concatenate([[0], timed])
+    warm = timed if backend else np.resize(usual, setup.warm_updates)
     limit = WarmLimit(len(warm), warm_limit_s)
     compiled = {"torch_compile": True, "torch_compile_backend": backend} if backend else {}
     figures = train_timed(

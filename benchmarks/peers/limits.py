@@ -38,7 +38,9 @@ def cap_memory(device: torch.device, memory_gib: float | None) -> None:
     if device.type != "cuda":
         sys.exit("benchmark error: --memory-gib limits GPU memory, but this is a CPU. Omit it, or choose a GPU with --device")
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, memory_gib * 2**30 - CONTEXT_BYTES) / total), device)
+    # The index: unlike other functions of torch.cuda, this one refuses a device without it.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, memory_gib * 2**30 - CONTEXT_BYTES) / total), index)
 
 
 def limit_multiprocessors(device: torch.device, count: int, way: str) -> None:

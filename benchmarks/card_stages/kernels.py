@@ -1,7 +1,8 @@
 """Kernels of an update, how busy the device is, and the measured peak memory compared with the plan.
 
-Each side runs in a new process: a warm-up, updates without the profiler for their time, then updates with it. On a CPU the
-aten calls are counted instead of kernels (`CallCounter` of launches.py), and the busy share is that of the processor.
+Each side runs in a new process: a warm-up, updates without the profiler for their time, then updates with it. On a CPU aten
+calls are counted instead of kernels (`CallCounter` of launches.py), the busy share is that of the processor, and the plan is
+compared for a small case.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from benchmarks.peers.limits import limit_device
 from benchmarks.peers.ours import open_run, run_update
 from benchmarks.peers.setup import Setup
 from benchmarks.peers.trainers import train_timed, tuned_batches, tuned_collator, tuned_settings
-from resilient_t5.model.optimizer import named_state
+from benchmarks.plan import measure, predicted
 from resilient_t5.training.hardware.machine import MIB, choose_device
 from resilient_t5.training.run import Run
 from resilient_t5.training.schedule import learning_rate
@@ -36,6 +37,8 @@ OWN_SHARE = 0.55
 WARM_S = 15.0
 SEED = 42
 SHOWN_KERNELS = 12
+PLAN_CASE = ("mini", 8000, "fp32", "adamw", False, 16, 128, 64)
+"""Of benchmarks/plan.py."""
 COPIES = ("Memcpy", "Memset")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -51,6 +54,8 @@ def kernels_and_memory(session: Session, stage: str, model: str) -> None:
             outcome = session.run(function, own, SEED, limit_s=share * session.left_s)
             if outcome.done:
                 record["sides"][side] = outcome.value
+                if side == "ours" and not session.on_gpu and (plan := session.run(cpu_peaks)).done:
+                    record["sides"][side] |= plan.value
                 calls = outcome.value.get("kernels_per_update", outcome.value.get("calls_per_update"))
                 session.say(f"  {side:<8} {calls} {'kernels' if session.on_gpu else 'calls'} an update")
             else:
@@ -162,7 +167,8 @@ def profile_ours(setup: Setup, seed: int) -> dict[str, Any]:
         for _ in range(profiled):
             run_update(run)
         figures = counts.stop(profiled)
-        figures |= peaks(run)
+        if device.type == "cuda":
+            figures |= peaks(run)
     finally:
         run.prefetcher.close()
         run.log.close()
@@ -185,42 +191,31 @@ def _wait(device: torch.device) -> None:
 
 
 def peaks(run: Run) -> dict[str, Any]:
-    """Peak of the allocator in usual updates and in one of the longest examples, and the planned peak, in MiB."""
-    planned_mib = run.fit.choice.peak.total / MIB
+    """Peak of the GPU's allocator so far and after updates of the longest examples, and the planned peak, in MiB."""
+    usual = torch.cuda.max_memory_allocated(run.device) / MIB
     longest = run.batches.longest()
     rate = learning_rate(run.state.update, run.plan, run.config, run.convergence, run.guard)
-
-    def update() -> None:
+    for _ in range(2):
         run.updater(longest, run.state.attempted, rate, lambda: False)
-
-    if run.device.type == "cuda":
-        usual = torch.cuda.max_memory_allocated(run.device) / MIB
-        update()
-        update()
-        longest_mib = torch.cuda.max_memory_allocated(run.device) / MIB
-        reserved = torch.cuda.max_memory_reserved(run.device) / MIB
-        figures = {"allocated_peak_mib": round(usual, 1), "reserved_peak_mib": round(reserved, 1)}
-    else:
-        update()
-        longest_mib, figures = _cpu_peak_mib(run, update), {}
-    return figures | {
+    longest_mib, planned_mib = torch.cuda.max_memory_allocated(run.device) / MIB, run.fit.choice.peak.total / MIB
+    return {
+        "allocated_peak_mib": round(usual, 1),
         "longest_peak_mib": round(longest_mib, 1),
+        "reserved_peak_mib": round(torch.cuda.max_memory_reserved(run.device) / MIB, 1),
         "planned_peak_mib": round(planned_mib, 1),
         "planned_over_measured": round(planned_mib / longest_mib, 3),
     }
 
 
-def _cpu_peak_mib(run: Run, update: Callable[[], None]) -> float:
-    """Peak of torch's allocator on a CPU during an update: weights and states, and what the profiler records."""
-    model = run.updater.model
-    states = named_state(run.updater.optimizer, model)[0]
-    static = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    static += sum(tensor.untyped_storage().nbytes() for tensor in states.values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        update()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return float(static + allocated.max(initial=0)) / MIB
+def cpu_peaks() -> dict[str, Any]:
+    """Peak of a small case on a CPU, as benchmarks/plan.py measures it: the longest examples of a large model take minutes."""
+    planned_mib, measured_mib = predicted(PLAN_CASE) / MIB, measure(PLAN_CASE)["measured"] / MIB
+    return {
+        "plan_case": " ".join(map(str, PLAN_CASE)),
+        "longest_peak_mib": round(measured_mib, 1),
+        "planned_peak_mib": round(planned_mib, 1),
+        "planned_over_measured": round(planned_mib / measured_mib, 3),
+    }
 
 
 class Profiling(TrainerCallback):

@@ -124,7 +124,8 @@ def table(result: dict[str, Any]) -> list[str]:
         shown = f"; deterministic kernels take {price:g} times as long" if price else ""
         lines.append(f"killed at update {resume['killed_at_update']} and resumed: {equal}{shown}")
     for name, stage in stages.items():
-        reasons = {**({"": stage["reason"]} if stage.get("reason") else {}), **stage.get("failed_sides", {})}
+        reasons = {"": stage["reason"]} if stage.get("reason") else {}
+        reasons |= stage.get("skipped_sides", {}) | stage.get("failed_sides", {})
         lines += [f"not measured: {' '.join(filter(None, (name, side)))}: {reason}" for side, reason in reasons.items()]
     return lines
 
@@ -137,6 +138,7 @@ def _plan_lines(stages: dict[str, Any]) -> Iterator[str]:
     for what, figures in found:
         if "planned_over_measured" in figures:
             planned, measured = figures["planned_peak_mib"], figures["longest_peak_mib"]
+            what = figures.get("plan_case", what)
             yield (
                 f"memory plan of {what}, longest examples: {planned:,.0f} MiB planned, {measured:,.0f} MiB measured "
                 f"({100 * (planned / measured - 1):+.1f} %)"

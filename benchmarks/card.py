@@ -72,9 +72,9 @@ def stages() -> dict[str, Stage]:
 
     return {
         "ceilings": Stage(record_ceilings, 0.1, 0.1),
-        "mt5-small": Stage(partial(speed.short_texts, model="mt5-small"), 0.3, 0.5),
+        "mt5-small": Stage(partial(speed.short_texts, model="mt5-small"), 0.32, 0.5),
         "mt5-small-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-small"), 0.15, 0.3),
-        "mt5-base": Stage(partial(speed.short_texts, model="mt5-base"), 0.3, 0.0),
+        "mt5-base": Stage(partial(speed.short_texts, model="mt5-base"), 0.32, 0.0),
         "mt5-base-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-base"), 0.15, 0.0),
         "long-texts": Stage(speed.long_texts, 0.2, 0.3),
         "memory-cap": Stage(small_card.memory_cap, 0.12, 0.1),

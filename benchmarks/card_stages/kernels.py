@@ -34,7 +34,7 @@ TIMED, PROFILED = 10, 5
 CPU_TIMED, CPU_PROFILED = 1, 1
 OWN_SHARE = 0.55
 """Of the time left, for our side."""
-WARM_S = 15.0
+WARM_S = 8.0
 SEED = 42
 SHOWN_KERNELS = 12
 PLAN_CASE = ("mini", 8000, "fp32", "adamw", False, 16, 128, 64)

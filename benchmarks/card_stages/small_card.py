@@ -8,7 +8,7 @@ from benchmarks.card_stages.kernels import peaks
 from benchmarks.card_stages.session import Session
 from benchmarks.card_stages.sides import measure_ours, measure_trainer, tokens, warm_up
 from benchmarks.card_stages.speed import EAGER, NO_GRAPHS, OURS, SEED, WARM_S, speed, summary
-from benchmarks.peers.limits import WAYS, limit_device, probe_multiprocessors
+from benchmarks.peers.limits import WAYS, judge_probe, limit_device, probe_speeds
 from benchmarks.peers.ours import open_run, run_update
 from benchmarks.peers.processes import Meter
 from benchmarks.peers.setup import Setup
@@ -66,12 +66,7 @@ def capped_figures(figures: dict[str, Any]) -> dict[str, Any]:
 def small_card(session: Session, stage: str) -> None:
     """Compare the sides on a part of the multiprocessors and of the memory; the limit is probed first."""
     _require_gpu(session)
-    probes = []
-    for way in WAYS:
-        outcome = session.run(probe_multiprocessors, session.device, session.multiprocessors, way, limit_s=PROBE_S)
-        probes.append(outcome.value if outcome.done else {"way": way, "error": outcome.reason, "holds": {}})
-        if probes[-1]["holds"].get("forward") and probes[-1]["holds"].get("backward"):
-            break
+    probes = probe_limits(session)
     probe = probes[-1]
     session.record(stage, {"multiprocessors": session.multiprocessors, "memory_gib": session.memory_gib, "probes": probes})
     if not (probe["holds"].get("forward") and probe["holds"].get("backward")):
@@ -97,6 +92,23 @@ def small_card(session: Session, stage: str) -> None:
                 failed[side] = outcome.reason
             session.say(f"  {side:<20} {f'{speed(outcome.value):9.2f} examples/s' if outcome.done else outcome.reason}")
             session.record(stage, {"graphs": limits["graphs"]} | summary([measured], [OURS, EAGER], failed))
+
+
+def probe_limits(session: Session) -> list[dict[str, Any]]:
+    """Try the ways to limit the multiprocessors until one holds for forward and backward products; it is the last one."""
+    free = session.run(probe_speeds, session.device, None, "", limit_s=PROBE_S)
+    if not free.done:
+        raise RuntimeError(f"the card without a limit could not be probed: {free.reason}")
+    probes = []
+    for way in WAYS:
+        outcome = session.run(probe_speeds, session.device, session.multiprocessors, way, limit_s=PROBE_S)
+        if outcome.done:
+            probes.append(judge_probe(free.value, outcome.value, session.multiprocessors, way))
+        else:
+            probes.append({"way": way, "errors": {"process": outcome.reason}, "holds": {}})
+        if probes[-1]["holds"].get("forward") and probes[-1]["holds"].get("backward"):
+            break
+    return probes
 
 
 def _require_gpu(session: Session) -> None:

@@ -15,7 +15,7 @@ from benchmarks.peers.setup import Setup
 OURS, EAGER, COMPILED, NO_GRAPHS = "ours", "trainer", "trainer_compiled", "ours_without_graphs"
 TRAINERS = (EAGER, COMPILED)
 SEED = 42
-WARM_S = 15.0
+WARM_S = 8.0
 """Limit of our warm-up, which captures the graphs."""
 FIRST_SHARE = 0.5
 """Of the time left, for a side of the first round that is not the last."""

@@ -63,27 +63,42 @@ def limit_multiprocessors(device: torch.device, count: int, way: str) -> None:
         torch.cuda.set_stream(context.Stream())
 
 
-def probe_multiprocessors(device_name: str, count: int, way: str) -> dict[str, Any]:
-    """Measure whether the limit holds for a forward product, a backward product and the replay of a CUDA graph.
+def probe_speeds(device_name: str, count: int | None, way: str) -> dict[str, float | str]:
+    """Seconds of forward products, of backward products and of the replay of a CUDA graph; or the error of a kind.
 
-    Returns:
-        `share`: of the multiprocessors; `speed_share_*`: speed with the limit, relative to that without it; `holds` for the
-        three kinds. A kind that cannot run has its error in `error_*` instead.
+    A process of its own for each limit: streams and graphs belong to the context in which they were created.
+
+    Args:
+        count: multiprocessors to use; None for all.
     """
     device = torch.device(device_name)
-    free = {kind: _probed_s(kind, device) for kind in PROBES}
-    limit_multiprocessors(device, count, way)
-    share = count / torch.cuda.get_device_properties(device).multi_processor_count
-    result: dict[str, Any] = {"way": way, "share": round(share, 3), "holds": {}}
+    if count is not None:
+        limit_multiprocessors(device, count, way)
+    seconds: dict[str, float | str] = {"multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count}
     for kind in PROBES:
         try:
-            speed_share = free[kind] / _probed_s(kind, device)
+            seconds[kind] = _probed_s(kind, device)
         except RuntimeError as error:
-            result[f"error_{kind}"] = str(error).partition("\n")[0]
+            seconds[kind] = str(error).partition("\n")[0]
+    return seconds
+
+
+def judge_probe(free: dict[str, float | str], limited: dict[str, float | str], count: int, way: str) -> dict[str, Any]:
+    """Compare the speeds with and without the limit of `count` multiprocessors.
+
+    Returns:
+        `share` of the multiprocessors, `speed_share` by kind, `holds` by kind, `errors`.
+    """
+    share = count / float(free["multiprocessors"])
+    result: dict[str, Any] = {"way": way, "share": round(share, 3), "speed_share": {}, "holds": {}, "errors": {}}
+    for kind in PROBES:
+        before, after = free[kind], limited[kind]
+        if isinstance(before, str) or isinstance(after, str):
+            result["errors"][kind] = before if isinstance(before, str) else after
             result["holds"][kind] = False
         else:
-            result[f"speed_share_{kind}"] = round(speed_share, 3)
-            result["holds"][kind] = speed_share < HELD_TOLERANCE * share
+            result["speed_share"][kind] = round(before / after, 3)
+            result["holds"][kind] = before / after < HELD_TOLERANCE * share
     return result
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import card
 from benchmarks.card_stages.inputs import LONG_CHARACTERS, joined
@@ -18,6 +20,7 @@ from benchmarks.card_stages.limited import run_limited
 from benchmarks.card_stages.report import draw, lines_of, table
 from benchmarks.card_stages.sides import spread
 from benchmarks.card_stages.speed import summary
+from benchmarks.peers.limits import judge_probe
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,16 @@ def test_kernels_launches_and_busy_time_are_counted_once():
     assert figures["waits_per_update"] == 1
     assert figures["busy_s_per_update"] == pytest.approx(200e-9, abs=1e-6)
     assert covered([(0, 100), (50, 150), (200, 250), (210, 220)]) == 200
+
+
+def test_the_events_of_the_profiler_have_what_is_read_from_them():
+    """A CPU has no kernels; the figures of its own events are zeros, not an error."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        torch.zeros(3).add_(1)
+    events = recorded.profiler.kineto_results.events()
+    assert len(events) >= 2
+    figures = kernel_figures(events, updates=1)
+    assert figures["kernels_per_update"] == figures["launches_per_update"] == figures["busy_s_per_update"] == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12, 24, 50, 97])
@@ -169,6 +182,16 @@ def test_the_table_and_the_picture_show_every_stage_and_every_reason(tmp_path):
     draw(result, tmp_path / "card.png")
     assert Image.open(tmp_path / "card.png").size[0] > 1000
     assert "not measured" not in "\n".join(table({"sizes": "cpu", "versions": {}, "stages": {}}))
+
+
+def test_a_limit_of_the_multiprocessors_holds_only_where_the_speed_falls_with_it():
+    """A quarter of the multiprocessors at a quarter of the speed holds; at the full speed, or with an error, it does not."""
+    free = {"multiprocessors": 100, "forward": 1.0, "backward": 1.0, "graph": 1.0}
+    judged = judge_probe(
+        free, {"multiprocessors": 25, "forward": 4.0, "backward": 1.0, "graph": "invalid handle"}, 25, "context"
+    )
+    assert judged["holds"] == {"forward": True, "backward": False, "graph": False}
+    assert judged["speed_share"] == {"forward": 0.25, "backward": 1.0} and judged["errors"] == {"graph": "invalid handle"}
 
 
 @dataclass

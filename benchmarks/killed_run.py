@@ -25,10 +25,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from circumstances import write_json
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.circumstances import write_json  # noqa: E402
+
 SHARED = Path(os.environ.get("RESILIENT_T5_SHARED", ROOT.parent / "shared")) / "data"
 CLOCK = ("_s", "_per_s", "_mib", "_share")
 KINDS = ("train", "evaluation", "restoration", "phase")

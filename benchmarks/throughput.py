@@ -1,7 +1,7 @@
 """Training speed of resilient_t5, the usual Seq2SeqTrainer script and a tuned Seq2SeqTrainer on the same examples.
 
     bin/benchmark throughput [--corpus FILE --terms FILE] [--model mt5-small] [--rounds 3] [--updates 50] [--quick]
-                             [--device auto] [--memory-gib GIB] [--search] [--compile] [--peak-tflops X]
+                             [--device auto] [--memory-gib GIB] [--search] [--peak-tflops X]
                              [--store DIR] [--json FILE] [--png FILE]
 
 The four sides are `script` (unchanged), `script_mended` (loss corrected), `tuned_trainer` and `ours`; see
@@ -10,9 +10,9 @@ benchmarks/peers/trainers.py. All sides use the same corpus, tokenizer, masked e
 After the warm-up, the timed updates include batching, forward, backward, clipping and optimizer. Ratios are taken within a
 round; the median over the rounds is reported. Peak memory is that of training, without loading.
 
---search first tries several micro-batch sizes for the tuned Trainer and for ours, and keeps the fastest that fits. --compile
-adds a side: ours with compiled layers. --peak-tflops is the peak of the device in the number format used. Each side then
-reports `useful_share_of_peak`: the operations that its tokens need, without padding and recomputation, as a share of that peak.
+--search first tries several micro-batch sizes for the tuned Trainer and for ours, and keeps the fastest that fits.
+--peak-tflops is the peak of the device in the number format used. Each side then reports `useful_share_of_peak`: the
+operations that its tokens need, without padding and recomputation, as a share of that peak.
 
 The last line is JSON: {"ratio_over_script", "ratio_over_mended_script", "ratio_over_tuned_trainer" (examples per second),
 the same as cpu_ratio_* (CPU seconds per example), "flops_ratio_*", "sides": {side: medians}, ...}.
@@ -65,7 +65,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--memory-gib", type=float, help="limit of GPU memory for each side")
     parser.add_argument("--search", action="store_true", help="use the fastest micro-batch size of each side")
-    parser.add_argument("--compile", action="store_true", help="add a side: ours with compiled layers")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device, to report its utilisation")
     parser.add_argument("--quick", action="store_true", help="a tiny model on built-in notes, to test the script")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -114,8 +113,8 @@ def run_side(side: str, setup: Any, seed: int) -> Any:
     from benchmarks.peers.ours import run_ours
     from benchmarks.peers.trainers import run_script, run_tuned
 
-    if side.startswith("ours"):
-        return run_ours(dataclasses.replace(setup, compiled=side == "ours_compiled"), seed)
+    if side == "ours":
+        return run_ours(setup, seed)
     return run_tuned(setup, seed) if side == "tuned_trainer" else run_script(setup, seed, side == "script_mended")
 
 
@@ -140,7 +139,6 @@ def main(argv: Sequence[str]) -> int:
     """Print a table and one line of JSON."""
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally: ends the side and removes the model directory
-    sides = (*SIDES, "ours_compiled") if options.compile else SIDES
     rounds: list[dict[str, Any]] = []
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
@@ -151,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
         setup = dataclasses.replace(setup, **chosen)
         for number in range(options.rounds):
             measured: dict[str, Any] = {}
-            for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
+            for side in SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]:
                 own = dataclasses.replace(setup, scratch=str(folder / f"{side}-{number}"))
                 figures = in_fresh_process(run_side, side, own, 42 + number)
                 fits = not isinstance(figures, OutOfDeviceMemory)
@@ -161,10 +159,10 @@ def main(argv: Sequence[str]) -> int:
                 )
                 print(f"round {number + 1}  {side:<14} {shown}", flush=True)
             rounds.append(measured)
-    result = document(rounds, sides) | {
+    result = document(rounds, SIDES) | {
         "model": "tiny" if options.quick else options.model,
         "rounds": options.rounds,
-        "timed_updates": {side: setup.script_updates if "script" in side else setup.updates for side in sides},
+        "timed_updates": {side: setup.script_updates if "script" in side else setup.updates for side in SIDES},
         "searched": chosen,
         "benchmark_s": round(time.perf_counter() - started_s),
         **in_fresh_process(environment, setup.device, setup.memory_gib),
@@ -172,11 +170,11 @@ def main(argv: Sequence[str]) -> int:
     }
     if options.peak_tflops is not None:
         add_utilisation(result, options.peak_tflops)
-    print("\n".join(table(result, sides)))
+    print("\n".join(table(result, SIDES)))
     if options.png is not None:
         from benchmarks.peers.picture import draw_throughput
 
-        draw_throughput(result, sides, options.png)
+        draw_throughput(result, SIDES, options.png)
     write_json(result, options.json)
     return 0
 

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.flops import MicroShape, our_flops, useful_flops
-from benchmarks.peers.processes import Meter, cap_memory
+from benchmarks.peers.limits import limit_device
+from benchmarks.peers.processes import Meter
 from benchmarks.peers.setup import Setup
 from resilient_t5.checkpoint.manager import CheckpointManager
+from resilient_t5.config.schema import Config
 from resilient_t5.data.batches import MicroBatch
 from resilient_t5.data.store.store import Store
 from resilient_t5.training.build import build_run
@@ -20,7 +22,7 @@ from resilient_t5.training.telemetry.run_log import RunLog
 def run_ours(setup: Setup, seed: int) -> dict[str, Any]:
     """Measure our timed updates in this process, without the training loop (see loop_overhead.py)."""
     device = choose_device(setup.device)
-    cap_memory(device, setup.memory_gib)
+    limit_device(device, setup)
     meter = Meter(device)
     run = open_run(setup, seed)
     meter.forget_peak()
@@ -55,12 +57,17 @@ def _lengths(micro_batch: MicroBatch) -> list[tuple[int, int]]:
 
 def open_run(setup: Setup, seed: int) -> Run:
     """Create a run at update 0 in a new directory."""
-    config = setup.config(seed)
+    return open_config(setup.config(seed))
+
+
+def open_config(config: Config) -> Run:
+    """Create a run of this configuration, whose `data.store` exists, at update 0 in the directory `run.dir`."""
+    assert config.data.store is not None
     directory = Path(config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
     log = RunLog(Console("quiet", directory / "train.log"), directory, tensorboard=config.telemetry.tensorboard)
     manager = CheckpointManager(directory, run_id="0" * 32, settings=config.checkpoint, audit=log.checkpoint_event)
-    return build_run(config, Store.open(Path(setup.store)), manager, None, log)
+    return build_run(config, Store.open(Path(config.data.store)), manager, None, log)
 
 
 def run_update(run: Run) -> list[MicroBatch]:

@@ -12,7 +12,6 @@ NAMES = {
     "script_mended": "usual script, fixed",
     "tuned_trainer": "tuned Seq2SeqTrainer",
     "ours": "resilient_t5",
-    "ours_compiled": "resilient_t5, compiled",
 }
 PANELS = (
     ("examples per second (more is better)", "examples_per_s", "{:.2f}"),

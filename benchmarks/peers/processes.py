@@ -6,7 +6,6 @@ other sides, and the imports run once.
 
 import multiprocessing
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from resilient_t5.training.hardware.machine import MIB, memory_mib
 
+MIN_TIMED_UPDATES = 3
 CLEAR_REFS = Path("/proc/self/clear_refs")
 PRELOADED = ["torch", "transformers.trainer_seq2seq", "resilient_t5.training.run", "benchmarks.peers.trainers"]
 
@@ -81,12 +81,21 @@ class Meter:
     def stop(self) -> dict[str, float]:
         """Return the seconds since `start` and the peak since `forget_peak`."""
         _synchronize(self.device)
-        return {
+        figures = {
             "wall_s": time.perf_counter() - self._wall_s,
             "cpu_s": time.process_time() - self._cpu_s,
             "peak_mib": memory_mib(self.device),
             "loading_peak_mib": self.loading_mib,
         }
+        if self.device.type == "cuda":
+            figures["allocated_peak_mib"] = torch.cuda.max_memory_allocated(self.device) / MIB
+        return figures
+
+    def is_late(self, updates: int, time_s: float | None, deadline_s: float | None) -> bool:
+        """Whether the timed updates must end: after `time_s` and a few updates, or at the deadline and one update."""
+        if updates >= 1 and deadline_s is not None and time.monotonic() > deadline_s:
+            return True
+        return updates >= MIN_TIMED_UPDATES and time_s is not None and time.perf_counter() - self._wall_s > time_s
 
     def forget_peak(self) -> None:
         """Record the peak of loading and reset it for training."""
@@ -104,16 +113,6 @@ def resident_mib(device: torch.device) -> float:
         return torch.cuda.memory_allocated(device) / MIB
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize() / MIB
-
-
-def cap_memory(device: torch.device, memory_gib: float | None) -> None:
-    """Limit the GPU memory of this process to `memory_gib`."""
-    if memory_gib is None:
-        return
-    if device.type != "cuda":
-        sys.exit("benchmark error: --memory-gib limits GPU memory, but this is a CPU. Omit it, or choose a GPU with --device")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total), device)
 
 
 def _synchronize(device: torch.device) -> None:

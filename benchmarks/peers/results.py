@@ -11,7 +11,6 @@ PEERS = {
     "script": "script",
     "script_mended": "mended_script",
     "tuned_trainer": "tuned_trainer",
-    "ours_compiled": "ours_compiled",
 }
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 Rounds = Sequence[dict[str, Any]]

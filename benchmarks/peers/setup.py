@@ -56,26 +56,50 @@ class Setup:
     """For ours."""
     micro_examples: int = EXAMPLES_PER_UPDATE
     """For the tuned Trainer."""
-    compiled: bool = False
-    """Whether ours uses compiled layers."""
     pad_multiple: int | Literal["auto"] = "auto"
     """Of ours: lengths are padded to a multiple of this."""
+    pack: bool | Literal["auto"] = "auto"
+    """Of ours: several examples in each row."""
+    graphs: bool | Literal["auto"] = "auto"
+    """Of ours: forward and backward as CUDA graphs."""
+    checkpointing: bool | Literal["auto"] = "auto"
+    """Of ours: recompute the layers in the backward pass."""
+    deterministic: bool = False
+    """Of ours: deterministic GPU kernels only."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of ours: number format of the matrix products."""
+    examples_per_update: int = EXAMPLES_PER_UPDATE
+    time_s: float | None = None
+    """End the timed updates after about this time; None times all of them. Only benchmarks/card.py sets it."""
+    deadline_s: float | None = None
+    """On the monotonic clock: the timed updates end then, after at least one."""
+    multiprocessors: int | None = None
+    """Use only so many multiprocessors of the GPU; see limits.py."""
+    limited_by: Literal["context", "stream"] = "context"
+    """How: see limits.py."""
 
     def config(self, seed: int) -> Config:
         """Return our configuration: the defaults with this store and model."""
         return Config(
             data=dataclasses.replace(self.data, store=self.store),
             tokenizer=TokenizerConfig(name_or_path=str(Path(self.store) / "tokenizer")),
-            model=ModelConfig(name_or_path=self.model),
+            model=ModelConfig(name_or_path=self.model, gradient_checkpointing=self.checkpointing),
             corruption=CorruptionConfig(),
             batch=BatchConfig(
-                examples_per_update=EXAMPLES_PER_UPDATE, micro_tokens=self.micro_tokens, pad_multiple=self.pad_multiple
+                examples_per_update=self.examples_per_update,
+                micro_tokens=self.micro_tokens,
+                pad_multiple=self.pad_multiple,
+                pack=self.pack,
             ),
             evaluation=EvaluationConfig(every=10**9, examples=1, restore_examples=0),
             checkpoint=CheckpointConfig(every_minutes=None, every_updates=None),
-            hardware=HardwareConfig(device=self.device, compile=self.compiled, precision=self.precision),
+            hardware=HardwareConfig(
+                device=self.device,
+                precision=self.precision,
+                graphs=self.graphs,
+                deterministic=self.deterministic,
+                memory_gib="auto" if self.memory_gib is None else self.memory_gib,
+            ),
             run=RunConfig(dir=self.scratch, seed=seed),
         )
 
@@ -117,13 +141,19 @@ class MaskedExamples(Dataset):  # type: ignore[type-arg]
         return {"input_ids": source, "attention_mask": [1] * len(source), "labels": target}
 
 
-def masked_epoch(setup: Setup, seed: int) -> MaskedExamples:
-    """Return the first epoch in the order of our run with this seed.
+def masked_epoch(setup: Setup, seed: int, examples: int | None = None) -> MaskedExamples:
+    """Return the first epoch in the order of our run with this seed, or its first `examples`.
 
     Masks are a function of (seed, epoch, example), so our run with this seed trains on the same masked examples.
     """
+    store = Store.open(Path(setup.store))
+    count = len(store.train) if examples is None else min(examples, len(store.train))
+    return masked(setup, seed, order(seed, 0, np.arange(count), len(store.train)))
+
+
+def masked(setup: Setup, seed: int, ids: np.ndarray) -> MaskedExamples:
+    """Return these examples of the training split with the masks of the first epoch of our run with this seed."""
     config, store = setup.config(seed), Store.open(Path(setup.store))
-    ids = order(seed, 0, np.arange(len(store.train)), len(store.train))
     table = build_token_table(store.tokenizer, store.active_to_full, None)
     settings = {"settings": config.corruption, "data": config.data, "table": table}
     drawn = corrupt(store.train, ids, np.zeros(len(ids), np.int64), seed=seed, **settings)

@@ -10,6 +10,7 @@ scale.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.peers.flops import MicroShape, peer_flops, useful_flops
-from benchmarks.peers.processes import Meter, cap_memory
-from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, Setup, masked_epoch
+from benchmarks.peers.limits import limit_device
+from benchmarks.peers.processes import Meter
+from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MaskedExamples, Setup, masked_epoch
 from resilient_t5.training.hardware.machine import choose_device
 
 MEGABATCH_UPDATES = 50  # transformers sorts this many batches by length together
@@ -81,18 +83,23 @@ class Dynamic:
 
 
 class Clock(TrainerCallback):
-    """Start the meter after the warm-up and stop it after the last update."""
+    """Start the meter after the warm-up; stop it after the last update, or when the time of `setup` is over."""
 
-    def __init__(self, meter: Meter, warm: int, last: int):
-        self.meter, self.warm, self.last = meter, warm, last
+    def __init__(self, meter: Meter, setup: Setup, last: int):
+        self.meter, self.setup, self.warm, self.last = meter, setup, setup.warm_updates, last
         self.figures: dict[str, float] = {}
+        self.updates = 0
+        """Timed updates."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called after every update."""
         if state.global_step == self.warm:
             self.meter.start()
-        if state.global_step == self.last:
+        self.updates = state.global_step - self.warm
+        is_late = self.meter.is_late(self.updates, self.setup.time_s, self.setup.deadline_s)
+        if not self.figures and (state.global_step == self.last or is_late):
             self.figures = self.meter.stop()
+            control.should_training_stop = True
 
 
 def run_script(setup: Setup, seed: int, corrected: bool) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def run_script(setup: Setup, seed: int, corrected: bool) -> dict[str, Any]:
         "logging_steps": 100,
     }
     data = examples.only(np.arange(count) % len(examples))
-    return _train(setup, data, collator, settings, updates=setup.script_updates, corrected=corrected)
+    return train_timed(setup, data, collator, settings, updates=setup.script_updates, corrected=corrected)
 
 
 def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
@@ -120,20 +127,40 @@ def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
     in our first window of 50 updates. With fewer timed updates, batches are taken at equal distances, because the sorted
     examples begin with the longest batch and end with the shortest.
     """
-    examples = masked_epoch(setup, seed)
-    stretch = min(MEGABATCH_UPDATES, len(examples) // EXAMPLES_PER_UPDATE)
-    lengths = np.diff(examples.source_offsets)[: stretch * EXAMPLES_PER_UPDATE].tolist()
-    grouped = get_length_grouped_indices(lengths, EXAMPLES_PER_UPDATE, mega_batch_mult=stretch)
-    batches = np.array(grouped).reshape(stretch, EXAMPLES_PER_UPDATE)
+    examples, batches = tuned_batches(setup, seed)
+    stretch = len(batches)
     timed = ((np.arange(setup.updates) + 0.5) * stretch / setup.updates).astype(int)
     warm = np.full(setup.warm_updates, stretch // 2)
+    data = examples.only(batches[np.concatenate([warm, timed])].ravel())
+    return train_timed(setup, data, tuned_collator(setup), tuned_settings(setup), updates=setup.updates, corrected=True)
+
+
+def tuned_batches(setup: Setup, seed: int) -> tuple[MaskedExamples, np.ndarray]:
+    """Return the examples of our first window of 50 updates, and their rows grouped by length: (updates, examples).
+
+    The first batch has the longest examples, the last one the shortest.
+    """
+    per_update = setup.examples_per_update
+    examples = masked_epoch(setup, seed, MEGABATCH_UPDATES * per_update)
+    stretch = min(MEGABATCH_UPDATES, len(examples) // per_update)
+    lengths = np.diff(examples.source_offsets)[: stretch * per_update].tolist()
+    grouped = get_length_grouped_indices(lengths, per_update, mega_batch_mult=stretch)
+    return examples, np.array(grouped).reshape(stretch, per_update)
+
+
+def tuned_collator(setup: Setup) -> Dynamic:
+    """Return the collator of the tuned Trainer: pads to the longest example of a batch."""
     tokenizer = AutoTokenizer.from_pretrained(Path(setup.store) / "tokenizer")
-    collator = Dynamic(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
+    return Dynamic(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
+
+
+def tuned_settings(setup: Setup) -> dict[str, Any]:
+    """Return the arguments of the tuned Trainer on the device of `setup`."""
     device = choose_device(setup.device)
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    settings = {
+    return {
         "per_device_train_batch_size": setup.micro_examples,
-        "gradient_accumulation_steps": EXAMPLES_PER_UPDATE // setup.micro_examples,
+        "gradient_accumulation_steps": setup.examples_per_update // setup.micro_examples,
         "optim": "adamw_torch_fused",
         "bf16": native,
         "fp16": device.type == "cuda" and not native,
@@ -141,8 +168,6 @@ def run_tuned(setup: Setup, seed: int) -> dict[str, Any]:
         "dataloader_num_workers": 0,
         "logging_steps": 100,
     }
-    data = examples.only(batches[np.concatenate([warm, timed])].ravel())
-    return _train(setup, data, collator, settings, updates=setup.updates, corrected=True)
 
 
 def quiet() -> None:
@@ -171,27 +196,41 @@ def build_trainer(
     return trainer
 
 
-def _train(
-    setup: Setup, data: Any, collator: Padded | Dynamic, settings: dict[str, Any], *, updates: int, corrected: bool
+def train_timed(
+    setup: Setup,
+    data: Any,
+    collator: Padded | Dynamic,
+    settings: dict[str, Any],
+    *,
+    updates: int,
+    corrected: bool,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
+    """Measure `updates` updates of a Trainer after its warm-up, in this process.
+
+    Returns:
+        The figures; without `wall_s` if a callback ended the training before a timed update.
+    """
     device = choose_device(setup.device)
-    cap_memory(device, setup.memory_gib)
+    limit_device(device, setup)
     quiet()
     meter, last = Meter(device), setup.warm_updates + updates
     model = MT5ForConditionalGeneration.from_pretrained(setup.model, dtype=torch.float32, attn_implementation="sdpa")
-    clock = Clock(meter, setup.warm_updates, last)
-    whole = {**settings, "max_steps": last}
-    trainer = build_trainer(model, whole, setup.scratch, device, train_dataset=data, data_collator=collator, callbacks=[clock])
+    clock = Clock(meter, setup, last)
+    whole, called = {**settings, "max_steps": last}, [clock, *callbacks]
+    trainer = build_trainer(model, whole, setup.scratch, device, train_dataset=data, data_collator=collator, callbacks=called)
     if corrected:
         trainer.loss_is_scaled_for_ga = False
     meter.forget_peak()
     trainer.train()
-    per_update = len(collator.given) // last
-    timed = collator.given[setup.warm_updates * per_update : last * per_update]
+    per_update = settings.get("gradient_accumulation_steps", 1)
+    first = setup.warm_updates * per_update
+    timed = collator.given[first : first + clock.updates * per_update]
     checkpointing = bool(settings.get("gradient_checkpointing"))
     return clock.figures | {
-        "updates": updates,
+        "updates": clock.updates,
         "examples": sum(shape.examples for shape, _ in timed),
+        "source_tokens": sum(source for _, lengths in timed for source, _ in lengths),
         "target_tokens": sum(target for _, lengths in timed for _, target in lengths),
         "useful_flops": sum(useful_flops(model.config, lengths) for _, lengths in timed),
         "flops": sum(peer_flops(model.config, shape, checkpointing=checkpointing) for shape, _ in timed),

@@ -42,7 +42,6 @@ FREE_KEYS = (
     "data.terms",
     "data.train",
     "data.validation",
-    "hardware.compile",
     "hardware.deterministic",
     "hardware.device",
     "hardware.graphs",
@@ -76,6 +75,7 @@ REMOVED_KEYS = {
     "convergence.patience_max": RemovedKey((None, 0), "Remove it and raise convergence.patience instead"),
     "convergence.overfit_percent": RemovedKey((None, 0.0), "Remove it; convergence.patience ends a run that overfits"),
     "convergence.overfit_windows": RemovedKey((None, 6), "Remove it; convergence.patience ends a run that overfits"),
+    "hardware.compile": RemovedKey((False,), "Remove it; hardware.graphs reduces the launches of a GPU instead"),
 }
 """An inert value is accepted, since every config.yaml of an earlier version contains one; any other value is an error."""
 
@@ -119,10 +119,6 @@ class Config:
             (
                 not self.optim.name.startswith("adafactor") or self.optim.weight_decay == 0.0,
                 "optim.weight_decay: adafactor does not decay weights; set it to 0",
-            ),
-            (
-                not self.hardware.compile or self.model.gradient_checkpointing is not True,
-                "hardware.compile and model.gradient_checkpointing exclude each other: recomputing breaks compiled graphs",
             ),
             *self._in_backward_checks(),
             *self._sharding_checks(),
@@ -169,7 +165,6 @@ class Config:
                 name == "adamw",
                 f"hardware.shard_layers needs optim.name adamw: {name} needs whole matrices or blocks of them",
             ),
-            (not self.hardware.compile, "hardware.shard_layers and hardware.compile exclude each other"),
             (
                 self.hardware.precision != "fp16",
                 "hardware.shard_layers does not support the loss scaler of fp16",

@@ -431,8 +431,6 @@ class HardwareConfig:
     """Device memory to plan for, in GiB; `auto`: the memory that is free at the start."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads for matrix products."""
-    compile: bool = False
-    """Compile the layers with torch.compile; on a GPU worth the minute that it takes at the start."""
     graphs: bool | Literal["auto"] = "auto"
     """Capture forward and backward as CUDA graphs, one for each shape; needs `batch.pack`. `auto`: on a GPU if they fit."""
     shard_layers: bool = False

@@ -23,6 +23,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,6 +36,7 @@ from resilient_t5.data.corruption.corruption import Corrupted, corrupt, term_tar
 from resilient_t5.data.corruption.token_table import TokenTable
 from resilient_t5.data.counter_rng import Stream, order, shuffle
 from resilient_t5.data.packing import MULTIPLE, Lengths, PackedRows, Packing, RowShapes, choose_shapes, fill_rows, pack
+from resilient_t5.data.pass_input import IGNORED, PassInput
 from resilient_t5.data.ragged import Split, pad_rows, rounded_up
 from resilient_t5.errors import DataError
 
@@ -137,8 +139,6 @@ def cheapest_cut(
     return parts
 
 
-# Label of a padded target position, ignored by the cross-entropy.
-IGNORED = -100
 # No training reaches these epochs, so evaluation and estimates never repeat a draw of training.
 EVALUATION_EPOCH = 2**62
 ESTIMATE_EPOCH = EVALUATION_EPOCH + 1
@@ -176,6 +176,8 @@ class MicroBatch:
     """Lowest and highest token id of sources and labels."""
     target_segments_BT: torch.Tensor | None = None
     """(R, T), the same for the labels as `source_mask_BS`; None if it is not packed."""
+    on_device: PassInput | None = None
+    """The tensors on the GPU, if a reader has copied them ahead."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -294,6 +296,12 @@ class Batches:
         """(rows, source tokens, target tokens) of every micro-batch that a packed update may have; empty if not packed."""
         return [] if self.packing is None else self._shapes_within(self.packing, self.micro_tokens).triples()
 
+    def largest_shape(self, micro_tokens: int) -> tuple[int, int, int]:
+        """Upper bounds of rows, source tokens and target tokens of packed micro-batches within a budget."""
+        assert self.packing is not None
+        shapes = self._shapes_within(self.packing, micro_tokens)
+        return shapes.rows, max(source for source, _ in shapes.lengths), max(target for _, target in shapes.lengths)
+
     def _shapes_within(self, packing: Packing, micro_tokens: int) -> RowShapes:
         """Packed shapes for this budget, chosen once from the first updates of the run."""
         with self._row_shapes_lock:
@@ -392,12 +400,19 @@ class Prefetcher:
     Args:
         first_update: the update that the first `take` returns.
         readers: threads; with 0, `take` prepares.
+        copy_ahead: copies a micro-batch to the GPU; called in the threads.
     """
 
-    def __init__(self, batches: Batches, first_update: int, readers: int):
+    def __init__(
+        self,
+        batches: Batches,
+        first_update: int,
+        readers: int,
+        copy_ahead: Callable[[MicroBatch], PassInput] | None = None,
+    ):
         self.wait_s = 0.0
         """Seconds that `take` has waited so far."""
-        self._batches, self._readers = batches, readers
+        self._batches, self._readers, self._copy_ahead = batches, readers, copy_ahead
         self._start(first_update)
 
     def restart(self, update: int) -> None:
@@ -414,11 +429,17 @@ class Prefetcher:
     def take(self) -> list[MicroBatch]:
         """The next update's micro-batches; raises what preparing them raised."""
         begin_s = time.perf_counter()
-        micro_batches = self._batches.at(self._next_taken) if self._threads is None else self._ahead.popleft().result()
+        micro_batches = self._read(self._next_taken) if self._threads is None else self._ahead.popleft().result()
         self.wait_s += time.perf_counter() - begin_s
         self._next_taken += 1
         self._submit()
         return micro_batches
+
+    def _read(self, update: int) -> list[MicroBatch]:
+        micro_batches = self._batches.at(update)
+        if self._copy_ahead is None:
+            return micro_batches
+        return [replace(micro_batch, on_device=self._copy_ahead(micro_batch)) for micro_batch in micro_batches]
 
     def close(self) -> None:
         """Drop prepared updates and wait for the threads to end. Idempotent."""
@@ -430,7 +451,7 @@ class Prefetcher:
         if self._threads is None:
             return
         while self._next_submitted < self._next_taken + UPDATES_AHEAD:
-            self._ahead.append(self._threads.submit(self._batches.at, self._next_submitted))
+            self._ahead.append(self._threads.submit(self._read, self._next_submitted))
             self._next_submitted += 1
         first_of_window = self._next_taken % self._batches.window_updates == 0
         if first_of_window and self._batches.window_updates > UPDATES_AHEAD:

@@ -9,16 +9,21 @@ from typing import Protocol
 import numpy as np
 import torch
 
+# Label of a padded target position, ignored by the cross-entropy.
 IGNORED = -100
 
 
 class HostBatch(Protocol):
     """A micro-batch in host memory; see `data/batches.py`."""
 
-    source_BS: torch.Tensor
-    source_mask_BS: torch.Tensor
-    labels_BT: torch.Tensor
-    target_segments_BT: torch.Tensor | None
+    @property
+    def source_BS(self) -> torch.Tensor: ...
+    @property
+    def source_mask_BS(self) -> torch.Tensor: ...
+    @property
+    def labels_BT(self) -> torch.Tensor: ...
+    @property
+    def target_segments_BT(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)

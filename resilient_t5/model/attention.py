@@ -142,7 +142,8 @@ def attend(
         by_kernel: as in `drop`.
     """
     if first.device.type == "cpu":
-        return RecomputedAttention.apply(first, second, mask, probability, by_kernel)
+        mixed_BQHW: torch.Tensor = RecomputedAttention.apply(first, second, mask, probability, by_kernel)
+        return mixed_BQHW
     slots = first.permute(2, 0, 3, 1, 4).unbind(0)
     query, key, value = slots if second is None else (*slots, *second.permute(2, 0, 3, 1, 4).unbind(0))
     mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=probability, scale=1.0)
@@ -159,7 +160,12 @@ class PositionMask(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, table_NH: torch.Tensor, one_hot_PN: torch.Tensor, visible: torch.Tensor | None, shape: tuple[int, int], dtype: Any
+        ctx: Any,
+        table_NH: torch.Tensor,
+        one_hot_PN: torch.Tensor,
+        visible: torch.Tensor | None,
+        shape: tuple[int, int],
+        dtype: Any,
     ) -> torch.Tensor:
         bias_HP = torch.mm(one_hot_PN.to(table_NH.dtype), table_NH).T.to(dtype).contiguous()
         bias_1HQK = bias_HP.unfold(1, shape[1], 1).flip(1)[None]

@@ -99,7 +99,11 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, scalars: tuple[torch.Tensor, torch.Tensor], settings: tuple[Any, bool]
+        ctx: Any,
+        x: torch.Tensor,
+        weight_D: torch.Tensor,
+        scalars: tuple[torch.Tensor, torch.Tensor],
+        settings: tuple[Any, bool],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (epsilon, ctx.one), (dtype, ctx.in_place) = scalars, settings
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=epsilon.dtype)
@@ -143,9 +147,7 @@ class Product(torch.autograd.Function):
     """x @ weight^T for one or several weights (O_i, D) with the same input: (..., sum of O_i) in the dtype of x. Saves x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, in_place: bool, operand: Operand | None, *weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, in_place: bool, operand: Operand | None, *weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.in_place, ctx.operand, ctx.weights = in_place, operand, weights
         x_ND = x.flatten(0, -2)
@@ -176,9 +178,7 @@ class Product(torch.autograd.Function):
         return grad_x, None, None, *grads
 
 
-def _product_gradient(
-    grad_NO: torch.Tensor, weights: Sequence[torch.Tensor], operand: Operand | None
-) -> torch.Tensor:
+def _product_gradient(grad_NO: torch.Tensor, weights: Sequence[torch.Tensor], operand: Operand | None) -> torch.Tensor:
     """The gradient (N, D) of the input of a product."""
     if operand is not None:
         return torch.mm(grad_NO, operand.cast_OD)
@@ -355,9 +355,7 @@ class LeanBlock(nn.Module):
             mask = self._position_mask(attention, first, mask)
         return self._attention_end(sublayer, attention, hidden_BSD, (first, None, mask)), mask
 
-    def _cross_attention(
-        self, hidden_BTD: torch.Tensor, encoded_BKD: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _cross_attention(self, hidden_BTD: torch.Tensor, encoded_BKD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         sublayer: Any = self.layer[1]
         attention = sublayer.EncDecAttention
         normed_BTD, hidden_BTD = self._norm(sublayer, hidden_BTD)
@@ -366,8 +364,9 @@ class LeanBlock(nn.Module):
         return self._attention_end(sublayer, attention, hidden_BTD, (first, second, mask))
 
     def _attention_end(self, sublayer: Any, attention: Any, hidden_BSD: torch.Tensor, inputs: tuple[Any, ...]) -> torch.Tensor:
-        mixed_BSHW = attend(*inputs, self._probability(attention.dropout), self.lean.by_kernel)
-        name = "self.last" if inputs[1] is None else "cross.last"
+        first, second, mask = inputs
+        mixed_BSHW = attend(first, second, mask, self._probability(attention.dropout), self.lean.by_kernel)
+        name = "self.last" if second is None else "cross.last"
         settings = (self._probability(sublayer.dropout.p), self.lean.by_kernel, self.lean.in_place)
         weight = attention.o.weight
         return ResidualProduct.apply(hidden_BSD, mixed_BSHW.flatten(2), weight, self._operand(name, mixed_BSHW.dtype), settings)
@@ -427,11 +426,11 @@ def one_hot_distances(attention: Any, length: int, constants: Constants, device:
     return constants.distances[key][longest - length : longest + length - 1]
 
 
-class LeanT5Block(LeanBlock, T5Block):
+class LeanT5Block(LeanBlock, T5Block):  # type: ignore[misc]
     """`T5Block` with the forward pass of this module."""
 
 
-class LeanMT5Block(LeanBlock, MT5Block):
+class LeanMT5Block(LeanBlock, MT5Block):  # type: ignore[misc]
     """`MT5Block` with the forward pass of this module."""
 
 
@@ -474,9 +473,7 @@ class LeanStack(nn.Module):
         for block in self.block:
             hidden_BSD, mask = block(hidden_BSD, LEAN, mask, encoded_BKD, cross_mask)
         # The output of the encoder is the input of products only, so it is cast to 16 bits once.
-        normed_BSD, _ = rms_norm(
-            hidden_BSD, self.final_layer_norm, hidden_BSD.dtype if self.is_decoder else dtype, self.lean
-        )
+        normed_BSD, _ = rms_norm(hidden_BSD, self.final_layer_norm, hidden_BSD.dtype if self.is_decoder else dtype, self.lean)
         return Dropout.apply(normed_BSD, probability, self.lean.by_kernel)
 
 

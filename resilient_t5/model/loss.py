@@ -1,8 +1,9 @@
 """The loss of a T5 or mT5 as a sum over target tokens; gradients of the vocabulary tables are accumulated in place.
 
 Encoder and decoder are called with embedded inputs, and the head by blocks of the vocabulary, so the full matrix of logits is
-never allocated: on a CPU only at positions with a label, on a GPU at all. The sum is divided once by the target tokens of the whole update, so the
-gradient does not depend on how the update is split into micro-batches.
+never allocated. On a CPU the head is computed at positions with a label only, on a GPU at all positions: to select positions
+it would have to wait for the device. The sum is divided once by the target tokens of the whole update, so the gradient does
+not depend on how the update is split into micro-batches.
 
 Shapes: B examples, S source tokens, T target tokens, N labels that are not -100, V vocabulary rows, D model width.
 """
@@ -133,9 +134,7 @@ def token_nll(
     return over(torch.ones_like(correct_N), of_part)
 
 
-def shift_right(
-    labels_BT: torch.Tensor, special: SpecialIds, target_segments_BT: torch.Tensor | None = None
-) -> torch.Tensor:
+def shift_right(labels_BT: torch.Tensor, special: SpecialIds, target_segments_BT: torch.Tensor | None = None) -> torch.Tensor:
     """Decoder inputs: for each example the start id, then its labels without the last one; -100 becomes the pad."""
     inputs_BT = labels_BT.new_full(labels_BT.shape, special.decoder_start_id)
     inputs_BT[:, 1:] = labels_BT[:, :-1]

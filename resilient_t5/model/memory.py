@@ -16,7 +16,7 @@ d model width, f feed-forward width, i width of all heads, h heads, N = B T labe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -311,6 +311,8 @@ class Choice:
     cost: float
     """Floating-point operations of an update, relative to those without checkpointing."""
     fits: bool
+    copies: bool = False
+    """Whether the weights of the layers are kept in the number format of the products too."""
 
     @property
     def needed(self) -> float:
@@ -320,7 +322,10 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         """Plain values; memory in GiB."""
         items = {f"{name}_gib": value / GIB for name, value in asdict(self.peak).items()}
-        plain = {key: getattr(self, key) for key in ("optimizer", "checkpointing", "micro_tokens", "precision", "cost", "fits")}
+        plain = {
+            key: getattr(self, key)
+            for key in ("optimizer", "checkpointing", "micro_tokens", "precision", "cost", "fits", "copies")
+        }
         return {**plain, "needed_gib": self.needed / GIB, "evaluation_gib": self.evaluation / GIB, **items}
 
 
@@ -393,20 +398,31 @@ def choices(
             yield choose_micro_tokens(sizes, task, memory, run, optimizer)
 
 
-def choose_micro_tokens(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str) -> Choice:
+LargestShape = Callable[[int], tuple[int, int, int]]
+"""Budget of a micro-batch in tokens -> upper bounds of its rows, source tokens and target tokens."""
+
+
+def choose_micro_tokens(
+    sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, largest_shape: LargestShape | None = None
+) -> Choice:
     """One optimizer with or without checkpointing, at the largest token budget that fits, else at the smallest.
 
     Budgets are powers of two, but at least one longest example. With an optimizer inside the backward pass one micro-batch
     holds all examples of an update.
+
+    Args:
+        largest_shape: of packed rows; None plans for the longest example of the task in every row.
     """
     most = MAX_MICRO_TOKENS[memory.on_gpu]
     ladder = [2**k for k in range(int(math.log2(MIN_MICRO_TOKENS)), int(math.log2(most)) + 1)]
-    budgets = sorted({max(tokens, task.longest) for tokens in ladder})
+    budgets = sorted({max(tokens, task.longest) for tokens in ladder}, reverse=True)
     if optimizer == "adafactor_in_backward":
         budgets = [task.longest * task.examples_per_update]
-    tried = [choice_at(sizes, task, memory, run, optimizer, tokens) for tokens in budgets]
-    fitting = [choice for choice in tried if choice.fits]
-    return fitting[-1] if fitting else tried[0]
+    for tokens in budgets:
+        choice = choice_at(sizes, task, memory, run, optimizer, tokens, largest_shape)
+        if choice.fits:
+            return choice
+    return choice
 
 
 def first_fit(candidates: list[Choice]) -> Choice | None:
@@ -420,10 +436,19 @@ def smallest_card_gib(sizes: Sizes, task: Task, precision: str, optimizers: tupl
     return (min(choice.needed for choice in candidates) / (1 - FREE_SHARE) + CONTEXT_BYTES) / GIB
 
 
-def choice_at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimizer: str, micro_tokens: int) -> Choice:
-    """Memory and cost of one optimizer at one token budget."""
+def choice_at(
+    sizes: Sizes,
+    task: Task,
+    memory: Memory,
+    run: Execution,
+    optimizer: str,
+    micro_tokens: int,
+    largest_shape: LargestShape | None = None,
+) -> Choice:
+    """Memory and cost of one optimizer at one token budget; arguments as of `choose_micro_tokens`."""
     shape = MicroBatchShape.within(micro_tokens, task.source_tokens, task.target_tokens)
-    peak = training_peak(sizes, optimizer, run, shape)
+    trained = shape if largest_shape is None else MicroBatchShape(*largest_shape(micro_tokens))
+    peak = training_peak(sizes, optimizer, run, trained)
     inference = max(evaluation_bytes(sizes, run, shape), generation_bytes(sizes, run, shape))
     evaluation = WIDE * sizes.parameters + peak.optimizer + inference  # sharded layers are gathered for it
     if run.copies or run.packed:  # static buffers
@@ -431,4 +456,4 @@ def choice_at(sizes: Sizes, task: Task, memory: Memory, run: Execution, optimize
     lengths = (task.source_tokens, task.target_tokens)
     cost = counted_flops(sizes, *lengths, run.checkpointing) / counted_flops(sizes, *lengths, False)
     fits = max(peak.total, evaluation) <= memory.usable
-    return Choice(optimizer, run.checkpointing, micro_tokens, run.precision, peak, evaluation, cost, fits)
+    return Choice(optimizer, run.checkpointing, micro_tokens, run.precision, peak, evaluation, cost, fits, run.copies)

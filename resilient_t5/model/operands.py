@@ -54,7 +54,7 @@ class StaticBuffers:
 
     def __init__(self, model: nn.Module, operands: Sequence[Operand]):
         self._casts = [part for operand in operands for part in operand.casts()]
-        self._weights = [weight for operand in operands for weight in operand.weights]
+        self._weights: list[torch.Tensor] = [weight for operand in operands for weight in operand.weights]
         shared = {id(weight) for weight in self._weights}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in shared]
         own = [torch.zeros_like(parameter) for parameter in others]

@@ -1,5 +1,6 @@
 """Build a run: construct its parts and set their initial state."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +17,18 @@ from resilient_t5.data.batches import Batches, EvaluationBatch, Prefetcher, eval
 from resilient_t5.data.cooccurrence import count_neighbours
 from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.packing import Packing
+from resilient_t5.data.pass_input import CopyAhead
 from resilient_t5.data.ragged import Split
 from resilient_t5.data.store.store import Store
+from resilient_t5.model.dropout import seed_dropout
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.initial_weights import MAX_IDS, RANK, factored, set_initial_vectors
-from resilient_t5.model.layers import install_lean_layers
+from resilient_t5.model.layers import allocate_buffers, install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
-from resilient_t5.model.optimizer import build_optimizer
-from resilient_t5.model.precision import Precision, install_float32_islands
+from resilient_t5.model.memory import Task
+from resilient_t5.model.operands import StaticBuffers
+from resilient_t5.model.optimizer import AdafactorInBackward, build_optimizer
+from resilient_t5.model.precision import DTYPES, Precision, install_float32_islands
 from resilient_t5.model.vocabulary import FullTables, cut_vocabulary, tables_from, tables_of
 from resilient_t5.restoration.filler import check_tokenizer_fits
 from resilient_t5.restoration.scoring.baselines import MajorityBaseline
@@ -31,9 +36,10 @@ from resilient_t5.restoration.scoring.measure import Restorer
 from resilient_t5.restoration.scoring.metrics import Glossary, count_terms
 from resilient_t5.training.convergence.machine import ConvergenceMachine, Rules
 from resilient_t5.training.evaluator import Evaluator
-from resilient_t5.training.hardware.device import build_accelerator, build_device, compile_layers, settle_precision
+from resilient_t5.training.hardware.device import build_accelerator, build_device, settle_precision
+from resilient_t5.training.hardware.graphs import capture
 from resilient_t5.training.hardware.machine import numeric_conditions, return_freed_memory_to_os
-from resilient_t5.training.hardware.memory_fit import Fit, fit_run
+from resilient_t5.training.hardware.memory_fit import Fit, fit_run, task_of
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup, sync_processes
 from resilient_t5.training.hardware.sharding import ShardedModel, shard_model
 from resilient_t5.training.out_of_memory import MemoryGuard
@@ -100,19 +106,24 @@ def build_run(
     device, precision, accelerator, (fit, model, sizes, batches) = resolve_device_and_memory(config, corpus, group)
     sharded = shard_model(model, config, group, precision.name, is_new=loaded is None)
     optimizer = build_optimizer(sharded, config.optim, device, precision.optimizer_dtype)
-    updater = Updater(accelerator, sharded, optimizer, config.optim, config.run.seed)
+    static = runs_static_shapes(device, batches)
+    buffers = allocate_static_buffers(model, sharded, optimizer, precision, fit) if static or fit.choice.copies else None
+    updater = Updater(accelerator, sharded, optimizer, config.optim, config.run.seed, buffers, static)
     plan, rules = make_plan_and_rules(config, batches)
     convergence, guard, state, timing = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), RunState(), Timing()
     ids, writer = trained_ids(corpus, model), Writer(manager, background=config.checkpoint.background)
-    conditions = {"precision": precision.name, "compile": config.hardware.compile, "processes": group.count}
-    conditions |= {"shard_layers": sharded.is_sharded, **sizes, "packed": batches.packing is not None}
-    conditions |= numeric_conditions(device)
+    conditions = {"precision": precision.name, "processes": group.count, "shard_layers": sharded.is_sharded}
+    conditions |= {**sizes, "packed": batches.packing is not None, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, state, timing)
     evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
+    # Before the weights are set, which happens in place, so that a resume compares all conditions and restores random streams.
+    graphs_note = capture_graphs(updater, batches.shapes, config)
+    conditions["graphs"] = updater.graphs is not None
     set_initial_state(saver, loaded, config, corpus.train, group)
     claim()
     log.open_at(state)
-    prefetcher = Prefetcher(batches, state.attempted, config.batch.readers)
+    copy_ahead = CopyAhead(device) if static and device.type == "cuda" else None
+    prefetcher = Prefetcher(batches, state.attempted, config.batch.readers, copy_ahead)
     return Run(
         config=config,
         device=device,
@@ -135,7 +146,42 @@ def build_run(
         log=log,
         timing=timing,
         group=group,
+        graphs_note=graphs_note,
     )
+
+
+def runs_static_shapes(device: torch.device, batches: Batches) -> bool:
+    """Whether passes run as a GPU needs them: without a host sync, and with dropout drawn by kernels."""
+    return device.type == "cuda" or batches.packing is not None
+
+
+def allocate_static_buffers(
+    model: T5Model, sharded: ShardedModel, optimizer: torch.optim.Optimizer, precision: Precision, fit: Fit
+) -> StaticBuffers | None:
+    """Allocate gradients and, if planned, copies of the weights; not for sharded layers or gradients freed in backward."""
+    if sharded.is_sharded or isinstance(optimizer, AdafactorInBackward):
+        return None
+    return allocate_buffers(model, DTYPES[precision.name] if fit.choice.copies else None)
+
+
+def capture_graphs(updater: Updater, shapes: list[tuple[int, int, int]], config: Config) -> str:
+    """Capture a CUDA graph for each shape under `hardware.graphs`; return a line for the banner, or "" if there is none.
+
+    Nothing is captured on a CPU, with unpacked rows or sharded layers, or if it was switched off.
+    """
+    if config.hardware.graphs is False or updater.accelerator.device.type != "cuda":
+        return "" if config.hardware.graphs is not True else "no CUDA graphs: this is not a GPU"
+    if not shapes or updater.buffers is None:
+        return "no CUDA graphs: they need packed rows, layers that are not sharded, and gradients that are kept"
+    rows = updater.model.shared.weight.shape[0]
+    parameters = [parameter for parameter in updater.model.parameters() if parameter.requires_grad]
+    begin_s = time.perf_counter()
+    updater.graphs, why_not = capture(
+        updater.run_pass, shapes, rows, parameters, updater.buffers.begin_update, lambda: seed_dropout(updater.seed, 0, 0)
+    )
+    if updater.graphs is None:
+        return f"no CUDA graphs, passes run eagerly: {why_not}"
+    return f"CUDA graphs of {len(shapes)} shapes captured and compared in {time.perf_counter() - begin_s:.1f} s"
 
 
 def make_plan_and_rules(config: Config, batches: Batches) -> tuple[Plan, Rules]:
@@ -168,8 +214,8 @@ def build_for_plan(
     """Plan the memory, then build model and batches for the plan."""
     fit, sizes, batches = plan_batches(config, corpus, device, precision, group)
     model = build_trained_model(config, corpus, device, precision, checkpointing=fit.choice.checkpointing)
-    if config.hardware.compile:
-        compile_layers(model, device)
+    # Gradients of sharded layers are reduced by hooks of autograd.
+    install_lean_layers(model, in_place=fit.processes == 1, by_kernel=runs_static_shapes(device, batches))
     return fit, model, sizes, batches
 
 
@@ -177,13 +223,15 @@ def plan_batches(
     config: Config, corpus: Dataset, device: torch.device, precision: Precision, group: ProcessGroup = SINGLE_PROCESS
 ) -> tuple[Fit, dict[str, int], Batches]:
     """Plan the memory; return the plan, the micro-batch sizes and the batches."""
-    fit = fit_run(config, corpus.store, device, precision.name, group)
-    sizes = batch_sizes(config, device, fit.choice.micro_tokens)
-    packing = packing_of(config, device, corpus, fit, group.count)
-    return fit, sizes, Batches(corpus.train, corpus.table, config, seed=config.run.seed, packing=packing, **sizes)
+    sizes, task = batch_sizes(config, device), task_of(config, corpus.store)
+    packing = packing_of(config, device, corpus, task, group.count)
+    batches = Batches(corpus.train, corpus.table, config, seed=config.run.seed, packing=packing, **sizes)
+    fit = fit_run(config, corpus.store, device, precision.name, group, largest_shape=batches.largest_shape if packing else None)
+    batches.micro_tokens = sizes["micro_tokens"] = fit.choice.micro_tokens
+    return fit, sizes, batches
 
 
-def packing_of(config: Config, device: torch.device, corpus: Dataset, fit: Fit, processes: int = 1) -> Packing | None:
+def packing_of(config: Config, device: torch.device, corpus: Dataset, task: Task, processes: int = 1) -> Packing | None:
     """How updates are packed under `batch.pack`; None for one example a row.
 
     Never packed with adafactor_in_backward: it needs one micro-batch of whatever shape, and a packed update may need two.
@@ -191,10 +239,10 @@ def packing_of(config: Config, device: torch.device, corpus: Dataset, fit: Fit, 
     wanted = device.type == "cuda" if config.batch.pack == "auto" else config.batch.pack
     if not wanted or config.optim.name == "adafactor_in_backward":
         return None
-    gaps, source = corpus.table.gap_encoding, fit.task.source_tokens
+    gaps, source = corpus.table.gap_encoding, task.source_tokens
     if gaps is not None and gaps.starts_word.any():
         source = config.data.max_source_tokens  # the rest of a word after a gap may be divided into more pieces
-    return Packing((source, fit.task.target_tokens), processes)
+    return Packing((source, task.target_tokens), processes)
 
 
 def build_trained_model(
@@ -245,11 +293,11 @@ def original_tables(config: Config, store: Store) -> FullTables:
     return tables_of(build_full_model(config, store))
 
 
-def batch_sizes(config: Config, device: torch.device, planned: int | None = None) -> dict[str, int]:
-    """Return micro-batch budget and padding in tokens; `auto` becomes the `planned` size or the default of the device."""
+def batch_sizes(config: Config, device: torch.device) -> dict[str, int]:
+    """Return micro-batch budget and padding in tokens; `auto` becomes the default of the device."""
     micro, multiple = config.batch.micro_tokens, config.batch.pad_multiple
     return {
-        "micro_tokens": planned or (MICRO_TOKENS[device.type] if micro == "auto" else int(micro)),
+        "micro_tokens": MICRO_TOKENS[device.type] if micro == "auto" else int(micro),
         "pad_multiple": PAD_MULTIPLE[device.type] if multiple == "auto" else multiple,
     }
 

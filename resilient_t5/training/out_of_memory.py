@@ -117,5 +117,7 @@ class MemoryGuard:
 
     def _planned(self, optimizer: str, checkpointing: bool, micro_tokens: int) -> Choice:
         fit = self.fit
-        execution = Execution(self.precision, checkpointing, fit.memory.on_gpu, processes=fit.processes)
+        execution = Execution(
+            self.precision, checkpointing, fit.memory.on_gpu, processes=fit.processes, copies=fit.choice.copies
+        )
         return choice_at(fit.sizes, fit.task, fit.memory, execution, optimizer, micro_tokens)

@@ -42,6 +42,16 @@ def changed_trajectory_settings(old: dict[str, Any], config: Config) -> list[str
     return changed_keys({key: value for key, value in former.items() if key in new}, new)
 
 
+def changed_conditions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every condition of bit-exact results that differs from that of a checkpoint.
+
+    Checkpoints of earlier versions lack `shard_layers`, `packed` and `graphs`, which were off, and have `compile`, which counts
+    only if it was on.
+    """
+    former = {key: False for key in ("shard_layers", "packed", "graphs") if key in new} | old
+    return changed_keys({key: value for key, value in former.items() if (key, value) != ("compile", False)}, new)
+
+
 def removed_settings(old: dict[str, Any]) -> list[str]:
     """`key: old -> removed` for every setting of a run saved with `old` that had an effect and no longer exists."""
     effective = [key for key, removed in REMOVED_KEYS.items() if key in old and old[key] not in removed.inert]

@@ -56,4 +56,6 @@ class Run:
     log: RunLog
     timing: Timing
     group: ProcessGroup
+    graphs_note: str = ""
+    """Line of the start banner about CUDA graphs; empty if there is nothing to say."""
     suspend: SuspendDetector = field(default_factory=SuspendDetector)

@@ -23,7 +23,7 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.optimizer import load_named_state, named_state
 from resilient_t5.training.convergence.machine import ConvergenceMachine
 from resilient_t5.training.hardware.sharding import local_rows, local_tensor
-from resilient_t5.training.resume_check import changed_keys, refuse_changed_settings, removed_settings
+from resilient_t5.training.resume_check import changed_conditions, refuse_changed_settings, removed_settings
 from resilient_t5.training.signals import StopSignal
 from resilient_t5.training.spike_guard import SpikeGuard
 from resilient_t5.training.state import RunState
@@ -178,10 +178,7 @@ class Saver:
         # A higher patience may have reopened the run.
         self.state.ended = None if self.convergence.reason is None else str(self.convergence.reason)
         self.submitted = self.committed = (loaded.update, loaded.manifest.is_best)
-        former = loaded.state["conditions"]
-        former.setdefault("shard_layers", False)  # missing in older checkpoints
-        former.setdefault("packed", False)
-        self.changed_conditions = changed_keys(former, self.conditions)
+        self.changed_conditions = changed_conditions(loaded.state["conditions"], self.conditions)
         self.changed_conditions += removed_settings(loaded.state["mathematics"])
         self.changed_conditions += [f"random state of {name}: only on one side" for name in one_sided]
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from resilient_t5.config.schema import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
+from resilient_t5.data.pass_input import PassInput, pass_input
 from resilient_t5.errors import ConfigError, OutOfMemory
 from resilient_t5.model.dropout import seed_dropout
 from resilient_t5.model.embeddings import T5Model
@@ -27,7 +28,6 @@ from resilient_t5.training.hardware.graphs import CapturedPasses
 from resilient_t5.training.hardware.machine import allocation_failure, is_out_of_memory
 from resilient_t5.training.hardware.process_group import ProcessGroup
 from resilient_t5.training.hardware.sharding import ShardedModel
-from resilient_t5.data.pass_input import PassInput, pass_input
 from resilient_t5.training.state import UpdateResult
 
 

@@ -9,7 +9,7 @@ from transformers.models.mt5.modeling_mt5 import MT5Block, MT5Stack
 
 from resilient_t5.model.dropout import seed_dropout
 from resilient_t5.model.layers import install_lean_layers
-from resilient_t5.model.loss import forward_loss, token_nll
+from resilient_t5.model.loss import forward_loss
 from resilient_t5.model.precision import Precision, install_float32_islands
 
 CPU = torch.device("cpu")

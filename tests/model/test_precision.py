@@ -16,7 +16,6 @@ from resilient_t5.model.precision import (
     cpu_supports_bf16,
     install_float32_islands,
     probe_overflow,
-
 )
 
 CPU = torch.device("cpu")

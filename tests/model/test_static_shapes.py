@@ -63,9 +63,7 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_padded_ones(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
-def test_a_row_without_labels_adds_nothing(
-    kind, dtype, tolerance, make_model, make_examples, collate, relative_error
-):
+def test_a_row_without_labels_adds_nothing(kind, dtype, tolerance, make_model, make_examples, collate, relative_error):
     """One example whose labels are all ignored, in a row of its own: the gradients are those of the others."""
     model, examples = make_model(kind, dtype=dtype).train(), make_examples(3)
     expected_loss, _, expected = gradients(model, collate(examples))
@@ -94,7 +92,7 @@ def test_smoothing_and_z_loss_leave_ignored_positions_out(settings, make_model, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_static_buffers_change_no_gradient(kind, dtype, make_model, make_examples, collate, relative_error):
-    """With copies of the weights and without: two micro-batches of an update add up to the same, and the next one begins at 0."""
+    """With copies of the weights and without, two micro-batches add up to the same, and the next update begins at 0."""
     model, examples = make_model(kind).train(), make_examples(6)
     batches = [packed(examples[:3], 2, 40, 32), packed(examples[3:], 2, 40, 32)]
     for batch in batches:

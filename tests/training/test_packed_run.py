@@ -13,7 +13,7 @@ from resilient_t5.data.dataset import Dataset
 from resilient_t5.data.store.prepare import prepare
 from resilient_t5.model.precision import Precision
 from resilient_t5.training.build import packing_of, plan_batches
-from resilient_t5.training.hardware.memory_fit import fit_run
+from resilient_t5.training.hardware.memory_fit import task_of
 from resilient_t5.training.reports.preview import banner_lines, preview_over
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -73,7 +73,7 @@ def test_an_update_has_a_micro_batch_for_each_process(tiny_config, store):
     """The number of processes is the least number of micro-batches."""
     config = settings(tiny_config, "--batch.pack", "true")
     corpus = Dataset.over(store, config)
-    packing = packing_of(config, CPU, corpus, fit_run(config, store, CPU, "fp32"), processes=3)
+    packing = packing_of(config, CPU, corpus, task_of(config, store), processes=3)
     batches = Batches(corpus.train, corpus.table, config, seed=1, micro_tokens=4096, pad_multiple=8, packing=packing)
     assert all(len(batches.at(update)) >= 3 for update in range(6))
 
@@ -81,13 +81,12 @@ def test_an_update_has_a_micro_batch_for_each_process(tiny_config, store):
 def test_where_gaps_lengthen_sources_the_setting_bounds_them(tiny_config, store):
     """The rest of a word after a gap may be divided into more pieces than the text had."""
     config = settings(tiny_config, "--batch.pack", "true")
-    corpus, fit = Dataset.over(store, config), fit_run(config, store, CPU, "fp32")
-    fit = dataclasses.replace(fit, task=dataclasses.replace(fit.task, source_tokens=50))
+    corpus, task = Dataset.over(store, config), dataclasses.replace(task_of(config, store), source_tokens=50)
     none, some = np.zeros(corpus.table.size, bool), np.ones(corpus.table.size, bool)
     for starts_word, bound in ((none, 50), (some, config.data.max_source_tokens)):
         gaps = GapEncoding(none, none, none, starts_word, corpus.active_to_full, corpus.active_to_full, store.tokenizer)
         of_tokenizer = dataclasses.replace(corpus, table=dataclasses.replace(corpus.table, gap_encoding=gaps))
-        assert packing_of(config, CPU, of_tokenizer, fit).longest == (bound, fit.task.target_tokens)
+        assert packing_of(config, CPU, of_tokenizer, task).longest == (bound, task.target_tokens)
 
 
 def test_the_banner_says_how_rows_are_packed(tiny_config, store):

@@ -7,7 +7,7 @@ import pytest
 
 from resilient_t5.config.schema import Config, OptimConfig, RunConfig, TelemetryConfig
 from resilient_t5.errors import ExitCode, ResumeMismatch, RunDirectoryError
-from resilient_t5.training.resume_check import removed_settings
+from resilient_t5.training.resume_check import changed_conditions, removed_settings
 from resilient_t5.training.run_directory import claim, inspect
 
 
@@ -100,3 +100,10 @@ def test_a_setting_that_a_later_version_removed_is_reported_where_it_had_an_effe
     """Values that switched it off are not reported, nor settings that still exist."""
     old = {"convergence.overfit_percent": 40.0, "convergence.overfit_windows": 6, "optim.lr": 1e-3}
     assert removed_settings(old) == ["convergence.overfit_percent: 40.0 -> removed"]
+
+
+def test_conditions_of_an_earlier_version_are_reported_only_where_they_had_an_effect():
+    """A checkpoint without `shard_layers` and with `compile: false` resumes under equal conditions; compiled layers do not."""
+    new = {"threads": 2, "shard_layers": False}
+    assert changed_conditions({"threads": 2, "compile": False}, new) == []
+    assert changed_conditions({"threads": 1, "compile": True}, new) == ["threads: 1 -> 2", "compile: True -> None"]

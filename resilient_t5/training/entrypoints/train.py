@@ -143,7 +143,7 @@ def _print_banner(run: Run, given: Given, resumed_from: str | None) -> None:
 def preview_of(run: Run) -> Preview:
     """Return the preview of a run that has been built."""
     rules, shapes = run.convergence.rules, run.batches.shapes
-    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, rules, shapes)
+    return Preview(run.config, run.device, run.precision, run.fit, run.store, run.plan, rules, shapes, run.graphs_note)
 
 
 def _prepared(config: Config, group: ProcessGroup, progress: Progress) -> Store:

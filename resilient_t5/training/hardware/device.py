@@ -1,8 +1,6 @@
-"""Device, precision and Accelerator of a run; compilation of the layers (`hardware.compile`)."""
+"""Device, precision and Accelerator of a run."""
 
-import importlib.util
 import os
-import shutil
 from dataclasses import replace
 
 import torch
@@ -24,28 +22,8 @@ from resilient_t5.model.precision import (
 )
 from resilient_t5.training.hardware.machine import choose_device
 
-COMPILERS = ("c++", "g++", "clang++", "cl")
 PROBE_MICRO_BATCHES = 4
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-def compile_layers(model: T5Model, device: torch.device) -> None:
-    """Compile every block of both stacks with dynamic shapes, at its first call; takes about a minute.
-
-    Equal blocks share a graph, and the first block of a stack has its own, so there are four graphs, and new lengths add
-    none. The in-place vocabulary gradients stay uncompiled. Gradient checkpointing would break the graphs and is excluded.
-    Compiled dropout draws different numbers from the same seed, and matrix products may round differently.
-
-    Raises:
-        ConfigError: this machine has no C++ compiler, or on a GPU no triton.
-    """
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else list(COMPILERS)
-    if not any(shutil.which(name) for name in compilers):
-        raise ConfigError(f"hardware.compile: no C++ compiler found ({', '.join(compilers)}); install one, or set it to false")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ConfigError("hardware.compile: triton is not installed, which a GPU needs; install it, or set it to false")
-    for block in (*model.encoder.block, *model.decoder.block):
-        block.compile(dynamic=True)
 
 
 def build_device(config: Config) -> tuple[torch.device, Precision, Accelerator]:
@@ -89,7 +67,10 @@ def settle_precision(config: Config, model: T5Model, batches: Batches, precision
     attention = check_attention(device) if device.type == "cuda" else ""
     if config.hardware.precision == "auto" and precision.name != "fp32":
         first = [
-            (batch.source_BS.to(device), batch.source_mask_BS.to(device), batch.labels_BT.to(device))
+            tuple(
+                None if part is None else part.to(device)
+                for part in (batch.source_BS, batch.source_mask_BS, batch.labels_BT, batch.target_segments_BT)
+            )
             for batch in batches.at(0)[:PROBE_MICRO_BATCHES]
         ]
         precision = probe_overflow(model, first, precision, device)

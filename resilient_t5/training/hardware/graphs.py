@@ -14,6 +14,7 @@ Dropout stays a function of its key: a graph reads seed and offset of the genera
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -96,7 +97,7 @@ def capture(
         for shape in sorted(shapes, key=lambda shape: -shape[0] * (shape[1] + shape[2])):
             given = example_input(shape, rows, device)
             divisor = torch.full((), float(shape[0] * shape[2]), device=device)
-            eager = _warm_up(lambda given=given, divisor=divisor: run_pass(given, divisor), parameters, begin_update, seed)
+            eager = _warm_up(partial(run_pass, given, divisor), parameters, begin_update, seed)
             begin_update()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

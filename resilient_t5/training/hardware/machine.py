@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+import resilient_t5
 from resilient_t5.errors import plural
 from resilient_t5.host_memory import peak_mib
 
 MIB = 1 << 20
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
-NUMERIC_PACKAGES = ("resilient_t5", "torch", "transformers", "accelerate", "numpy", "tokenizers", "sentencepiece")
+NUMERIC_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "sentencepiece")
 # M_MMAP_THRESHOLD of malloc.h
 MMAP_THRESHOLD, LARGE_BLOCK_BYTES = -3, MIB
 
@@ -40,7 +41,9 @@ def numeric_conditions(device: torch.device) -> dict[str, Any]:
 
     Two processes with equal conditions compute the same bits, on a CPU or with deterministic kernels.
     """
-    conditions: dict[str, Any] = {f"version of {name}": importlib.metadata.version(name) for name in NUMERIC_PACKAGES}
+    # The package may run from a checkout without metadata of an installation.
+    conditions: dict[str, Any] = {"version of resilient_t5": resilient_t5.__version__}
+    conditions |= {f"version of {name}": importlib.metadata.version(name) for name in NUMERIC_PACKAGES}
     conditions |= {
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",

@@ -16,7 +16,7 @@ from resilient_t5.data.ragged import Split
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ConfigError
 from resilient_t5.host_memory import available_bytes
-from resilient_t5.model.memory import GIB, Choice, Execution, Memory, Task, choice_at, choose_micro_tokens
+from resilient_t5.model.memory import GIB, Choice, Execution, LargestShape, Memory, Task, choice_at, choose_micro_tokens
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup
@@ -43,9 +43,18 @@ class Fit:
 
 
 def fit_run(
-    config: Config, store: Store, device: torch.device, precision: PrecisionName, ranks: ProcessGroup = SINGLE_PROCESS
+    config: Config,
+    store: Store,
+    device: torch.device,
+    precision: PrecisionName,
+    ranks: ProcessGroup = SINGLE_PROCESS,
+    *,
+    largest_shape: LargestShape | None = None,
 ) -> Fit:
     """Resolve the `auto` settings for a run over `store` on `device`; the same result on every rank.
+
+    Args:
+        largest_shape: of packed rows; None if rows are not packed.
 
     Raises:
         ConfigError, DataError: the model cannot be found or read.
@@ -56,20 +65,31 @@ def fit_run(
     memory = replace(memory, total=min(totals))
     task = task_of(config, store)
     sizes = sizes_of_settings(config.model, trained_rows(config, store))
-    return fit(config, sizes, task, memory, precision, ranks.count)
+    return fit(config, sizes, task, memory, precision, ranks.count, largest_shape)
 
 
-def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: PrecisionName, processes: int = 1) -> Fit:
+def fit(
+    config: Config,
+    sizes: Sizes,
+    task: Task,
+    memory: Memory,
+    precision: PrecisionName,
+    processes: int = 1,
+    largest_shape: LargestShape | None = None,
+) -> Fit:
     """Resolve the `auto` settings; `gradient_checkpointing: auto` recomputes only if the run does not fit otherwise.
+
+    With 16-bit products the weights are kept in that format too if that fits without recomputation.
 
     Args:
         processes: processes of the run; they share the layers if `hardware.shard_layers` is set.
+        largest_shape: of packed rows; None if rows are not packed.
 
     Raises:
         ConfigError: adafactor_in_backward with a `batch.micro_tokens` that may split an update.
     """
     micro_tokens = config.batch.micro_tokens
-    checkpointing = False if config.hardware.compile else config.model.gradient_checkpointing
+    checkpointing = config.model.gradient_checkpointing
     whole_update = task.longest * task.examples_per_update
     shards = processes if config.hardware.shard_layers else 1
     if config.optim.name == "adafactor_in_backward" and micro_tokens != "auto" and int(micro_tokens) < whole_update:
@@ -78,12 +98,20 @@ def fit(config: Config, sizes: Sizes, task: Task, memory: Memory, precision: Pre
             f" {task.longest} tokens, and adafactor_in_backward cannot accumulate gradients; set it to auto or {whole_update}"
         )
     candidates: list[Choice] = []
+    may_copy = precision != "fp32" and shards == 1 and config.optim.name != "adafactor_in_backward"
     for recomputes in (False, True) if checkpointing == "auto" else (bool(checkpointing),):
-        execution = Execution(precision, recomputes, memory.on_gpu, processes=shards)
-        if micro_tokens == "auto":
-            candidates.append(choose_micro_tokens(sizes, task, memory, execution, config.optim.name))
-        else:
-            candidates.append(choice_at(sizes, task, memory, execution, config.optim.name, int(micro_tokens)))
+        tried: list[Choice] = []
+        for copies in (True, False) if may_copy and not recomputes else (False,):
+            execution = Execution(
+                precision, recomputes, memory.on_gpu, processes=shards, copies=copies, packed=largest_shape is not None
+            )
+            if micro_tokens == "auto":
+                found = choose_micro_tokens(sizes, task, memory, execution, config.optim.name, largest_shape)
+            else:
+                found = choice_at(sizes, task, memory, execution, config.optim.name, int(micro_tokens), largest_shape)
+            tried.append(found)
+        # Larger micro-batches are worth more than copies.
+        candidates.append(max(tried, key=lambda choice: (choice.fits, choice.micro_tokens)))
     choice = next((choice for choice in candidates if choice.fits), candidates[-1])
     kind = "GPU" if memory.on_gpu else "CPU"
     why = (

@@ -37,6 +37,7 @@ class Preview:
     rules: Rules
     shapes: Sequence[tuple[int, int, int]]
     """(rows, source tokens, target tokens) of packed micro-batches; empty if rows are not packed."""
+    graphs_note: str = ""
 
 
 def preview_over(config: Config, store: Store) -> Preview:
@@ -87,6 +88,8 @@ def banner_lines(
         f" checkpointing: {preview.fit.why}"
     )
     yield from _row_lines(preview)
+    if preview.graphs_note:
+        yield f"graphs {preview.graphs_note}"
     yield f"phases observed from {rules.start}, judged from {rules.judge_from}, patience {rules.patience} windows"
     for source in dict.fromkeys(source.partition(":")[0] for _, source in given.values()):
         settings = [f"{key} {value}" for key, (value, place) in given.items() if place.partition(":")[0] == source]

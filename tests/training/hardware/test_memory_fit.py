@@ -76,14 +76,14 @@ def test_the_task_is_bounded_by_the_longest_example_of_the_store(tiny_config, st
 
 
 def test_what_is_planned_changes_no_mathematics(tiny_config):
-    """A resume may change each of these settings, and compile."""
+    """A resume may change each of these settings, and the graphs of a GPU."""
     config = settings(tiny_config)
     other = settings(
         tiny_config, "--hardware.memory_gib", "3", "--model.gradient_checkpointing", "true", "--batch.micro_tokens", "64"
     )
     assert trajectory_settings(config) == trajectory_settings(other)
-    compiled = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, compile=True))
-    assert trajectory_settings(config) == trajectory_settings(compiled)
+    graphs = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, graphs=True))
+    assert trajectory_settings(config) == trajectory_settings(graphs)
 
 
 def test_an_optimizer_inside_the_backward_pass_gets_its_update_in_one_micro_batch(tiny_config, store):

@@ -3,13 +3,15 @@
     bin/benchmark launches [--corpus FILE --terms FILE] [--model mt5-small] [--updates 3] [--quick] [--json FILE]
 
 A `TorchDispatchMode` counts the aten calls of an update on a CPU in bf16, without views and without calls that only
-allocate. On a CUDA card each of them is about one kernel launch. A replayed CUDA graph would be one launch; no graph is
-captured here, so the count is that of eager code.
-Both sides train the same masked examples from the same weights, with the settings that each would have on a card.
+allocate. On a CUDA card each of them is about one kernel launch, or less than one: attention and norms, which are several calls
+here, are one kernel there. Both sides train the same masked examples from the same weights, with the settings that each has
+on a card: ours with packed rows and the passes of a card (`batch.pack: true`). No CUDA graph is captured here; on a card a
+captured pass is one launch.
 
 The last line is JSON: `ours_calls_per_update`, `tuned_trainer_calls_per_update`, `ratio` (ours over the Trainer's),
-`host_syncs_per_update` (calls that wait for the device: `item` and `nonzero`), `shapes_per_epoch` (distinct shapes of our
-micro-batches in one epoch), `useful_token_share` (of the tokens that our micro-batches hold), and the most frequent calls.
+`host_syncs_per_update` (operations that a card has to be waited for: reading a value, and results whose size depends on
+values), `shapes_per_epoch` (distinct shapes of our micro-batches in one epoch), `useful_token_share` (of the tokens that our
+micro-batches hold), and the most frequent calls.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, MT5ForConditionalGeneration, TrainerCallback
 
@@ -35,11 +38,27 @@ from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, masked_epoch  # noqa: E4
 from benchmarks.peers.trainers import Dynamic, build_trainer, quiet  # noqa: E402
 from benchmarks.throughput import parse as parse_throughput  # noqa: E402
 from benchmarks.throughput import prepare_sides  # noqa: E402
+from resilient_t5.model.memory import MAX_MICRO_TOKENS  # noqa: E402
 
 SYNCS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default", "aten.masked_select.default")
+READS = ("tolist", "numpy")
+"""Methods that read a tensor without an aten call on a CPU; on a card they wait for it."""
 NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.promote_types", "aten._unsafe_view")
-CARD_MICRO_TOKENS, CARD_PAD_MULTIPLE = 4096, 8
 SHOWN_CALLS = 12
+
+
+class ReadCounter(TorchFunctionMode):
+    """Counts the calls of `READS` on floating-point tensors; ids and masks are read on the host before they are copied."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS and args[0].is_floating_point():
+            self.counts[f"read.{name}"] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class CallCounter(TorchDispatchMode):
@@ -48,6 +67,17 @@ class CallCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+
+    def __enter__(self) -> "CallCounter":
+        self._read_counter = ReadCounter(self.reads)
+        self._read_counter.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._read_counter.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view and not str(func).startswith(NO_KERNEL):
@@ -55,11 +85,11 @@ class CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def per_update(counts: Counter[str], updates: int) -> dict[str, Any]:
+def per_update(counts: Counter[str], reads: int, updates: int) -> dict[str, Any]:
     """Figures of one update from the counts of several."""
     return {
         "calls_per_update": round(sum(counts.values()) / updates),
-        "host_syncs_per_update": round(sum(counts[name] for name in SYNCS) / updates, 1),
+        "host_syncs_per_update": round((reads + sum(counts[name] for name in SYNCS)) / updates, 1),
         "most_frequent": {name: round(count / updates) for name, count in counts.most_common(SHOWN_CALLS)},
     }
 
@@ -75,10 +105,10 @@ def count_ours(setup: Any, seed: int) -> dict[str, Any]:
     useful = padded = 0
     for number in range(int(run.batches.updates_per_epoch)):
         for micro_batch in run.batches.at(number):
-            shapes[*micro_batch.source_BS.shape, micro_batch.labels_BT.shape[1]] += 1
+            shapes[micro_batch.shape] += 1
             useful, padded = useful + micro_batch.useful_tokens, padded + micro_batch.padded_tokens
     pieces_per_update = sum(shapes.values()) / max(1, int(run.batches.updates_per_epoch))
-    return per_update(counter.counts, setup.updates) | {
+    return per_update(counter.counts, counter.reads.total(), setup.updates) | {
         "shapes_per_epoch": len(shapes),
         "useful_token_share": round(useful / padded, 4),
         "micro_batches_per_update": round(pieces_per_update, 2),
@@ -100,11 +130,11 @@ def count_trainer(setup: Any, seed: int) -> dict[str, Any]:
         "dataloader_num_workers": 0,
         "logging_steps": 10**6,
     }
-    counter, at_update = CallCounter(), list[Counter[str]]()
+    counter, at_update = CallCounter(), list[tuple[Counter[str], int]]()
 
     class Snapshots(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            at_update.append(counter.counts.copy())
+            at_update.append((counter.counts.copy(), counter.reads.total()))
 
     trainer = build_trainer(
         model,
@@ -117,7 +147,8 @@ def count_trainer(setup: Any, seed: int) -> dict[str, Any]:
     )
     with counter:
         trainer.train()
-    return per_update(at_update[-1] - at_update[0], setup.updates)
+    (first, first_reads), (last, last_reads) = at_update[0], at_update[-1]
+    return per_update(last - first, last_reads - first_reads, setup.updates)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(name)
         setup = in_fresh_process(prepare_sides, parse_throughput(shared + ["--quick"] * options.quick), folder)
         setup = dataclasses.replace(
-            setup, scratch=str(folder / "run"), micro_tokens=CARD_MICRO_TOKENS, pad_multiple=CARD_PAD_MULTIPLE, precision="bf16"
+            setup, scratch=str(folder / "run"), micro_tokens=MAX_MICRO_TOKENS[True], pad_multiple=8, pack=True, precision="bf16"
         )
         ours, trainer = (in_fresh_process(count, setup, 42) for count in (count_ours, count_trainer))
     figures = {

@@ -64,6 +64,8 @@ class Stage(NamedTuple):
     share: float
     cpu_share: float
     """The same on a CPU; 0: a CPU runs it only if it is named."""
+    needs_s: float
+    """With less time left it is skipped, except with --quick."""
 
 
 def stages() -> dict[str, Stage]:
@@ -71,17 +73,17 @@ def stages() -> dict[str, Stage]:
     from benchmarks.card_stages import kernels, small_card, speed, training
 
     return {
-        "ceilings": Stage(record_ceilings, 0.1, 0.1),
-        "mt5-small": Stage(partial(speed.short_texts, model="mt5-small"), 0.32, 0.5),
-        "mt5-small-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-small"), 0.15, 0.3),
-        "mt5-base": Stage(partial(speed.short_texts, model="mt5-base"), 0.32, 0.0),
-        "mt5-base-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-base"), 0.15, 0.0),
-        "long-texts": Stage(speed.long_texts, 0.2, 0.3),
-        "memory-cap": Stage(small_card.memory_cap, 0.12, 0.1),
-        "small-card": Stage(small_card.small_card, 0.2, 0.1),
-        "quickstart": Stage(training.quickstart, 0.4, 0.5),
-        "from-scratch": Stage(training.from_scratch, 0.2, 0.2),
-        "resume": Stage(training.resume, 0.4, 0.4),
+        "ceilings": Stage(record_ceilings, 0.1, 0.1, 5),
+        "mt5-small": Stage(partial(speed.short_texts, model="mt5-small"), 0.32, 0.5, 20),
+        "mt5-small-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-small"), 0.15, 0.3, 20),
+        "mt5-base": Stage(partial(speed.short_texts, model="mt5-base"), 0.32, 0.0, 30),
+        "mt5-base-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-base"), 0.15, 0.0, 20),
+        "long-texts": Stage(speed.long_texts, 0.2, 0.3, 20),
+        "memory-cap": Stage(small_card.memory_cap, 0.12, 0.1, 15),
+        "small-card": Stage(small_card.small_card, 0.2, 0.1, 20),
+        "quickstart": Stage(training.quickstart, 0.4, 0.5, 60),
+        "from-scratch": Stage(training.from_scratch, 0.2, 0.2, 10),
+        "resume": Stage(training.resume, 0.4, 0.4, 30),
     }
 
 
@@ -194,13 +196,15 @@ def run_stages(session: Any, all_stages: dict[str, Stage]) -> None:
         started_s = time.monotonic()
         share = 1.0 if session.named else stage.share if session.on_gpu else stage.cpu_share
         session.stage_end_s = started_s + share * total_s
+        needs_s = MIN_MEASUREMENT_S if session.sizes.name == "quick" else stage.needs_s
         if not share:
             session.record(name, {"status": "skipped", "reason": f"takes long on a CPU; --only {name} runs it"})
-        elif session.left_s < MIN_MEASUREMENT_S:
-            session.record(name, {"status": "skipped", "reason": "no time left; raise --minutes, or name it with --only"})
+        elif session.left_s < needs_s:
+            reason = f"{max(0.0, session.left_s):.0f} s left, {needs_s:.0f} s needed; raise --minutes, or name it with --only"
+            session.record(name, {"status": "skipped", "reason": reason})
         else:
-            session.say(f"{name} ({max(0.0, session.end_s - started_s):.0f} s left)")
             session.record(name, {"status": "running"})
+            session.say(f"{name} ({max(0.0, session.end_s - started_s):.0f} s left)")
             session.record(name, run_stage(session, name, stage))
             session.record(name, {"wall_s": round(time.monotonic() - started_s, 1)})
 

@@ -46,8 +46,8 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
     if small.get("sides"):
         what = f"mt5-small, {small['multiprocessors']} SMs, {small['memory_gib']:g} GiB"
         lines.append(Line(what, "examples/s", _of(small, EAGER, "examples_per_s"), _of(small, OURS, "examples_per_s")))
-    if "wall_s" in stages.get("quickstart", {}):
-        lines.append(Line("quickstart", "s", None, stages["quickstart"]["wall_s"], None))
+    if stages.get("quickstart", {}).get("exit_code") == 0:
+        lines.append(Line("quickstart", "s", None, stages["quickstart"]["command_s"], None))
     if "tokens_per_s" in (scratch := stages.get("from-scratch", {})):
         what = f"T5 of {scratch['parameters'] / 1e6:.3g} M from scratch"
         lines.append(Line(what, "tokens/s", None, scratch["tokens_per_s"]))
@@ -173,7 +173,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes = figure.subplots()
         axes.barh(named, [ratio - 1 for ratio in ratios], left=1, color=[BEST if ratio >= 1 else PEER for ratio in ratios])
         for row, (ratio, line) in enumerate(zip(ratios, lines, strict=True)):
-            text = f"{ratio:.2f}x  ({_shown(line.ours)} / {_shown(line.trainer)} {line.unit})"
+            text = f"{ratio:.2f}x  ({_shown(line.ours)} / {_shown(line.trainer)}{line.unit and ' '}{line.unit})"
             axes.text(1.01, row, text, va="center", transform=axes.get_yaxis_transform())
         axes.axvline(1.0, color="#5a5a5a", linewidth=1)
         axes.set_xscale("log")
@@ -181,4 +181,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if value in TICKS else "")
         axes.invert_yaxis()
+        axes.set_axisbelow(True)
         axes.set_xlabel(f"times better than the Trainer (ours / Trainer on the right); {versions}", fontsize=9)

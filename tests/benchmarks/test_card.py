@@ -150,7 +150,7 @@ def measured():
             "long-texts": {"sides": {"ours": long, "trainer": long}},
             "memory-cap": capped,
             "small-card": {"multiprocessors": 24, "memory_gib": 6.0, **summary(rounds, sides[:2], {})},
-            "quickstart": {"wall_s": 71.0},
+            "quickstart": {"command_s": 71.0, "exit_code": 0},
             "from-scratch": {"parameters": 48e6, "tokens_per_s": 50_000},
             "resume": {
                 "identical": False,
@@ -167,7 +167,7 @@ def test_the_table_and_the_picture_show_every_stage_and_every_reason(tmp_path):
     """Each comparison has a line; a side without figures has its reason; a difference after a resume is not hidden."""
     result = measured()
     text = "\n".join(table(result))
-    for shown in ("Card X", "bf16 700", "1.5 us in a CUDA graph", "2.00x", "torch_compile", "1.50x", "3,000", "24 SMs"):
+    for shown in ("Card X", "bf16 700", "1.5 us in a CUDA graph", "2.00x", "torch_compile", "1.50x", "3,000", "24 SMs", " 71 "):
         assert shown in text
     for shown in (
         "+3.0 %",

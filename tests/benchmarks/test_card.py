@@ -133,6 +133,7 @@ def measured():
     long = {"tokens_per_s": 9.0, "source_tokens_per_example": 500.0, "target_tokens_per_example": 110.0, "needed_share": 0.3}
     capped = {"memory_gib": 6.0, "ours": {"examples_per_s": 5.0, **plan}, "trainer": {"fits": False, "reason": "does not fit"}}
     return {
+        "device": "Card X",
         "sizes": "gpu",
         "versions": {"torch": "2"},
         "stages": {
@@ -207,15 +208,15 @@ class Stored:
 
 
 def test_naming_stages_keeps_the_others_and_a_full_run_keeps_the_earlier_result_aside(tmp_path):
-    """Only with the same sizes and versions; a damaged file is moved aside as well."""
-    same = {"sizes": "gpu", "versions": {"torch": "2"}, "resilient_t5": "0.1.0", "cores": 2}
+    """Only with the same card, sizes and versions; a damaged file is moved aside as well."""
+    same = {"device": "Card X", "sizes": "gpu", "versions": {"torch": "2"}, "resilient_t5": "0.1.0", "cores": 2}
     earlier = {**same, "stages": {"ceilings": {"status": "done"}, "resume": {"status": "failed"}}, "texts": {"short": {}}}
     path = tmp_path / "card.json"
     path.write_text(json.dumps(earlier), encoding="utf-8")
     session = Stored(tmp_path, ("resume",), {**same, "stages": {}})
     card.keep_earlier(session)
     assert session.result["stages"] == {"ceilings": {"status": "done"}} and path.exists()
-    other = Stored(tmp_path, ("resume",), {**same, "versions": {"torch": "3"}, "stages": {}})
+    other = Stored(tmp_path, ("resume",), {**same, "device": "Card Y", "stages": {}})
     card.keep_earlier(other)
     assert other.result["stages"] == {} and not path.exists()
     assert json.loads((tmp_path / "card.previous.json").read_text(encoding="utf-8")) == earlier

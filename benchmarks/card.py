@@ -1,7 +1,7 @@
 """Measure your own GPU within a time limit: speed, kernels and memory compared with a tuned Seq2SeqTrainer, and a resume.
 
     bin/benchmark card [--minutes 9] [--corpus FILE --terms FILE] [--memory-gib 6] [--sms 24] [--device auto] [--out DIR]
-                       [--only STAGE,STAGE] [--prepare-only] [--quick]
+                       [--only STAGE,STAGE] [--compile-seconds 75] [--prepare-only] [--quick]
 
 The stages run in this order, the most important first; each measurement is a new process with a time limit:
 
@@ -25,6 +25,7 @@ The last line is JSON, the same as in DIR/card.json.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -64,6 +65,8 @@ class Stage(NamedTuple):
     share: float
     cpu_share: float
     """The same on a CPU; 0: a CPU runs it only if it is named."""
+    needs_s: float
+    """With less time left it is skipped, except with --quick."""
 
 
 def stages() -> dict[str, Stage]:
@@ -71,17 +74,17 @@ def stages() -> dict[str, Stage]:
     from benchmarks.card_stages import kernels, small_card, speed, training
 
     return {
-        "ceilings": Stage(record_ceilings, 0.1, 0.1),
-        "mt5-small": Stage(partial(speed.short_texts, model="mt5-small"), 0.32, 0.5),
-        "mt5-small-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-small"), 0.15, 0.3),
-        "mt5-base": Stage(partial(speed.short_texts, model="mt5-base"), 0.32, 0.0),
-        "mt5-base-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-base"), 0.15, 0.0),
-        "long-texts": Stage(speed.long_texts, 0.2, 0.3),
-        "memory-cap": Stage(small_card.memory_cap, 0.12, 0.1),
-        "small-card": Stage(small_card.small_card, 0.2, 0.1),
-        "quickstart": Stage(training.quickstart, 0.4, 0.5),
-        "from-scratch": Stage(training.from_scratch, 0.2, 0.2),
-        "resume": Stage(training.resume, 0.4, 0.4),
+        "ceilings": Stage(record_ceilings, 0.1, 0.1, 5),
+        "mt5-small": Stage(partial(speed.short_texts, model="mt5-small"), 0.32, 0.5, 20),
+        "mt5-small-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-small"), 0.15, 0.3, 20),
+        "mt5-base": Stage(partial(speed.short_texts, model="mt5-base"), 0.32, 0.0, 30),
+        "mt5-base-kernels": Stage(partial(kernels.kernels_and_memory, model="mt5-base"), 0.15, 0.0, 20),
+        "long-texts": Stage(speed.long_texts, 0.2, 0.3, 20),
+        "memory-cap": Stage(small_card.memory_cap, 0.12, 0.1, 15),
+        "small-card": Stage(small_card.small_card, 0.2, 0.1, 20),
+        "quickstart": Stage(training.quickstart, 0.4, 0.5, 60),
+        "from-scratch": Stage(training.from_scratch, 0.2, 0.2, 10),
+        "resume": Stage(training.resume, 0.4, 0.4, 30),
     }
 
 
@@ -111,6 +114,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, default=DEFAULT_OUT, help=f"folder of the results and inputs; default {DEFAULT_OUT}"
     )
     parser.add_argument("--only", help="comma-separated stages to run; the others keep their earlier result")
+    parser.add_argument("--compile-seconds", type=float, help="limit of the warm-up with torch_compile; 0 leaves it out")
     parser.add_argument("--prepare-only", action="store_true", help="only prepare the stores in the folder, not the models")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few updates, to test the script")
     options = parser.parse_args(argv)
@@ -136,6 +140,8 @@ def open_session(options: argparse.Namespace, argv: Sequence[str]) -> Any:
     minutes = max(options.minutes, PREPARE_MINUTES) if options.prepare_only else options.minutes
     end_s = time.monotonic() + 60 * minutes
     sizes = QUICK if options.quick else GPU if device == "cuda" else CPU
+    if options.compile_seconds is not None:
+        sizes = dataclasses.replace(sizes, compile_s=options.compile_seconds)
     result = circumstances("card", PACKAGES) | {
         "resilient_t5": resilient_t5.__version__,
         "sizes": sizes.name,
@@ -161,12 +167,21 @@ def open_session(options: argparse.Namespace, argv: Sequence[str]) -> Any:
         prepares_only=options.prepare_only,
     )
     if not options.prepare_only:
+        result["device"] = name_of_device(session)
         keep_earlier(session)
     return session
 
 
+def name_of_device(session: Any) -> str:
+    """Name and memory of the device, read in a process of its own, so that this one uses no memory of a GPU."""
+    from benchmarks.card_stages.ceilings import name_device
+
+    outcome = session.run(name_device, session.device)
+    return str(outcome.value if outcome.done else outcome.reason)
+
+
 def keep_earlier(session: Any) -> None:
-    """Continue the result in the folder if stages are named and it is of the same sizes; otherwise move it aside."""
+    """Continue the result in the folder if stages are named and it is of the same device; otherwise move it aside."""
     path = session.folder / "card.json"
     if not path.is_file():
         return
@@ -174,7 +189,7 @@ def keep_earlier(session: Any) -> None:
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         earlier = {}
-    same = all(earlier.get(key) == session.result[key] for key in ("sizes", "versions", "resilient_t5", "cores"))
+    same = all(earlier.get(key) == session.result[key] for key in ("device", "sizes", "versions", "resilient_t5", "cores"))
     if session.named and same:
         session.result["stages"] = {name: stage for name, stage in earlier["stages"].items() if name not in session.named}
         session.result |= {key: earlier[key] for key in ("texts", "models") if key in earlier}
@@ -194,13 +209,15 @@ def run_stages(session: Any, all_stages: dict[str, Stage]) -> None:
         started_s = time.monotonic()
         share = 1.0 if session.named else stage.share if session.on_gpu else stage.cpu_share
         session.stage_end_s = started_s + share * total_s
+        needs_s = MIN_MEASUREMENT_S if session.sizes.name == "quick" else stage.needs_s
         if not share:
             session.record(name, {"status": "skipped", "reason": f"takes long on a CPU; --only {name} runs it"})
-        elif session.left_s < MIN_MEASUREMENT_S:
-            session.record(name, {"status": "skipped", "reason": "no time left; raise --minutes, or name it with --only"})
+        elif session.left_s < needs_s:
+            reason = f"{max(0.0, session.left_s):.0f} s left, {needs_s:.0f} s needed; raise --minutes, or name it with --only"
+            session.record(name, {"status": "skipped", "reason": reason})
         else:
-            session.say(f"{name} ({max(0.0, session.end_s - started_s):.0f} s left)")
             session.record(name, {"status": "running"})
+            session.say(f"{name} ({max(0.0, session.end_s - started_s):.0f} s left)")
             session.record(name, run_stage(session, name, stage))
             session.record(name, {"wall_s": round(time.monotonic() - started_s, 1)})
 

@@ -2,10 +2,10 @@
 
     bin/benchmark packing --corpus FILE [--terms FILE] [--join 1] [--examples 16] [--micro-tokens 4096] [--quick] [--json FILE]
 
-Counts a whole epoch; nothing is trained. Length buckets have one example in each row and eight shapes, as many rows as an
-update has examples or as fit into the budget. Unpacked micro-batches are those of `batch.pack: false` with lengths padded to
-multiples of 8. `attention_share`: operations of the attention scores as a share of those of mT5-small's layers, padding
-included.
+Counts a whole epoch; nothing is trained. Length buckets have as many rows as an update has examples, so one example in each
+row, and eight shapes; the budget does not limit them. Unpacked micro-batches are those of `batch.pack: false` with lengths
+padded to multiples of 8. `attention_share`: operations of the attention scores as a share of those of mT5-small's layers,
+padding included.
 
 The last line is JSON: for each side `useful_token_share`, `micro_batches_per_update`, `shapes`, `rows`, `attention_share`;
 and `best_share`, a bound for eight shapes and one micro-batch an update, whatever the rows.
@@ -95,8 +95,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         tuple(np.concatenate(of_side) for of_side in zip(*(m.lengths() for m in update), strict=True)) for update in updates
     ]
     useful = sum(m.useful_tokens for update in updates for m in update)
-    bucket_rows = min(options.examples, max(1, options.micro_tokens // (sum(longest) + 14)))
-    buckets = fit_shapes(lengths[:512], bucket_rows, options.micro_tokens, longest)
+    buckets = fit_shapes(lengths[:512], options.examples, options.micro_tokens, longest)
     chosen = RowShapes(packed.shapes[0][0], tuple((source, target) for _, source, target in packed.shapes))
     sides = {
         "packed": [part.shape for update in lengths for part in pack(update, chosen)],

@@ -20,6 +20,11 @@ GRAPH_KERNELS = 500
 GIB = 1 << 30
 
 
+def name_device(device_name: str) -> str:
+    """Name and memory of the device."""
+    return describe(choose_device(device_name))
+
+
 def measure_ceilings(device_name: str, quick: bool) -> dict[str, Any]:
     """Name and limits of the device."""
     device = choose_device(device_name)

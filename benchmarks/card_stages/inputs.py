@@ -63,7 +63,7 @@ def _prepared(session: Session, kind: str) -> Prepared:
     if kind not in session.inputs:
         session.say(f"preparing the {kind} texts in {session.folder}")
         corpus, terms = (None if path is None else str(path) for path in (session.corpus, session.terms))
-        outcome = session.run(prepare_store, kind, str(session.folder), corpus, terms, session.sizes)
+        outcome = session.prepare(prepare_store, kind, str(session.folder), corpus, terms, session.sizes)
         if not outcome.done:
             raise RuntimeError(f"the {kind} texts could not be prepared: {outcome.reason}")
         session.inputs[kind], described = outcome.value
@@ -162,7 +162,7 @@ def model_directory(session: Session, model: str) -> str:
     directory = models / _name(session, model, rows)
     if not directory.is_dir():
         session.say(f"writing {model} with {rows:,} rows to {directory} ({_bytes_of(settings, rows) / MIB:.0f} MiB)")
-        outcome = session.run(write_model, str(short_store(session).store), settings, rows, str(directory))
+        outcome = session.prepare(write_model, str(short_store(session).store), settings, rows, str(directory))
         if not outcome.done:
             raise RuntimeError(f"{model} could not be written: {outcome.reason}")
     session.result.setdefault("models", {})[model] = {"rows": rows}

@@ -46,8 +46,8 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
     if small.get("sides"):
         what = f"mt5-small, {small['multiprocessors']} SMs, {small['memory_gib']:g} GiB"
         lines.append(Line(what, "examples/s", _of(small, EAGER, "examples_per_s"), _of(small, OURS, "examples_per_s")))
-    if "wall_s" in stages.get("quickstart", {}):
-        lines.append(Line("quickstart", "s", None, stages["quickstart"]["wall_s"], None))
+    if stages.get("quickstart", {}).get("exit_code") == 0:
+        lines.append(Line("quickstart", "s", None, stages["quickstart"]["command_s"], None))
     if "tokens_per_s" in (scratch := stages.get("from-scratch", {})):
         what = f"T5 of {scratch['parameters'] / 1e6:.3g} M from scratch"
         lines.append(Line(what, "tokens/s", None, scratch["tokens_per_s"]))
@@ -89,26 +89,25 @@ def _kernel_lines(model: str, stage: dict[str, Any]) -> Iterator[Line]:
 def _long_lines(stage: dict[str, Any]) -> Iterator[Line]:
     if not stage.get("sides"):
         return
-    speeds = [_of(stage, side, "tokens_per_s") for side in (EAGER, OURS)]
+    trainer, ours = (_of(stage, side, "tokens_per_s") for side in (EAGER, OURS))
     tokens = next(iter(stage["sides"].values()))
     what = f"mt5-small, {tokens['source_tokens_per_example']:.0f}+{tokens['target_tokens_per_example']:.0f} tokens"
-    yield Line(what, "tokens/s", *speeds)
-    shares = [_of(stage, side, "needed_share") for side in (EAGER, OURS)]
-    if any(shares):
-        yield Line("  share of the measured products", "%", *(share and 100 * share for share in shares))
+    yield Line(what, "tokens/s", trainer, ours)
+    trainer, ours = (_of(stage, side, "needed_share") for side in (EAGER, OURS))
+    if trainer or ours:
+        yield Line("  share of the measured products", "%", trainer and 100 * trainer, ours and 100 * ours)
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """The device, the comparisons, and what is missing."""
     stages = result["stages"]
-    lines = [""]
+    lines = ["", result.get("device", "unknown device")]
     if "device" in (ceilings := stages.get("ceilings", {})):
         products = ", ".join(
             f"{name} {ceilings[f'{name}_tflops']:g}" for name in ("bf16", "fp16", "fp32") if f"{name}_tflops" in ceilings
         )
         graph = f", {ceilings['graph_kernel_us']:g} us in a CUDA graph" if "graph_kernel_us" in ceilings else ""
         lines += [
-            ceilings["device"],
             f"measured: {products} TFLOP/s, {ceilings['bandwidth_gb_per_s']:g} GB/s, "
             f"{ceilings['small_operation_us']:g} us for a small operation{graph}",
             "",
@@ -167,13 +166,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     ratios = [line.ratio or 1.0 for line in lines]
     with new_figure(12, 1.4 + 0.4 * len(lines), path) as figure:
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        device = result["stages"].get("ceilings", {}).get("device", "")
         kind = "; tiny model, only a test" if result["sizes"] == "quick" else ""
-        figure.suptitle(f"resilient_t5 compared with a tuned Seq2SeqTrainer: {device}{kind}", x=0.01, ha="left")
+        figure.suptitle(f"resilient_t5 compared with a tuned Seq2SeqTrainer: {result['device']}{kind}", x=0.01, ha="left")
         axes = figure.subplots()
         axes.barh(named, [ratio - 1 for ratio in ratios], left=1, color=[BEST if ratio >= 1 else PEER for ratio in ratios])
         for row, (ratio, line) in enumerate(zip(ratios, lines, strict=True)):
-            text = f"{ratio:.2f}x  ({_shown(line.ours)} / {_shown(line.trainer)} {line.unit})"
+            text = f"{ratio:.2f}x  ({_shown(line.ours)} / {_shown(line.trainer)}{line.unit and ' '}{line.unit})"
             axes.text(1.01, row, text, va="center", transform=axes.get_yaxis_transform())
         axes.axvline(1.0, color="#5a5a5a", linewidth=1)
         axes.set_xscale("log")
@@ -181,4 +179,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if value in TICKS else "")
         axes.invert_yaxis()
+        axes.set_axisbelow(True)
         axes.set_xlabel(f"times better than the Trainer (ours / Trainer on the right); {versions}", fontsize=9)

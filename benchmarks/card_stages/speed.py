@@ -34,6 +34,8 @@ def short_texts(session: Session, stage: str, model: str) -> None:
         skipped = {} if session.on_gpu else {NO_GRAPHS: "a CPU has no CUDA graphs"}
         if session.sizes.name == "cpu" and not session.named:
             skipped[COMPILED] = f"compiling takes minutes on a CPU; --only {stage} tries it"
+        if session.sizes.compile_s == 0:
+            skipped[COMPILED] = "left out by --compile-seconds 0"
         session.record(stage, {"skipped_sides": skipped})
         sides = [side for side in sides if side not in skipped]
         compare(session, stage, setup, sides)

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.card_stages.inputs import setup_of, short_store
+from benchmarks.card_stages.inputs import MIB, NoSpace, setup_of, short_store
 from benchmarks.card_stages.session import Session
 from benchmarks.card_stages.sides import measure_config, measure_ours
 from benchmarks.card_stages.speed import SEED, WARM_S
@@ -18,10 +19,16 @@ from benchmarks.peers.setup import Setup
 from resilient_t5.config.parse import config_text
 from resilient_t5.config.schema import Config
 from resilient_t5.config.sections import CheckpointConfig, ModelConfig, OptimConfig, ScheduleConfig, TelemetryConfig
+from resilient_t5.model.load import shape_of
+from resilient_t5.model.shapes import sizes_of_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH_TIME_S = 15.0
 KILL_POLL_S = 0.02
+KEPT = 2
+"""Checkpoints that a run keeps in addition to the best."""
+CHECKPOINT_BYTES, EXPORT_BYTES = 12, 8
+"""Of a parameter: weights and two moments in float32; two exports."""
 PRICE_UPDATES = 20
 SCRATCH_OPTIM = OptimConfig(name="muon", lr=6e-4, beta2=0.98)
 """The optimizer of configs/zh-medical-cpu.yaml, a model from scratch."""
@@ -37,7 +44,7 @@ def quickstart(session: Session, stage: str) -> None:
         outcome = session.run(run_train, arguments)
         wall_s = time.monotonic() - started_s
         rows = [row for row in read_rows(run) if row["kind"] == "train"]
-        figures: dict[str, Any] = {"wall_s": round(wall_s, 1), "updates": rows[-1]["update"] if rows else 0}
+        figures: dict[str, Any] = {"command_s": round(wall_s, 1), "updates": rows[-1]["update"] if rows else 0}
         if not outcome.done:
             session.record(stage, figures)
             raise RuntimeError(f"the quickstart {outcome.reason}, at update {figures['updates']} of 1000")
@@ -98,6 +105,7 @@ def own_config(session: Session, run: Path, model: ModelConfig) -> Config:
 def resume(session: Session, stage: str) -> None:
     """Compare a run that is killed and resumed with one that is not, by the bits of its tensors; then the price of it."""
     updates = session.sizes.resume_updates
+    _require_space(session)
     with session.scratch() as folder:
         alone, killed = (_write_config(session, folder / name, updates) for name in ("alone", "killed"))
         outcome = session.run(train_in_process, alone)
@@ -117,6 +125,15 @@ def resume(session: Session, stage: str) -> None:
         session.record(stage, {"deterministic_price": _price(session)})
 
 
+def _require_space(session: Session) -> None:
+    """Raise NoSpace if the checkpoints and exports of both runs do not fit on the disk."""
+    rows = session.result["texts"]["short"]["rows_that_ours_trains"] if "texts" in session.result else session.sizes.pieces
+    parameters = sizes_of_shape(shape_of(session.sizes.scratch_model), rows).parameters
+    needed = 2 * parameters * ((KEPT + 1) * CHECKPOINT_BYTES + EXPORT_BYTES)
+    if (free := shutil.disk_usage(session.folder).free) < needed:
+        raise NoSpace(f"needs {needed / MIB:.0f} MiB for checkpoints, {free / MIB:.0f} MiB are free. Set --out to another disk")
+
+
 def _write_config(session: Session, folder: Path, updates: int) -> str:
     """Write the configuration of a short deterministic run in `folder`/run; return its file."""
     folder.mkdir(parents=True)
@@ -126,7 +143,7 @@ def _write_config(session: Session, folder: Path, updates: int) -> str:
         optim=OptimConfig(lr=1e-3),
         schedule=ScheduleConfig(max_updates=updates, shape="constant", warmup=2),
         evaluation=dataclasses.replace(config.evaluation, every=updates, examples=8),
-        checkpoint=CheckpointConfig(every_minutes=None, every_updates=max(1, updates // 4)),
+        checkpoint=CheckpointConfig(every_minutes=None, every_updates=max(1, updates // 4), keep_last=KEPT),
         telemetry=TelemetryConfig(log_every=1, progress="plain", tensorboard=False),
         hardware=dataclasses.replace(config.hardware, deterministic=True),
     )

@@ -100,10 +100,10 @@ def pack(lengths: Lengths, shapes: RowShapes, parts: int = 1) -> list[PackedRows
 
     tokens = [int(of_side.sum()) for of_side in lengths]
     least = max(parts, *(math.ceil(tokens[side] / (shapes.rows * int(choices[:, side].max()))) for side in (0, 1)))
-    row, count = _spread(lengths, shapes.rows, least, fits)
+    row, needs = _spread(lengths, shapes.rows, least, fits)
     in_order = np.argsort(row, kind="stable")
-    begins = np.searchsorted(row[in_order], shapes.rows * np.arange(count + 1))
-    chosen = _first_cover(_needs(lengths, row, shapes.rows, count), choices).tolist()
+    begins = np.searchsorted(row[in_order], shapes.rows * np.arange(len(needs) + 1))
+    chosen = _first_cover(needs, choices).tolist()
     return [
         PackedRows(in_order[begin:end], row[in_order[begin:end]] - part * shapes.rows, (shapes.rows, *shapes.lengths[choice]))
         for part, (begin, end, choice) in enumerate(zip(begins, begins[1:], chosen, strict=False))
@@ -111,7 +111,7 @@ def pack(lengths: Lengths, shapes: RowShapes, parts: int = 1) -> list[PackedRows
     ]
 
 
-def _spread(lengths: Lengths, rows: int, least: int, fits: Callable[[np.ndarray], bool]) -> tuple[np.ndarray, int]:
+def _spread(lengths: Lengths, rows: int, least: int, fits: Callable[[np.ndarray], bool]) -> tuple[np.ndarray, np.ndarray]:
     """Assign examples to the rows of as few micro-batches as `fits` accepts.
 
     Args:
@@ -119,14 +119,15 @@ def _spread(lengths: Lengths, rows: int, least: int, fits: Callable[[np.ndarray]
         fits: whether micro-batches with these needs, int64 (micro-batches, 2), are possible.
 
     Returns:
-        the row of each example, int64 (n,), numbered through all micro-batches, and the number of micro-batches.
+        the row of each example, int64 (n,), numbered through all micro-batches, and the needs of the micro-batches.
     """
     examples = len(lengths[0])
     count = min(least, examples)
     while True:
         row = _balanced(lengths, rows * count)
-        if fits(_needs(lengths, row, rows, count)):
-            return row, count
+        needs = _needs(lengths, row, rows, count)
+        if fits(needs):
+            return row, needs
         if rows * count >= examples:
             longest = tuple(int(of_side.max()) for of_side in lengths)
             raise DataError(
@@ -271,8 +272,7 @@ def _needs_of_update(lengths: Lengths, rows: int, parts: int, budget: int, multi
         return bool((rows * rounded_up(needs, multiple).sum(1) <= budget).all())
 
     least = max(parts, math.ceil(sum(int(of_side.sum()) for of_side in lengths) / budget))
-    row, count = _spread(lengths, rows, least, fits)
-    needs = rounded_up(_needs(lengths, row, rows, count), multiple)
+    needs = rounded_up(_spread(lengths, rows, least, fits)[1], multiple)
     return needs[needs.any(1)]
 
 

@@ -133,6 +133,7 @@ def measured():
     long = {"tokens_per_s": 9.0, "source_tokens_per_example": 500.0, "target_tokens_per_example": 110.0, "needed_share": 0.3}
     capped = {"memory_gib": 6.0, "ours": {"examples_per_s": 5.0, **plan}, "trainer": {"fits": False, "reason": "does not fit"}}
     return {
+        "device": "Card X",
         "sizes": "gpu",
         "versions": {"torch": "2"},
         "stages": {
@@ -150,7 +151,7 @@ def measured():
             "long-texts": {"sides": {"ours": long, "trainer": long}},
             "memory-cap": capped,
             "small-card": {"multiprocessors": 24, "memory_gib": 6.0, **summary(rounds, sides[:2], {})},
-            "quickstart": {"wall_s": 71.0},
+            "quickstart": {"command_s": 71.0, "exit_code": 0},
             "from-scratch": {"parameters": 48e6, "tokens_per_s": 50_000},
             "resume": {
                 "identical": False,
@@ -167,7 +168,7 @@ def test_the_table_and_the_picture_show_every_stage_and_every_reason(tmp_path):
     """Each comparison has a line; a side without figures has its reason; a difference after a resume is not hidden."""
     result = measured()
     text = "\n".join(table(result))
-    for shown in ("Card X", "bf16 700", "1.5 us in a CUDA graph", "2.00x", "torch_compile", "1.50x", "3,000", "24 SMs"):
+    for shown in ("Card X", "bf16 700", "1.5 us in a CUDA graph", "2.00x", "torch_compile", "1.50x", "3,000", "24 SMs", " 71 "):
         assert shown in text
     for shown in (
         "+3.0 %",
@@ -207,15 +208,15 @@ class Stored:
 
 
 def test_naming_stages_keeps_the_others_and_a_full_run_keeps_the_earlier_result_aside(tmp_path):
-    """Only with the same sizes and versions; a damaged file is moved aside as well."""
-    same = {"sizes": "gpu", "versions": {"torch": "2"}, "resilient_t5": "0.1.0", "cores": 2}
+    """Only with the same card, sizes and versions; a damaged file is moved aside as well."""
+    same = {"device": "Card X", "sizes": "gpu", "versions": {"torch": "2"}, "resilient_t5": "0.1.0", "cores": 2}
     earlier = {**same, "stages": {"ceilings": {"status": "done"}, "resume": {"status": "failed"}}, "texts": {"short": {}}}
     path = tmp_path / "card.json"
     path.write_text(json.dumps(earlier), encoding="utf-8")
     session = Stored(tmp_path, ("resume",), {**same, "stages": {}})
     card.keep_earlier(session)
     assert session.result["stages"] == {"ceilings": {"status": "done"}} and path.exists()
-    other = Stored(tmp_path, ("resume",), {**same, "versions": {"torch": "3"}, "stages": {}})
+    other = Stored(tmp_path, ("resume",), {**same, "device": "Card Y", "stages": {}})
     card.keep_earlier(other)
     assert other.result["stages"] == {} and not path.exists()
     assert json.loads((tmp_path / "card.previous.json").read_text(encoding="utf-8")) == earlier

@@ -17,13 +17,24 @@ class HostBatch(Protocol):
     """A micro-batch in host memory; see `data/batches.py`."""
 
     @property
-    def source_BS(self) -> torch.Tensor: ...
+    def source_BS(self) -> torch.Tensor:
+        """(R, S) ids."""
+        ...
+
     @property
-    def source_mask_BS(self) -> torch.Tensor: ...
+    def source_mask_BS(self) -> torch.Tensor:
+        """(R, S): 0 for padding, else the number of the example in its row, from 1."""
+        ...
+
     @property
-    def labels_BT(self) -> torch.Tensor: ...
+    def labels_BT(self) -> torch.Tensor:
+        """(R, T), padded with -100."""
+        ...
+
     @property
-    def target_segments_BT(self) -> torch.Tensor | None: ...
+    def target_segments_BT(self) -> torch.Tensor | None:
+        """(R, T), as `source_mask_BS`; None if each row is one example."""
+        ...
 
 
 @dataclass(frozen=True)

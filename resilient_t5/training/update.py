@@ -271,8 +271,16 @@ class Updater:
 def empty_like(micro_batch: MicroBatch) -> MicroBatch:
     """Return a micro-batch with one source token and no label: loss 0, zero gradients."""
     labels_11 = torch.full((1, 1), IGNORED, dtype=micro_batch.labels_BT.dtype)
-    source_11, mask_11 = micro_batch.source_BS[:1, :1], micro_batch.source_mask_BS[:1, :1]
-    return replace(micro_batch, source_BS=source_11, source_mask_BS=mask_11, labels_BT=labels_11, target_tokens=0)
+    source_11, mask_11 = micro_batch.source_BS[:1, :1], torch.ones_like(micro_batch.source_mask_BS[:1, :1])
+    return replace(
+        micro_batch,
+        source_BS=source_11,
+        source_mask_BS=mask_11,
+        labels_BT=labels_11,
+        target_tokens=0,
+        target_segments_BT=None,
+        on_device=None,
+    )
 
 
 def failure_of(micro_batches: Sequence[MicroBatch], rows: int) -> str:

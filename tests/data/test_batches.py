@@ -198,21 +198,36 @@ def test_dealing_gives_every_row_to_one_update_in_groups_of_neighbours(updates, 
     groups = min(groups, per_update)
     rows = np.random.default_rng(seed).permutation(updates * per_update)
     place = np.argsort(rows)
-    dealt = deal(rows, updates, groups, (seed, 0))
+    lengths = np.sort(np.random.default_rng(seed + 1).integers(1, 99, len(rows)))[place], np.ones(len(rows), np.int64)
+    dealt = deal(rows, lengths, updates, groups, (seed, 0))
     assert [len(of_update) for of_update in dealt] == [groups] * updates
     assert all(sum(map(len, of_update)) == per_update for of_update in dealt)
     assert sorted(np.concatenate([g for of_update in dealt for g in of_update]).tolist()) == sorted(rows.tolist())
     assert all(np.all(np.diff(place[group]) == 1) for of_update in dealt for group in of_update)
 
 
+def test_updates_are_dealt_about_the_same_number_of_tokens():
+    """The same groups dealt at random vary at least twice as much."""
+    generator = np.random.default_rng(1)
+    source = np.sort(np.clip(generator.lognormal(4.0, 0.45, 800), 4, 112).astype(np.int64))
+    target = np.maximum(1, generator.binomial(source, 0.3))
+    dealt = deal(np.arange(800), (source, target), 50, 4, (1, 0))
+    at_random = [[dealt[(update + 7 * band) % 50][band] for band in range(4)] for update in range(50)]
+
+    def deviation(updates, side):
+        totals = np.array([sum(int(side[group].sum()) for group in of_update) for of_update in updates])
+        return totals.std() / totals.mean()
+
+    assert deviation(dealt, source) < 0.03 and deviation(dealt, target) < 0.06
+    assert deviation(dealt, source) < deviation(at_random, source) / 2
+
+
 def test_dealing_is_random_and_keyed_by_the_window():
-    """Inside a band an update's group comes from anywhere, bands are dealt apart, and another window is dealt otherwise."""
-    rows = np.arange(800)
-    dealt, other = deal(rows, 50, 4, (1, 0)), deal(rows, 50, 4, (1, 1))
-    places = np.array([[group[0] for group in of_update] for of_update in dealt])
-    correlations = np.corrcoef(np.column_stack((np.arange(50), places)).T)
-    assert np.all(np.abs(correlations - np.eye(5)) < 0.5)
-    other_places = np.array([[group[0] for group in of_update] for of_update in other])
+    """Neither the band that is dealt first nor any other is in order, and another window is dealt otherwise."""
+    rows, lengths = np.arange(800), (np.arange(800) // 8 + 4, np.arange(800) // 40 + 1)
+    dealt, other = deal(rows, lengths, 50, 4, (1, 0)), deal(rows, lengths, 50, 4, (1, 1))
+    places, other_places = (np.array([[group[0] for group in of_update] for of_update in each]) for each in (dealt, other))
+    assert np.all(np.abs(np.corrcoef(np.column_stack((np.arange(50), places)).T)[0, 1:]) < 0.5)
     assert np.all((places == other_places).mean(axis=0) < 0.2)
 
 

@@ -39,20 +39,29 @@ class Dropped:
         return values.mul_(self.keep) if self.keep is not None and self.mask_scale == 1.0 else self.again(values)
 
 
-def drop(values: torch.Tensor, probability: float, by_kernel: bool) -> Dropped:
+def draw_ahead(shape: torch.Size, probability: float, by_kernel: bool) -> torch.Tensor | None:
+    """The mask of a later `drop` on a CPU; None if that draws it itself.
+
+    A mask outlives the values that it is applied to. Allocated before them it leaves no gap in the heap when they are freed.
+    """
+    return None if by_kernel or probability <= 0 else random_mask(shape, probability)
+
+
+def drop(values: torch.Tensor, probability: float, by_kernel: bool, drawn: torch.Tensor | None = None) -> Dropped:
     """Draw a mask from the global generator of the device and apply it.
 
     Args:
         values: floats of any shape, not needed afterwards.
         probability: that a value becomes zero.
         by_kernel: in one call, as for a GPU.
+        drawn: the mask from `draw_ahead`, of the same number of values.
     """
     if probability <= 0:
         return Dropped(values, None)
     if by_kernel:
         scaled, keep = torch.native_dropout(values, probability, True)
         return Dropped(scaled, keep, mask_scale=1.0 / (1.0 - probability))
-    keep = random_mask(values.shape, probability)
+    keep = random_mask(values.shape, probability) if drawn is None else drawn.view(values.shape)
     return Dropped(values.mul_(keep), keep, product_scale=LEVELS / (LEVELS - _dropped_levels(probability)))
 
 
@@ -62,9 +71,10 @@ def _dropped_levels(probability: float) -> int:
 
 def random_mask(shape: torch.Size, probability: float) -> torch.Tensor:
     """A bool mask on the CPU, False with `probability`, which is rounded to a multiple of 2**-16."""
-    count = shape.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (words.view(torch.int16)[:count] >= _dropped_levels(probability) - LEVELS // 2).view(shape)
+    keep = torch.empty(shape, dtype=torch.bool)
+    words = torch.empty(-(-keep.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    torch.ge(words.view(torch.int16)[: keep.numel()], _dropped_levels(probability) - LEVELS // 2, out=keep.view(-1))
+    return keep
 
 
 def seed_dropout(seed: int, update: int, micro_batch: int) -> None:

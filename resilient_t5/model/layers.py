@@ -27,7 +27,7 @@ from transformers.models.mt5.modeling_mt5 import MT5Block, MT5Stack
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from resilient_t5.model.attention import PositionMask, additive_mask, attend, mask_dtype
-from resilient_t5.model.dropout import Dropped, drop
+from resilient_t5.model.dropout import Dropped, draw_ahead, drop
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.operands import Operand, StaticBuffers
 from resilient_t5.model.vocabulary_gradients import add_product, wide_product
@@ -205,7 +205,9 @@ class ResidualProduct(torch.autograd.Function):
         # Not a saved tensor: checkpointing would hand out another one, without `grad`.
         ctx.operand, ctx.weight = operand, weight_DI
         with torch.autocast(x.device.type, enabled=False):
-            dropped = drop(torch.mm(x.flatten(0, -2), _in_dtype(weight_DI, operand, x.dtype).T), probability, by_kernel)
+            drawn = draw_ahead(residual.shape, probability, by_kernel)
+            cast_ID = _in_dtype(weight_DI, operand, x.dtype).T
+            dropped = drop(torch.mm(x.flatten(0, -2), cast_ID), probability, by_kernel, drawn)
             ctx.save_for_backward(x, dropped.keep)
             ctx.scales = dropped.mask_scale, dropped.product_scale
             return torch.add(residual, dropped.values.view(residual.shape), alpha=dropped.product_scale)
@@ -243,10 +245,11 @@ class ResidualFeedForward(torch.autograd.Function):
         ctx.operand, ctx.weight = operand, weight_DF
         with torch.autocast(first.device.type, enabled=False):
             gate, linear = _gate_and_linear(first, weight_DF)
+            drawn = draw_ahead(gate.shape, probability, by_kernel), draw_ahead(residual.shape, probability, by_kernel)
             activated = ACTIVATIONS[ctx.activation][0](gate)
-            hidden = drop(activated if linear is None else activated.mul_(linear), probability, by_kernel)
+            hidden = drop(activated if linear is None else activated.mul_(linear), probability, by_kernel, drawn[0])
             cast_FD = _in_dtype(weight_DF, operand, first.dtype).T
-            dropped = drop(_scaled_mm(hidden.values, cast_FD, hidden.product_scale), probability, by_kernel)
+            dropped = drop(_scaled_mm(hidden.values, cast_FD, hidden.product_scale), probability, by_kernel, drawn[1])
             ctx.save_for_backward(first, hidden.keep, dropped.keep)
             ctx.scales = dropped.mask_scale, dropped.product_scale
             return torch.add(residual, dropped.values.view(residual.shape), alpha=dropped.product_scale)

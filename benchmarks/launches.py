@@ -1,6 +1,6 @@
 """How many kernels one update launches: ours and the tuned Seq2SeqTrainer, counted without a GPU.
 
-    bin/benchmark launches [--corpus FILE --terms FILE] [--model mt5-small] [--updates 3] [--quick] [--json FILE]
+    bin/benchmark launches [--corpus FILE --terms FILE] [--store DIR] [--model mt5-small] [--updates 3] [--quick] [--json FILE]
 
 A `TorchDispatchMode` counts the aten calls of an update on a CPU in bf16, without views and without calls that only
 allocate. On a CUDA card each of them is about one kernel launch, or less than one: attention and norms, which are several calls
@@ -158,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--corpus", type=Path, help="text, a document a line")
     parser.add_argument("--terms", type=Path, help="terms, one a line")
+    parser.add_argument("--store", type=Path, help="keep the prepared corpus in this directory and reuse it")
     parser.add_argument("--model", default="mt5-small", help="shape; the weights are random")
     parser.add_argument("--updates", type=int, default=3, help="counted updates of each side")
     parser.add_argument("--quick", action="store_true", help="a tiny model on built-in notes: checks the script, not the claim")
@@ -165,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.updates < 1:
         parser.error("--updates must be at least 1")
-    given = [("--corpus", options.corpus), ("--terms", options.terms)]
+    given = [("--corpus", options.corpus), ("--terms", options.terms), ("--store", options.store)]
     shared = [str(word) for name, path in given if path is not None for word in (name, path)]
     shared += ["--model", options.model, "--updates", str(options.updates), "--device", "cpu"]
     with tempfile.TemporaryDirectory() as name:

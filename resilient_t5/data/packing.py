@@ -30,7 +30,7 @@ MULTIPLE = 8
 # Share of useful tokens in the sample at which a number of rows is good enough.
 GOOD_SHARE = 0.955
 # If no number of rows is good enough, the largest whose share is at most this below the best.
-NEARLY = 0.015
+NEARLY = 0.005
 # Attention over a row of this many tokens takes about a third of the operations of mT5-small's layers, and memory that grows
 # with the square of the length, so rows need not be longer.
 LONG_ROW = 1024

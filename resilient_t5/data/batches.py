@@ -423,7 +423,7 @@ class Prefetcher:
         batches: Batches,
         first_update: int,
         readers: int,
-        copy_ahead: Callable[[MicroBatch], PassInput] | None = None,
+        copy_ahead: Callable[[MicroBatch], PassInput | None] | None = None,
     ):
         self.wait_s = 0.0
         """Seconds that `take` has waited so far."""

@@ -84,11 +84,14 @@ class CopyAhead:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, batch: HostBatch) -> PassInput:
-        """The micro-batch on the device, or on its way there."""
+    def __call__(self, batch: HostBatch) -> PassInput | None:
+        """The micro-batch on the device, or on its way there; None without memory for it, then the update copies it."""
         host = pass_input(batch)
-        with torch.cuda.stream(self._stream):
-            flat = host.flat.pin_memory().to(self._device, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                flat = host.flat.pin_memory().to(self._device, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record(self._stream)
+        except torch.OutOfMemoryError:
+            return None
         return PassInput(flat, host.shape, copied)

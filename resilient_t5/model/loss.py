@@ -175,7 +175,8 @@ def _decode(
     cross_visible, causal = visible, causal_TT[None, None]
     if target_segments_BT is not None and source_mask_BS is not None:
         visible = _same(source_mask_BS, source_mask_BS)
-        cross_visible = _same(target_segments_BT, source_mask_BS)
+        # A padded target sees every source position: attention kernels differ where a query sees no key, some give NaN.
+        cross_visible = _same(target_segments_BT, source_mask_BS) | (target_segments_BT == 0)[:, None, :, None]
         causal = causal & _same(target_segments_BT, target_segments_BT)
     # Unpacked, the decoder needs no padding mask: padding is at the end, and attention is causal.
     encoded_BSD = model.encoder(embedded_BSD=EmbeddingInPlace.apply(embedding_VD, source_BS), visible=visible)

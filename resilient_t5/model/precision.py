@@ -165,15 +165,19 @@ def keep_cudnn_attention_out() -> None:
 def attention_backward_offset(device: torch.device) -> float:
     """Largest relative difference between the attention gradients of the active kernel and the math kernel.
 
-    The bias makes row maxima strongly negative, for which a defective kernel gives NaN; the result is then infinity. Above
+    The bias makes row maxima strongly negative, for which a defective kernel gives NaN; the result is then infinity. The first
+    of two rows is packed: kernels compute by blocks of keys, some of which its second example does not see at all. Above
     PROBE_TOLERANCE the active kernels must not be used.
     """
     generator = torch.Generator().manual_seed(0)
-    heads, length, head_width = 6, 64, 64
+    heads, length, head_width = 6, 192, 64
     shape = (2, heads, length, head_width)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
-    bias = (torch.randn(1, heads, length, length, generator=generator) * 4 - 150).to(device, dtype)
+    bias = torch.randn(2, heads, length, length, generator=generator) * 4 - 150
+    example = torch.arange(length) >= length // 2
+    bias[0].masked_fill_(example[:, None] != example, torch.finfo(dtype).min)
+    bias = bias.to(device, dtype)
 
     def gradients(context: Callable[[], AbstractContextManager[None]]) -> list[torch.Tensor]:
         leaves = [tensor.detach().clone().requires_grad_() for tensor in (*inputs, bias)]

@@ -25,7 +25,7 @@ from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.initial_weights import MAX_IDS, RANK, factored, set_initial_vectors
 from resilient_t5.model.layers import allocate_buffers, install_lean_layers
 from resilient_t5.model.load import SpecialIds, build_model, load_model
-from resilient_t5.model.memory import Task
+from resilient_t5.model.memory import GIB, Task
 from resilient_t5.model.operands import StaticBuffers
 from resilient_t5.model.optimizer import AdafactorInBackward, build_optimizer
 from resilient_t5.model.precision import DTYPES, Precision, install_float32_islands
@@ -117,7 +117,7 @@ def build_run(
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, state, timing)
     evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
     # Before the weights are set, which happens in place, so that a resume compares all conditions and restores random streams.
-    graphs_note = capture_graphs(updater, batches.shapes, config)
+    graphs_note = capture_graphs(updater, batches.shapes, config, fit)
     conditions["graphs"] = updater.graphs is not None
     set_initial_state(saver, loaded, config, corpus.train, group)
     claim()
@@ -164,21 +164,29 @@ def allocate_static_buffers(
     return allocate_buffers(model, DTYPES[precision.name] if fit.choice.copies else None)
 
 
-def capture_graphs(updater: Updater, shapes: list[tuple[int, int, int]], config: Config) -> str:
+def capture_graphs(updater: Updater, shapes: list[tuple[int, int, int]], config: Config, fit: Fit) -> str:
     """Capture a CUDA graph for each shape under `hardware.graphs`; return a line for the banner, or "" if there is none.
 
-    Nothing is captured on a CPU, with unpacked rows or sharded layers, or if it was switched off.
+    Nothing is captured on a CPU, with unpacked rows, sharded layers or recomputed activations, or if it was switched off.
+    Graphs are dropped if the memory that they keep is missing for the optimizer and evaluation.
     """
     if config.hardware.graphs is False or updater.accelerator.device.type != "cuda":
         return "" if config.hardware.graphs is not True else "no CUDA graphs: this is not a GPU"
     if not shapes or updater.buffers is None:
         return "no CUDA graphs: they need packed rows, layers that are not sharded, and gradients that are kept"
+    if fit.choice.checkpointing:
+        return "no CUDA graphs: recomputation of activations sets random states, which a graph cannot"
     rows = updater.model.shared.weight.shape[0]
     parameters = [parameter for parameter in updater.model.parameters() if parameter.requires_grad]
     begin_s = time.perf_counter()
     updater.graphs, why_not = capture(
         updater.run_pass, shapes, rows, parameters, updater.buffers.begin_update, lambda: seed_dropout(updater.seed, 0, 0)
     )
+    torch.cuda.empty_cache()
+    missing = fit.missing_beside_graphs(torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved())
+    if updater.graphs is not None and missing > 0:
+        updater.graphs, why_not = None, f"optimizer and evaluation would lack {missing / GIB:.2f} GiB"
+        torch.cuda.empty_cache()
     if updater.graphs is None:
         return f"no CUDA graphs, passes run eagerly: {why_not}"
     return f"CUDA graphs of {len(shapes)} shapes captured and compared in {time.perf_counter() - begin_s:.1f} s"

@@ -71,6 +71,10 @@ class MemoryGuard:
             failure = allocation_failure(error)
         # A partial gradient is useless: the gradients of the tables are accumulated in place.
         self.updater.sharded.zero_grad()
+        if self.updater.graphs is not None:
+            # No eager pass, step or evaluation can use their memory.
+            self.updater.graphs = None
+            self.conditions["graphs"] = False
         if self.updater.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         return None, failure

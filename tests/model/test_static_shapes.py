@@ -74,6 +74,29 @@ def test_a_row_without_labels_adds_nothing(kind, dtype, tolerance, make_model, m
     assert relative_error(found, expected) < tolerance
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_every_query_of_packed_rows_sees_a_key(rows, make_model, make_examples, monkeypatch):
+    """Also padding and rows without an example: attention kernels differ in what they compute for a query without keys."""
+    model, seen = make_model("mt5").train(), []
+
+    def watch(stack):
+        forward = stack.forward
+
+        def watched(**given):
+            seen.extend(value for name, value in given.items() if "visible" in name)
+            return forward(**given)
+
+        monkeypatch.setattr(stack, "forward", watched)
+
+    watch(model.encoder)
+    watch(model.decoder)
+    source, segments, labels, target_segments = packed(make_examples(3), rows, 72, 56)
+    segments[0, segments[0] == 0] = 1  # a source without padding
+    forward_loss(model, source, segments, labels, target_segments, divisor=torch.tensor(DIVISOR), all_positions=True)
+    assert len(seen) == 3
+    assert all(bool(visible.any(-1).all()) for visible in seen)
+
+
 @pytest.mark.parametrize("settings", [{"label_smoothing": 0.1}, {"z_loss": 0.01}])
 def test_smoothing_and_z_loss_leave_ignored_positions_out(settings, make_model, make_examples, collate, relative_error):
     """The head computes every position of the packed rows; the terms of those without a label are zero."""

@@ -6,19 +6,25 @@ gradients are added into fixed buffers (`model/operands.py`).
 
 Before the run relies on graphs, each shape is run eagerly and by its graph with the same weights, input and dropout: loss and
 gradient norms must agree. Whatever fails, in a capture or in this comparison, leaves the run without graphs and with the
-reason for the banner.
+reason for the banner. torch does not clean up after a failed capture: the stream, the random generator and the allocator are
+repaired here, and an eager pass then tests that the GPU still works.
 
 Dropout stays a function of its key: a graph reads seed and offset of the generator at each replay.
 """
 
+import gc
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 
 from resilient_t5.data.pass_input import IGNORED, PassInput
+from resilient_t5.errors import DeviceLost
+from resilient_t5.training.hardware.machine import is_out_of_memory
 
 Shape = tuple[int, int, int]
 """Rows, source tokens and target tokens of a micro-batch."""
@@ -89,59 +95,169 @@ def capture(
 
     Returns:
         the graphs, and ""; or None, and the reason.
+
+    Raises:
+        DeviceLost: a capture failed, and the GPU cannot run an eager pass any more.
     """
     device = parameters[0].device
+    work = _Work(run_pass, rows, parameters, begin_update, seed)
+    ordered = sorted(shapes, key=lambda shape: -shape[0] * (shape[1] + shape[2]))
+    before = _Before.of(device)
     captured: dict[Shape, _Captured] = {}
-    pool = torch.cuda.graph_pool_handle()
     try:
-        for shape in sorted(shapes, key=lambda shape: -shape[0] * (shape[1] + shape[2])):
-            given = example_input(shape, rows, device)
-            divisor = torch.full((), float(shape[0] * shape[2]), device=device)
-            eager = _warm_up(partial(run_pass, given, divisor), parameters, begin_update, seed)
-            begin_update()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                nll_sum = run_pass(given, divisor)
-            captured[shape] = _Captured(graph, given, divisor, nll_sum)
-            begin_update()
-            seed()
-            graph.replay()
-            offset = largest_offset(_figures(nll_sum, parameters), eager)
+        # All eager passes come first: the graphs keep their memory, so that later passes would need it a second time.
+        expected = {shape: work.eager_figures(shape, before.side) for shape in ordered}
+        for shape in ordered:
+            captured[shape] = work.captured(shape, before.side, before.pool)
+            offset = largest_offset(work.replayed_figures(captured[shape]), expected[shape])
             if not offset <= TOLERANCE[torch.are_deterministic_algorithms_enabled()]:  # true for NaN
-                return None, f"a captured update of shape {shape} differs from an eager one by {offset:.1e}"
-    except (RuntimeError, MemoryError) as error:
-        captured.clear()
-        torch.cuda.empty_cache()
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-    finally:
+                raise RuntimeError(f"a captured update of shape {shape} differs from an eager one by {offset:.1e}")
         begin_update()
-    return CapturedPasses(captured), ""
+        return CapturedPasses(captured), ""
+    except (RuntimeError, MemoryError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        why_not = _first_cause(error)
+    # Not in the handler, where the traceback still holds the tensors of the failed pass.
+    captured.clear()
+    before.repair()
+    work.test_eager(ordered[-1], why_not)
+    return None, why_not
 
 
-def _warm_up(
-    run_pass: Callable[[], torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
-    begin_update: Callable[[], None],
-    seed: Callable[[], None],
-) -> list[float]:
-    """Run passes on a side stream, as a capture requires, and return the figures of the last one."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_PASSES):
-            begin_update()
-            seed()
-            nll_sum = run_pass()
-        figures = _figures(nll_sum, parameters)
-    torch.cuda.current_stream().wait_stream(stream)
-    return figures
+def _first_cause(error: BaseException) -> str:
+    """One line: after an error in a capture, the end of the capture raises another one, which says nothing about the cause."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:200] if type(error) is RuntimeError else f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _figures(nll_sum: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[float]:
-    """The loss sum and the norm of every gradient."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], 2, dtype=torch.float32)
-    figures: list[float] = torch.stack([nll_sum.double(), *(norm.double() for norm in norms)]).tolist()
-    return figures
+@dataclass(frozen=True)
+class _Before:
+    """What a failed capture may leave in a state that no later operation can use."""
+
+    device: torch.device
+    stream: "torch.cuda.Stream"
+    side: "torch.cuda.Stream"
+    """One stream for all passes of `capture`: each stream has its own workspace of cuBLAS, 32 MiB on Hopper."""
+    pool: Any
+    generator: torch.Generator
+    generator_state: torch.Generator
+
+    @classmethod
+    def of(cls, device: torch.device) -> "_Before":
+        """The current state, with a new side stream and a new pool of memory."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+        stream = torch.cuda.current_stream(device)
+        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        return cls(device, stream, side, pool, generator, generator.clone_state())
+
+    def repair(self) -> None:
+        """Set the stream and the generator back, and free the memory of the pool; errors show in the next pass."""
+        with suppress(RuntimeError):
+            # `torch.cuda.graph` leaves its stream current if the end of a capture fails, and the generator in capture mode,
+            # in which it refuses to draw outside of a capture.
+            torch.cuda.set_stream(self.stream)
+            self.generator.graphsafe_set_state(self.generator_state)
+        gc.collect()
+        with suppress(RuntimeError, AttributeError):
+            # Without this, the allocator waits for the end of the capture with every block that another stream has used.
+            # Refused if the capture has ended.
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The passes of `capture`; its arguments."""
+
+    run_pass: Pass
+    rows: int
+    parameters: Sequence[torch.nn.Parameter]
+    begin_update: Callable[[], None]
+    seed: Callable[[], None]
+
+    def inputs(self, shape: Shape) -> tuple[PassInput, torch.Tensor]:
+        """An input and a divisor on the device."""
+        device = self.parameters[0].device
+        return example_input(shape, self.rows, device), torch.full((), float(shape[0] * shape[2]), device=device)
+
+    def eager_figures(self, shape: Shape, side: "torch.cuda.Stream") -> list[float]:
+        """The figures of the last of several eager passes on a side stream, which a capture requires."""
+        given, divisor = self.inputs(shape)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for number in range(WARM_UP_PASSES):
+                self.begin_update()
+                self.seed()
+                with _no_host_sync() if number else nullcontext():
+                    nll_sum = self.run_pass(given, divisor)
+            figures = self.figures(nll_sum)
+        torch.cuda.current_stream().wait_stream(side)
+        return figures
+
+    def captured(self, shape: Shape, side: "torch.cuda.Stream", pool: Any) -> _Captured:
+        """The graph of a shape; gradients are not changed."""
+        given, divisor = self.inputs(shape)
+        self.begin_update()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the watchdog of NCCL, may ask for events during the capture.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            nll_sum = self.run_pass(given, divisor)
+        return _Captured(graph, given, divisor, nll_sum)
+
+    def replayed_figures(self, captured: _Captured) -> list[float]:
+        """The figures of a replay."""
+        self.begin_update()
+        self.seed()
+        captured.graph.replay()
+        return self.figures(captured.nll_sum)
+
+    def figures(self, nll_sum: torch.Tensor) -> list[float]:
+        """The loss sum and the norm of every gradient."""
+        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None], 2, dtype=torch.float32)
+        figures: list[float] = torch.stack([nll_sum.double(), *(norm.double() for norm in norms)]).tolist()
+        return figures
+
+    def test_eager(self, shape: Shape, why_not: str) -> None:
+        """Run an eager pass; leaves all gradients at zero.
+
+        Raises:
+            DeviceLost: it fails, except by a lack of memory, which an update can handle.
+        """
+        try:
+            self.begin_update()
+            self.seed()
+            float(self.run_pass(*self.inputs(shape)))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise DeviceLost(
+                    f"the GPU cannot be used after CUDA graphs failed: {why_not}",
+                    where=_first_cause(error),
+                    hint="Run the same command with --hardware.graphs false",
+                ) from error
+        finally:
+            with suppress(RuntimeError):
+                self.begin_update()
+
+
+@contextmanager
+def _no_host_sync() -> Iterator[None]:
+    """Raise RuntimeError where a value is read on the host, before a capture fails at it.
+
+    Some deterministic kernels read values, depending on the version of torch.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def largest_offset(found: Sequence[float], expected: Sequence[float]) -> float:

@@ -16,7 +16,17 @@ from resilient_t5.data.ragged import Split
 from resilient_t5.data.store.store import Store
 from resilient_t5.errors import ConfigError
 from resilient_t5.host_memory import available_bytes
-from resilient_t5.model.memory import GIB, Choice, Execution, LargestShape, Memory, Task, choice_at, choose_micro_tokens
+from resilient_t5.model.memory import (
+    FREE_SHARE,
+    GIB,
+    Choice,
+    Execution,
+    LargestShape,
+    Memory,
+    Task,
+    choice_at,
+    choose_micro_tokens,
+)
 from resilient_t5.model.precision import PrecisionName
 from resilient_t5.model.shapes import Sizes, sizes_of_settings
 from resilient_t5.training.hardware.process_group import SINGLE_PROCESS, ProcessGroup
@@ -40,6 +50,19 @@ class Fit:
             return []
         excess = (self.choice.needed - self.memory.usable) / GIB
         return [f"the plan needs {excess:.2f} GiB more than the usable memory; bin/plan lists what fits"]
+
+    def missing_beside_graphs(self, free: float, reserved: float) -> float:
+        """Bytes missing for optimizer state and evaluation, once weights, gradients and CUDA graphs exist; 0 or less: none.
+
+        The plan assumes that a pass frees its memory, but graphs keep it.
+
+        Args:
+            free: bytes that the device has left.
+            reserved: bytes that this process has allocated, to be subtracted from the planned memory.
+        """
+        peak = self.choice.peak
+        left = min(free * (1 - FREE_SHARE), self.memory.usable - reserved)
+        return self.choice.evaluation - peak.weights - peak.gradients - left
 
 
 def fit_run(

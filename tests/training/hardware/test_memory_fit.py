@@ -97,3 +97,13 @@ def test_an_optimizer_inside_the_backward_pass_gets_its_update_in_one_micro_batc
         settings(tiny_config, "--optim.name", "adafactor_in_backward", "--hardware.precision", "fp16")
     keys = set(re.findall(r"(optim\.clip_norm|batch\.groups_per_update|hardware\.precision): adafactor", str(refused.value)))
     assert len(keys) == 3
+
+
+def test_graphs_leave_room_for_the_optimizer_and_evaluation(tiny_config, store):
+    """Both the free memory of the device and the planned memory count, each without its reserve."""
+    found = fit_run(settings(tiny_config, "--hardware.memory_gib", "4"), store, CPU, "fp32")
+    peak = found.choice.peak
+    beside = found.choice.evaluation - peak.weights - peak.gradients
+    assert found.missing_beside_graphs(beside / 0.95, 0.0) == pytest.approx(0.0, abs=1.0)
+    assert found.missing_beside_graphs(8 * GIB, found.memory.usable - beside) == pytest.approx(0.0, abs=1.0)
+    assert found.missing_beside_graphs(8 * GIB, found.memory.usable - beside + GIB) == pytest.approx(GIB)

@@ -48,7 +48,7 @@ def changed_conditions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Checkpoints of earlier versions lack `shard_layers`, `packed` and `graphs`, which were off, and have `compile`, which counts
     only if it was on.
     """
-    former = {key: False for key in ("shard_layers", "packed", "graphs") if key in new} | old
+    former = old | {key: False for key in ("shard_layers", "packed", "graphs") if key in new and key not in old}
     return changed_keys({key: value for key, value in former.items() if (key, value) != ("compile", False)}, new)
 
 

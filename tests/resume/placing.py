@@ -313,9 +313,15 @@ def _spoil_ignored(attempts, number):
 
 
 def _spoil_range(attempts, number):
-    _spoil_batch(
-        attempts, lambda batch: {"source_BS": batch.source_BS + (1 << 20) * (batch.source_BS == batch.source_BS.max())}
-    )
+    from resilient_t5.data.batches import IGNORED, _id_range
+
+    def change(batch):
+        source_BS = batch.source_BS + (1 << 20) * (batch.source_BS == batch.source_BS.max())
+        targets = batch.labels_BT[batch.labels_BT != IGNORED]
+        # A micro-batch carries the range of its ids, which is computed when its tensors are made.
+        return {"source_BS": source_BS, "id_range": _id_range(source_BS.numpy(), targets.numpy())}
+
+    _spoil_batch(attempts, change)
 
 
 def _current_attempt():

@@ -94,3 +94,36 @@ def test_another_micro_tokens_keeps_every_optimizer_batch_and_says_what_it_does_
     assert [row["target_tokens"] for row in metric_rows(run, "train")] == [row["target_tokens"] for row in reference_rows]
     start = [row for row in whole_rows(run) if row["kind"] == "start"][-1]
     assert start["changed_conditions"] == ["micro_tokens: 300 -> 150"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_packed_run_that_was_interrupted_twice_is_the_same_run(arena, number):
+    """The shapes of packed rows are chosen anew at each start and are no part of a checkpoint: every sha256 is equal."""
+    packed = ("--batch.pack", "true")
+    if not (arena.folder / "packed").exists():
+        arena.finish("packed", *packed)
+    name = f"packed-{int(number)}"
+    for call in (5, 9):
+        strike = ("tests.resume.placing:signal_at", {"place": "micro-batch", "number": int(number), "call": call})
+        assert arena.server.run(arena.argv(name, *packed), arena.console(name), [strike]) == -number
+    run = arena.finish(name, *packed)
+    starts = [row for row in whole_rows(run) if row["kind"] == "start"]
+    assert len(starts) == 3 and starts[1]["resumed_from"] is not None and starts[2]["update"] > 0
+    assert differences(run, arena.folder / "packed") == []
+    assert "tensors/model" in differences(run, arena.folder / "reference"), "the rows were not packed"
+
+
+@pytest.mark.parametrize("before, after", [("false", "true"), ("true", "false")])
+def test_another_pack_keeps_every_optimizer_batch_and_says_what_it_does_not_keep(arena, before, after):
+    """A resume may pack rows or stop packing them: the chain over the examples and the tokens of every update stay."""
+    name = f"pack-{before}-{after}"
+    strike = {"place": "micro-batch", "number": int(signal.SIGTERM), "call": 8}
+    begun = arena.argv(name, "--batch.pack", before)
+    assert arena.server.run(begun, arena.console(name), [("tests.resume.placing:signal_at", strike)]) == -signal.SIGTERM
+    run = arena.finish(name, "--batch.pack", after)
+    assert "order" not in differences(run, arena.folder / "reference")
+    found, expected = (metric_rows(path, "train") for path in (run, arena.folder / "reference"))
+    assert [row["target_tokens"] for row in found] == [row["target_tokens"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=0.05)
+    starts = [row for row in whole_rows(run) if row["kind"] == "start"]
+    assert starts[-1]["changed_conditions"] == [f"packed: {before == 'true'} -> {after == 'true'}"]

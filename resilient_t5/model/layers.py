@@ -78,6 +78,8 @@ class LeanSettings:
     in_place: bool
     """Add gradients of matrices to `weight.grad` directly."""
     activation: str
+    epsilon: float
+    """Of the norms; from the configuration, since the class of a norm may be that of another library."""
     constants: "Constants"
     operands: dict[str, Operand] = field(default_factory=dict)
     """Copies of the weights of a block in the dtype of its products, by the name of the product."""
@@ -138,9 +140,9 @@ class RmsNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor, norm: Any, dtype: torch.dtype, lean: LeanSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """x / rms(x) * weight in `dtype`, and x for the residual connection; on a GPU by torch's kernel."""
     if x.device.type == "cpu":
-        scalars = lean.constants.scalar(norm.variance_epsilon, x), lean.constants.scalar(1.0, x)
+        scalars = lean.constants.scalar(lean.epsilon, x), lean.constants.scalar(1.0, x)
         return RmsNorm.apply(x, norm.weight, scalars, (dtype, lean.in_place))
-    return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon).to(dtype), x
+    return functional.rms_norm(x, (x.shape[-1],), norm.weight, lean.epsilon).to(dtype), x
 
 
 class Product(torch.autograd.Function):
@@ -530,7 +532,9 @@ def install_lean_layers(model: T5Model, *, in_place: bool = True, by_kernel: boo
         for module in modules:
             # Only the class changes, so parameters, names and hooks are kept.
             module.__class__ = LEAN_CLASSES.get(type(module), type(module))
-            module.lean = LeanSettings(by_kernel, in_place, model.config.dense_act_fn, constants)
+            module.lean = LeanSettings(
+                by_kernel, in_place, model.config.dense_act_fn, model.config.layer_norm_epsilon, constants
+            )
 
 
 def allocate_buffers(model: T5Model, dtype: torch.dtype | None) -> StaticBuffers:

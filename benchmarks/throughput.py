@@ -56,6 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--terms", type=Path, default=SHARED / "zh_terms.txt", help="terms, one per line")
     parser.add_argument("--store", type=Path, help="keep the prepared corpus in this directory and reuse it")
     parser.add_argument("--pieces", type=int, default=32_000, help="vocabulary size of the tokenizer trained on the corpus")
+    parser.add_argument("--rows", type=int, default=250_112, help="vocabulary rows of the model; those of mT5 by default")
     parser.add_argument("--model", choices=PRESETS, default="mt5-small", help="model shape; the weights are random")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -81,7 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
     """Prepare the corpus, store and model directory of all sides. Runs in a new process."""
-    from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, MT5_ROWS, Setup, make_model, make_store
+    from benchmarks.peers.setup import EXAMPLES_PER_UPDATE, Setup, make_model, make_store
     from resilient_t5.config.sections import DataConfig, ModelConfig, TokenizerConfig
     from resilient_t5.training.hardware.machine import choose_device
 
@@ -93,7 +94,7 @@ def prepare_sides(options: argparse.Namespace, folder: Path) -> Any:
         data = DataConfig(train=str(options.corpus), terms=str(options.terms), document="line", validation_share=0.01)
         tokenizer, model = TokenizerConfig(train_vocab_size=options.pieces), ModelConfig(preset=options.model)
     store = make_store(data, tokenizer, model, options.store or folder / "store")
-    make_model(store, model, QUICK_ROWS if options.quick else MT5_ROWS, folder / "model")
+    make_model(store, model, QUICK_ROWS if options.quick else options.rows, folder / "model")
     cuda = choose_device(options.device).type == "cuda"
     return Setup(
         store=str(store.directory),

@@ -71,4 +71,8 @@ def our_flops(config: Any, shape: MicroShape, *, checkpointing: bool) -> int:
     """
     rows = config.vocab_size
     head = 2 * shape.head * config.d_model * (4 * rows - rows_of_block(shape.head, rows))
-    return (4 if checkpointing else 3) * stack_flops(config, shape) + score_flops(config, shape) + head
+    layers = (4 if checkpointing else 3) * stack_flops(config, shape) + score_flops(config, shape)
+    # The position bias is a product with the one-hot buckets of each distance, and so is its gradient.
+    distances = 2 * shape.source - 1 + 2 * shape.target - 1
+    bias = 2 * distances * config.relative_attention_num_buckets * config.num_heads
+    return layers + (3 if checkpointing else 2) * bias + head

@@ -200,6 +200,10 @@ class MicroBatch:
         rows, source = self.source_BS.shape
         return rows, source, self.labels_BT.shape[1]
 
+    def pass_input(self) -> PassInput:
+        """The tensors as one, in host memory."""
+        return PassInput.of(self.source_BS, self.source_mask_BS, self.labels_BT, self.target_segments_BT)
+
     @property
     def is_single(self) -> bool:
         """Whether it is one example in one row, so that no smaller micro-batch can hold it."""
@@ -415,7 +419,7 @@ class Prefetcher:
     Args:
         first_update: the update that the first `take` returns.
         readers: threads; with 0, `take` prepares.
-        copy_ahead: copies a micro-batch to the GPU; called in the threads.
+        copy_ahead: copies an input to the GPU; called in the threads.
     """
 
     def __init__(
@@ -423,7 +427,7 @@ class Prefetcher:
         batches: Batches,
         first_update: int,
         readers: int,
-        copy_ahead: Callable[[MicroBatch], PassInput | None] | None = None,
+        copy_ahead: Callable[[PassInput], PassInput | None] | None = None,
     ):
         self.wait_s = 0.0
         """Seconds that `take` has waited so far."""
@@ -454,7 +458,7 @@ class Prefetcher:
         micro_batches = self._batches.at(update)
         if self._copy_ahead is None:
             return micro_batches
-        return [replace(micro_batch, on_device=self._copy_ahead(micro_batch)) for micro_batch in micro_batches]
+        return [replace(micro_batch, on_device=self._copy_ahead(micro_batch.pass_input())) for micro_batch in micro_batches]
 
     def close(self) -> None:
         """Drop prepared updates and wait for the threads to end. Idempotent."""

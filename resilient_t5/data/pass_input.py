@@ -4,37 +4,12 @@ Shapes: R rows, S source tokens, T target tokens.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 # Label of a padded target position, ignored by the cross-entropy.
 IGNORED = -100
-
-
-class HostBatch(Protocol):
-    """A micro-batch in host memory; see `data/batches.py`."""
-
-    @property
-    def source_BS(self) -> torch.Tensor:
-        """(R, S) ids."""
-        ...
-
-    @property
-    def source_mask_BS(self) -> torch.Tensor:
-        """(R, S): 0 for padding, else the number of the example in its row, from 1."""
-        ...
-
-    @property
-    def labels_BT(self) -> torch.Tensor:
-        """(R, T), padded with -100."""
-        ...
-
-    @property
-    def target_segments_BT(self) -> torch.Tensor | None:
-        """(R, T), as `source_mask_BS`; None if each row is one example."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +22,21 @@ class PassInput:
     """R, S, T."""
     copied: "torch.cuda.Event | None" = None
     """Recorded after the copy to the device; None if `flat` may be used at once."""
+
+    @classmethod
+    def of(
+        cls,
+        source_RS: torch.Tensor,
+        segments_RS: torch.Tensor,
+        labels_RT: torch.Tensor,
+        target_segments_RT: torch.Tensor | None,
+    ) -> "PassInput":
+        """The tensors of a micro-batch in host memory as one; without target segments each row is one example."""
+        if target_segments_RT is None:
+            target_segments_RT = labels_RT != IGNORED
+        parts = (source_RS, segments_RS, labels_RT, target_segments_RT)
+        flat = np.concatenate([part.numpy().ravel().astype(np.int32, copy=False) for part in parts])
+        return cls(torch.from_numpy(flat), (*source_RS.shape, labels_RT.shape[1]))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views: source (R, S), source segments (R, S), labels (R, T), target segments (R, T)."""
@@ -67,16 +57,6 @@ class PassInput:
             self.flat.record_stream(stream)
 
 
-def pass_input(batch: HostBatch) -> PassInput:
-    """A micro-batch as one tensor in host memory; without segments each row is one example."""
-    segments_BT = batch.target_segments_BT
-    if segments_BT is None:
-        segments_BT = batch.labels_BT != IGNORED
-    parts = (batch.source_BS, batch.source_mask_BS, batch.labels_BT, segments_BT)
-    flat = np.concatenate([part.numpy().ravel().astype(np.int32, copy=False) for part in parts])
-    return PassInput(torch.from_numpy(flat), (*batch.source_BS.shape, batch.labels_BT.shape[1]))
-
-
 class CopyAhead:
     """Copies micro-batches to a GPU on a stream of its own, from pinned memory; called by reader threads."""
 
@@ -84,9 +64,8 @@ class CopyAhead:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, batch: HostBatch) -> PassInput | None:
-        """The micro-batch on the device, or on its way there; None without memory for it, then the update copies it."""
-        host = pass_input(batch)
+    def __call__(self, host: PassInput) -> PassInput | None:
+        """The input on the device, or on its way there; None without memory for it, then the update copies it."""
         try:
             with torch.cuda.stream(self._stream):
                 flat = host.flat.pin_memory().to(self._device, non_blocking=True)

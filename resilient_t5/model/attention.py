@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from resilient_t5.model.dropout import Dropped, drop
+from resilient_t5.model.dropout import DropoutMask, drop
 
 
 class RecomputedAttention(torch.autograd.Function):
@@ -38,11 +38,10 @@ class RecomputedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         with torch.autocast(first.device.type, enabled=False):
             query, key, value = _operands(first, second)
-            weights = _weights(query, key, mask)
-            dropped = drop(weights, probability, by_kernel)
-            ctx.save_for_backward(first, second, mask, dropped.keep)
-            ctx.scales = dropped.mask_scale, dropped.product_scale
-            mixed = _scaled_product(dropped.values, value, dropped.product_scale)
+            weights, dropout = drop(_weights(query, key, mask), probability, by_kernel)
+            ctx.save_for_backward(first, second, mask, dropout.keep)
+            ctx.scales = dropout.scales
+            mixed = _scaled_product(weights, value, dropout.product_scale)
             out_BQHW = first.new_empty(first.shape[0], first.shape[1], *first.shape[3:])
             out_BQHW.transpose(1, 2).copy_(mixed.view(first.shape[0], first.shape[3], *mixed.shape[1:]))
             return out_BQHW
@@ -56,15 +55,15 @@ class RecomputedAttention(torch.autograd.Function):
             query, key, value = _operands(first, second)
             grad = _heads_first(grad_BQHW[:, :, None])[0]
             weights = _weights(query, key, mask)
-            dropped = Dropped(weights, keep, *ctx.scales)
+            dropout = DropoutMask(keep, *ctx.scales)
             grad_first = _empty_slots(first, grad.dtype)
             grad_second = None if second is None else _empty_slots(second, grad.dtype)
             places = (*grad_first, *(grad_second if grad_second is not None else ()))
-            _scaled_product(dropped.again(weights).transpose(1, 2), grad, dropped.product_scale, places[2])
-            grad_weights = dropped.again_(_scaled_product(grad, value.transpose(1, 2), dropped.product_scale))
+            _scaled_product(dropout.apply(weights).transpose(1, 2), grad, dropout.product_scale, places[2])
+            grad_weights = dropout.apply_(_scaled_product(grad, value.transpose(1, 2), dropout.product_scale))
             del value, grad
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            del weights, dropped, grad_weights
+            del weights, grad_weights
             torch.bmm(grad_scores, key, out=places[0])
             torch.bmm(grad_scores.transpose(1, 2), query, out=places[1])
             grad_mask = None
@@ -121,8 +120,9 @@ def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) 
     if rows * heads == query.shape[0]:
         return torch.softmax(torch.baddbmm(mask.view(rows * heads, queries, columns), query, keys), -1)
     scores = torch.bmm(query, keys)
-    # A mask has the heads of the model and one row, or one head for each row.
-    scores.view(rows, -1, queries, columns).add_(mask) if heads == 1 else scores.view(-1, heads, queries, columns).add_(mask)
+    # Such a mask has one head for each row, or the heads of the model for all rows.
+    by_row = scores.view(rows, -1, queries, columns) if heads == 1 else scores.view(-1, heads, queries, columns)
+    by_row.add_(mask)
     return torch.softmax(scores, -1)
 
 
@@ -202,6 +202,6 @@ def additive_mask(visible: torch.Tensor | None, dtype: torch.dtype) -> torch.Ten
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def mask_dtype(first: torch.Tensor) -> torch.dtype:
-    """The dtype of a mask: that of the scores, float32 or wider on a CPU, that of the products on a GPU."""
-    return _wide(first.dtype) if first.device.type == "cpu" else first.dtype
+def mask_dtype(product: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of an additive mask: that of the scores, float32 or wider on a CPU, that of the products on a GPU."""
+    return _wide(product) if device.type == "cpu" else product

@@ -15,28 +15,32 @@ LEVELS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """Values after dropout, and the mask to repeat it in the backward pass."""
+class DropoutMask:
+    """What was kept, and by which factors kept values are scaled."""
 
-    values: torch.Tensor
     keep: torch.Tensor | None
-    """bool, of the same shape; None without dropout."""
+    """bool, of the shape of the values; None without dropout."""
     mask_scale: float = 1.0
-    """The factor of kept values that is applied together with the mask."""
+    """The factor that is applied together with the mask."""
     product_scale: float = 1.0
     """The factor that is left to the matrix product that follows, which applies it at no cost."""
 
-    def again(self, values: torch.Tensor) -> torch.Tensor:
-        """The same mask and `mask_scale` for other values, which are not changed."""
+    @property
+    def scales(self) -> tuple[float, float]:
+        """`mask_scale` and `product_scale`, to build the mask again in a backward pass."""
+        return self.mask_scale, self.product_scale
+
+    def apply(self, values: torch.Tensor) -> torch.Tensor:
+        """Mask and `mask_scale` applied to values, which are not changed."""
         if self.keep is None:
             return values
         if self.mask_scale == 1.0:
             return values * self.keep
         return torch.ops.aten.native_dropout_backward(values, self.keep, self.mask_scale)
 
-    def again_(self, values: torch.Tensor) -> torch.Tensor:
+    def apply_(self, values: torch.Tensor) -> torch.Tensor:
         """The same for values that are not needed afterwards."""
-        return values.mul_(self.keep) if self.keep is not None and self.mask_scale == 1.0 else self.again(values)
+        return values.mul_(self.keep) if self.keep is not None and self.mask_scale == 1.0 else self.apply(values)
 
 
 def draw_ahead(shape: torch.Size, probability: float, by_kernel: bool) -> torch.Tensor | None:
@@ -47,8 +51,10 @@ def draw_ahead(shape: torch.Size, probability: float, by_kernel: bool) -> torch.
     return None if by_kernel or probability <= 0 else random_mask(shape, probability)
 
 
-def drop(values: torch.Tensor, probability: float, by_kernel: bool, drawn: torch.Tensor | None = None) -> Dropped:
-    """Draw a mask from the global generator of the device and apply it.
+def drop(
+    values: torch.Tensor, probability: float, by_kernel: bool, drawn: torch.Tensor | None = None
+) -> tuple[torch.Tensor, DropoutMask]:
+    """Draw a mask from the global generator of the device and apply it, all but its `product_scale`.
 
     Args:
         values: floats of any shape, not needed afterwards.
@@ -57,12 +63,12 @@ def drop(values: torch.Tensor, probability: float, by_kernel: bool, drawn: torch
         drawn: the mask from `draw_ahead`, of the same number of values.
     """
     if probability <= 0:
-        return Dropped(values, None)
+        return values, DropoutMask(None)
     if by_kernel:
         scaled, keep = torch.native_dropout(values, probability, True)
-        return Dropped(scaled, keep, mask_scale=1.0 / (1.0 - probability))
+        return scaled, DropoutMask(keep, mask_scale=1.0 / (1.0 - probability))
     keep = random_mask(values.shape, probability) if drawn is None else drawn.view(values.shape)
-    return Dropped(values.mul_(keep), keep, product_scale=LEVELS / (LEVELS - _dropped_levels(probability)))
+    return values.mul_(keep), DropoutMask(keep, product_scale=LEVELS / (LEVELS - _dropped_levels(probability)))
 
 
 def _dropped_levels(probability: float) -> int:

@@ -27,7 +27,7 @@ from transformers.models.mt5.modeling_mt5 import MT5Block, MT5Stack
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from resilient_t5.model.attention import PositionMask, additive_mask, attend, mask_dtype
-from resilient_t5.model.dropout import Dropped, draw_ahead, drop
+from resilient_t5.model.dropout import DropoutMask, draw_ahead, drop
 from resilient_t5.model.embeddings import T5Model
 from resilient_t5.model.operands import Operand, StaticBuffers
 from resilient_t5.model.vocabulary_gradients import add_product, wide_product
@@ -80,7 +80,9 @@ class LeanSettings:
     activation: str
     epsilon: float
     """Of the norms; from the configuration, since the class of a norm may be that of another library."""
-    constants: "Constants"
+    constants: Constants
+    linears: dict[str, tuple[nn.Linear, ...]]
+    """The layers of each product of a block, by the name of the product; empty for a stack."""
     operands: dict[str, Operand] = field(default_factory=dict)
     """Copies of the weights of a block in the dtype of its products, by the name of the product."""
 
@@ -209,10 +211,10 @@ class ResidualProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             drawn = draw_ahead(residual.shape, probability, by_kernel)
             cast_ID = _in_dtype(weight_DI, operand, x.dtype).T
-            dropped = drop(torch.mm(x.flatten(0, -2), cast_ID), probability, by_kernel, drawn)
-            ctx.save_for_backward(x, dropped.keep)
-            ctx.scales = dropped.mask_scale, dropped.product_scale
-            return torch.add(residual, dropped.values.view(residual.shape), alpha=dropped.product_scale)
+            values, dropout = drop(torch.mm(x.flatten(0, -2), cast_ID), probability, by_kernel, drawn)
+            ctx.save_for_backward(x, dropout.keep)
+            ctx.scales = dropout.scales
+            return torch.add(residual, values.view(residual.shape), alpha=dropout.product_scale)
 
     @staticmethod
     @once_differentiable
@@ -249,12 +251,13 @@ class ResidualFeedForward(torch.autograd.Function):
             gate, linear = _gate_and_linear(first, weight_DF)
             drawn = draw_ahead(gate.shape, probability, by_kernel), draw_ahead(residual.shape, probability, by_kernel)
             activated = ACTIVATIONS[ctx.activation][0](gate)
-            hidden = drop(activated if linear is None else activated.mul_(linear), probability, by_kernel, drawn[0])
+            hidden = activated if linear is None else activated.mul_(linear)
+            hidden, inner = drop(hidden, probability, by_kernel, drawn[0])
             cast_FD = _in_dtype(weight_DF, operand, first.dtype).T
-            dropped = drop(_scaled_mm(hidden.values, cast_FD, hidden.product_scale), probability, by_kernel, drawn[1])
-            ctx.save_for_backward(first, hidden.keep, dropped.keep)
-            ctx.scales = dropped.mask_scale, dropped.product_scale
-            return torch.add(residual, dropped.values.view(residual.shape), alpha=dropped.product_scale)
+            values, outer = drop(_scaled_mm(hidden, cast_FD, inner.product_scale), probability, by_kernel, drawn[1])
+            ctx.save_for_backward(first, inner.keep, outer.keep)
+            ctx.scales = outer.scales  # those of both masks, which have the same probability
+            return torch.add(residual, values.view(residual.shape), alpha=outer.product_scale)
 
     @staticmethod
     @once_differentiable
@@ -265,14 +268,14 @@ class ResidualFeedForward(torch.autograd.Function):
             grad_ND, scale = _through_dropout(grad, keep, ctx.scales, first.dtype)
             gate, linear = _gate_and_linear(first, weight_DF)
             activated = activation(gate)
-            mask = Dropped(activated, keep_hidden, *ctx.scales)
-            scale *= mask.product_scale
+            inner = DropoutMask(keep_hidden, *ctx.scales)
+            scale *= inner.product_scale
             grad_weight = None
             if ctx.needs_input_grad[2]:
-                hidden = mask.again(activated) if linear is None else mask.again_(activated * linear)
+                hidden = inner.apply(activated) if linear is None else inner.apply_(activated * linear)
                 grad_weight = _weight_gradient(grad_ND, hidden, weight_DF, scale, ctx.in_place)
                 del hidden
-            grad_hidden = mask.again_(_scaled_mm(grad_ND, _in_dtype(weight_DF, ctx.operand, first.dtype), scale))
+            grad_hidden = inner.apply_(_scaled_mm(grad_ND, _in_dtype(weight_DF, ctx.operand, first.dtype), scale))
             grad_first = first.new_empty(gate.shape[0], first.shape[-1])
             if linear is not None:
                 torch.mul(activated, grad_hidden, out=grad_first[:, gate.shape[1] :])
@@ -319,6 +322,17 @@ def _weight_gradient(
     return product if scale == 1.0 else product.mul_(scale)
 
 
+def products_of(block: Any) -> dict[str, tuple[nn.Linear, ...]]:
+    """The layers of each product of a block: those with the same input are one product."""
+    attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
+    found = {"self.first": (attention.q, attention.k, attention.v), "self.last": (attention.o,)}
+    if block.is_decoder:
+        cross = block.layer[1].EncDecAttention
+        found |= {"cross.first": (cross.q,), "cross.second": (cross.k, cross.v), "cross.last": (cross.o,)}
+    gates = (dense.wi_0, dense.wi_1) if hasattr(dense, "wi_0") else (dense.wi,)
+    return found | {"ff.first": gates, "ff.last": (dense.wo,)}
+
+
 class LeanBlock(nn.Module):
     """Forward of the two classes below over the functions above.
 
@@ -328,7 +342,7 @@ class LeanBlock(nn.Module):
 
     layer: nn.ModuleList
     is_decoder: bool
-    lean: "LeanSettings"
+    lean: LeanSettings
 
     def forward(self, hidden_BSD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (args and args[0] is LEAN):
@@ -338,18 +352,6 @@ class LeanBlock(nn.Module):
         if self.is_decoder:
             hidden_BSD = self._cross_attention(hidden_BSD, encoded_BKD, cross_mask)
         return self._feed_forward(hidden_BSD), mask
-
-    def products(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        """The weights of each product, by its name."""
-        attention: Any = self.layer[0].SelfAttention
-        found = {"self.first": (attention.q.weight, attention.k.weight, attention.v.weight), "self.last": (attention.o.weight,)}
-        if self.is_decoder:
-            cross: Any = self.layer[1].EncDecAttention
-            found |= {"cross.first": (cross.q.weight,), "cross.second": (cross.k.weight, cross.v.weight)}
-            found |= {"cross.last": (cross.o.weight,)}
-        dense: Any = self.layer[-1].DenseReluDense
-        gates = (dense.wi_0.weight, dense.wi_1.weight) if hasattr(dense, "wi_0") else (dense.wi.weight,)
-        return found | {"ff.first": gates, "ff.last": (dense.wo.weight,)}
 
     def _self_attention(self, hidden_BSD: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         sublayer: Any = self.layer[0]
@@ -392,7 +394,9 @@ class LeanBlock(nn.Module):
 
     def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
         x = x.to(working_dtype(x))
-        return Product.apply(x, self.lean.in_place, self._operand(name, x.dtype), *self.products()[name])
+        return Product.apply(
+            x, self.lean.in_place, self._operand(name, x.dtype), *(linear.weight for linear in self.lean.linears[name])
+        )
 
     def _operand(self, name: str, dtype: torch.dtype) -> Operand | None:
         """The copy of the weights of a product in `dtype`; only in training, which keeps it up to date."""
@@ -406,7 +410,8 @@ class LeanBlock(nn.Module):
         length = first.shape[1]
         table_NH = attention.relative_attention_bias.weight
         one_hot_PN = one_hot_distances(attention, length, self.lean.constants, first.device)
-        return PositionMask.apply(table_NH, one_hot_PN, visible, (length, length), mask_dtype(first))
+        dtype = mask_dtype(first.dtype, first.device)
+        return PositionMask.apply(table_NH, one_hot_PN, visible, (length, length), dtype)
 
     def _probability(self, probability: float) -> float:
         return probability if self.training else 0.0
@@ -473,8 +478,7 @@ class LeanStack(nn.Module):
         probability = self.dropout.p if self.training else 0.0
         hidden_BSD = Dropout.apply(embedded_BSD, probability, self.lean.by_kernel)
         dtype = working_dtype(hidden_BSD)
-        cross_dtype = torch.promote_types(dtype, torch.float32) if hidden_BSD.device.type == "cpu" else dtype
-        mask, cross_mask = visible, additive_mask(cross_visible, cross_dtype)
+        mask, cross_mask = visible, additive_mask(cross_visible, mask_dtype(dtype, hidden_BSD.device))
         for block in self.block:
             hidden_BSD, mask = block(hidden_BSD, LEAN, mask, encoded_BKD, cross_mask)
         # The output of the encoder is the input of products only, so it is cast to 16 bits once.
@@ -487,17 +491,18 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, probability: float, by_kernel: bool) -> torch.Tensor:
-        dropped = drop(x if by_kernel or probability <= 0 else x.clone(), probability, by_kernel)
-        ctx.save_for_backward(dropped.keep)
-        ctx.scales = dropped.mask_scale, dropped.product_scale
-        return dropped.values if dropped.product_scale == 1.0 else dropped.values.mul_(dropped.product_scale)
+        values, dropout = drop(x if by_kernel or probability <= 0 else x.clone(), probability, by_kernel)
+        ctx.save_for_backward(dropout.keep)
+        ctx.scales = dropout.scales
+        return values if dropout.product_scale == 1.0 else values.mul_(dropout.product_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (keep,) = ctx.saved_tensors
-        grad_x = Dropped(grad, keep, *ctx.scales).again(grad)
-        return grad_x if keep is None or ctx.scales[1] == 1.0 else grad_x.mul_(ctx.scales[1]), None, None
+        dropout = DropoutMask(keep, *ctx.scales)
+        grad_x = dropout.apply(grad)
+        return grad_x if dropout.product_scale == 1.0 else grad_x.mul_(dropout.product_scale), None, None
 
 
 class LeanT5Stack(LeanStack, T5Stack):
@@ -526,15 +531,14 @@ def install_lean_layers(model: T5Model, *, in_place: bool = True, by_kernel: boo
             reduced by autograd hooks.
         by_kernel: draw dropout in one call, as for a GPU.
     """
-    constants = Constants()
+    constants, config = Constants(), model.config
     for stack in (model.encoder, model.decoder):
         modules: list[Any] = [stack, *stack.block]
         for module in modules:
             # Only the class changes, so parameters, names and hooks are kept.
             module.__class__ = LEAN_CLASSES.get(type(module), type(module))
-            module.lean = LeanSettings(
-                by_kernel, in_place, model.config.dense_act_fn, model.config.layer_norm_epsilon, constants
-            )
+            linears = {} if module is stack else products_of(module)
+            module.lean = LeanSettings(by_kernel, in_place, config.dense_act_fn, config.layer_norm_epsilon, constants, linears)
 
 
 def allocate_buffers(model: T5Model, dtype: torch.dtype | None) -> StaticBuffers:
@@ -543,12 +547,15 @@ def allocate_buffers(model: T5Model, dtype: torch.dtype | None) -> StaticBuffers
     Args:
         dtype: of the copies of the weights; None keeps no copies.
     """
+    if dtype is None:
+        return StaticBuffers(model, [])
     operands: list[Operand] = []
-    blocks: list[Any] = [*model.encoder.block, *model.decoder.block] if dtype is not None else []
+    blocks: list[Any] = [*model.encoder.block, *model.decoder.block]
     for block in blocks:
-        for name, weights in block.products().items():
+        for name, linears in block.lean.linears.items():
+            weights = tuple(linear.weight for linear in linears)
             # The second product of a feed-forward layer is a float32 island with float16: no copy.
             if all(weight.requires_grad for weight in weights) and not (name == "ff.last" and dtype == torch.float16):
-                block.lean.operands[name] = Operand.allocate(weights, dtype or weights[0].dtype)
+                block.lean.operands[name] = Operand.allocate(weights, dtype)
                 operands.append(block.lean.operands[name])
     return StaticBuffers(model, operands)

@@ -105,24 +105,18 @@ def build_run(
     corpus = Dataset.over(store, config)
     device, precision, accelerator, (fit, model, sizes, batches) = resolve_device_and_memory(config, corpus, group)
     sharded = shard_model(model, config, group, precision.name, is_new=loaded is None)
-    optimizer = build_optimizer(sharded, config.optim, device, precision.optimizer_dtype)
-    static = runs_static_shapes(device, batches)
-    buffers = allocate_static_buffers(model, sharded, optimizer, precision, fit) if static or fit.choice.copies else None
-    updater = Updater(accelerator, sharded, optimizer, config.optim, config.run.seed, buffers, static)
+    updater, graphs_note = build_updater(config, accelerator, sharded, precision, fit, batches)
     plan, rules = make_plan_and_rules(config, batches)
     convergence, guard, state, timing = ConvergenceMachine(rules), SpikeGuard(plan.warmup_updates), RunState(), Timing()
     ids, writer = trained_ids(corpus, model), Writer(manager, background=config.checkpoint.background)
-    conditions = {"precision": precision.name, "processes": group.count, "shard_layers": sharded.is_sharded}
-    conditions |= {**sizes, "packed": batches.packing is not None, **numeric_conditions(device)}
+    conditions = {"precision": precision.name, "processes": group.count, "shard_layers": sharded.is_sharded, **sizes}
+    conditions |= {"packed": batches.packing is not None, "graphs": updater.graphs is not None, **numeric_conditions(device)}
     saver = Saver(writer, config, fingerprints_of(config, store, ids), conditions, updater, convergence, guard, state, timing)
     evaluator = build_evaluator(config, corpus, accelerator, sharded, sizes)
-    # Before the weights are set, which happens in place, so that a resume compares all conditions and restores random streams.
-    graphs_note = capture_graphs(updater, batches.shapes, config, fit)
-    conditions["graphs"] = updater.graphs is not None
     set_initial_state(saver, loaded, config, corpus.train, group)
     claim()
     log.open_at(state)
-    copy_ahead = CopyAhead(device) if static and device.type == "cuda" else None
+    copy_ahead = CopyAhead(device) if device.type == "cuda" else None
     prefetcher = Prefetcher(batches, state.attempted, config.batch.readers, copy_ahead)
     return Run(
         config=config,
@@ -150,18 +144,37 @@ def build_run(
     )
 
 
+def build_updater(
+    config: Config, accelerator: Accelerator, sharded: ShardedModel, precision: Precision, fit: Fit, batches: Batches
+) -> tuple[Updater, str]:
+    """Build the updater with its optimizer, static buffers and CUDA graphs; and the line of the banner about graphs.
+
+    Graphs are captured before the weights are set, which happens in place: a resume then compares whether there are graphs,
+    and restores the random streams afterwards.
+    """
+    optimizer = build_optimizer(sharded, config.optim, accelerator.device, precision.optimizer_dtype)
+    static = runs_static_shapes(accelerator.device, batches)
+    buffers = allocate_static_buffers(sharded, optimizer, precision, fit, static)
+    updater = Updater(accelerator, sharded, optimizer, config.optim, config.run.seed, buffers, static)
+    return updater, capture_graphs(updater, batches.shapes, config, fit)
+
+
 def runs_static_shapes(device: torch.device, batches: Batches) -> bool:
     """Whether passes run as a GPU needs them: without a host sync, and with dropout drawn by kernels."""
     return device.type == "cuda" or batches.packing is not None
 
 
 def allocate_static_buffers(
-    model: T5Model, sharded: ShardedModel, optimizer: torch.optim.Optimizer, precision: Precision, fit: Fit
+    sharded: ShardedModel, optimizer: torch.optim.Optimizer, precision: Precision, fit: Fit, static: bool
 ) -> StaticBuffers | None:
-    """Allocate gradients and, if planned, copies of the weights; not for sharded layers or gradients freed in backward."""
-    if sharded.is_sharded or isinstance(optimizer, AdafactorInBackward):
+    """Allocate gradients and, if planned, copies of the weights.
+
+    None if neither a GPU nor copies need them, with sharded layers, and with gradients that are freed in the backward pass.
+    """
+    needed = static or fit.choice.copies
+    if not needed or sharded.is_sharded or isinstance(optimizer, AdafactorInBackward):
         return None
-    return allocate_buffers(model, DTYPES[precision.name] if fit.choice.copies else None)
+    return allocate_buffers(sharded.model, DTYPES[precision.name] if fit.choice.copies else None)
 
 
 def capture_graphs(updater: Updater, shapes: list[tuple[int, int, int]], config: Config, fit: Fit) -> str:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from resilient_t5.config.schema import OptimConfig
 from resilient_t5.data.batches import IGNORED, MicroBatch
-from resilient_t5.data.pass_input import PassInput, pass_input
+from resilient_t5.data.pass_input import PassInput
 from resilient_t5.errors import ConfigError, OutOfMemory
 from resilient_t5.model.dropout import seed_dropout
 from resilient_t5.model.embeddings import T5Model
@@ -177,7 +177,7 @@ class Updater:
             parts = self._forward(micro_batch, tokens)
             self.accelerator.backward(parts.loss)
             return parts.nll_sum
-        given = micro_batch.on_device or pass_input(micro_batch).to(self.accelerator.device)
+        given = micro_batch.on_device or micro_batch.pass_input().to(self.accelerator.device)
         given.wait()
         if self.graphs is not None and given.shape in self.graphs:
             return self.graphs.replay(given, float(tokens))

@@ -1,27 +1,21 @@
 """Micro-batches as one tensor. Run: python -m pytest tests/data/test_pass_input.py"""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from resilient_t5.data.pass_input import IGNORED, CopyAhead, pass_input
+from resilient_t5.data.pass_input import IGNORED, CopyAhead, PassInput
 
-BATCH = SimpleNamespace(
-    source_BS=torch.tensor([[5, 6, 1], [7, 1, 0]]),
-    source_mask_BS=torch.tensor([[1, 1, 1], [1, 1, 0]]),
-    labels_BT=torch.tensor([[8, 1], [1, IGNORED]]),
-    target_segments_BT=None,
-)
+SOURCE, SEGMENTS = torch.tensor([[5, 6, 1], [7, 1, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+LABELS = torch.tensor([[8, 1], [1, IGNORED]])
 
 
 def test_the_tensors_are_those_of_the_micro_batch():
     """In int32; without segments every label that is not padding belongs to the one example of its row."""
-    given = pass_input(BATCH)
+    given = PassInput.of(SOURCE, SEGMENTS, LABELS, None)
     assert given.shape == (2, 3, 2) and given.flat.dtype == torch.int32
     source, segments, labels, target_segments = given.tensors()
-    assert torch.equal(source, BATCH.source_BS.int()) and torch.equal(segments, BATCH.source_mask_BS.int())
-    assert torch.equal(labels, BATCH.labels_BT.int())
+    assert torch.equal(source, SOURCE.int()) and torch.equal(segments, SEGMENTS.int())
+    assert torch.equal(labels, LABELS.int())
     assert torch.equal(target_segments, torch.tensor([[1, 1], [1, 0]], dtype=torch.int32))
 
 
@@ -34,8 +28,8 @@ def test_a_reader_thread_without_gpu_memory_copies_nothing(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", fail)
-    copy_ahead = CopyAhead(torch.device("cuda"))
-    assert copy_ahead(BATCH) is None
+    copy_ahead, given = CopyAhead(torch.device("cuda")), PassInput.of(SOURCE, SEGMENTS, LABELS, None)
+    assert copy_ahead(given) is None
     failure = RuntimeError("an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal"):
-        copy_ahead(BATCH)
+        copy_ahead(given)

@@ -251,7 +251,8 @@ def main(argv: Sequence[str]) -> int:
     all_stages = stages()
     unknown = [name for name in (options.only or "").split(",") if name and name not in all_stages]
     if unknown:
-        sys.exit(f"bin/benchmark card: --only {','.join(unknown)}: the stages are {', '.join(all_stages)}")
+        sys.stderr.write(f"bin/benchmark card: error: --only {','.join(unknown)}: the stages are {', '.join(all_stages)}\n")
+        return 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     session, code = open_session(options, argv), 0

@@ -172,6 +172,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.updates < 1:
         parser.error("--updates must be at least 1")
+    if missing := [str(path) for path in (options.corpus, options.terms) if path is not None and not path.is_file()]:
+        parser.error(f"not a file: {', '.join(missing)}")
     given = [("--corpus", options.corpus), ("--terms", options.terms), ("--store", options.store)]
     shared = [str(word) for name, path in given if path is not None for word in (name, path)]
     shared += ["--model", options.model, "--updates", str(options.updates), "--device", "cpu", "--rows", str(FEW_ROWS)]

@@ -125,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.corpus is None and not options.quick:
         parser.error("--corpus is needed, or --quick")
+    if missing := [str(path) for path in (options.corpus, options.terms) if path is not None and not path.is_file()]:
+        parser.error(f"not a file: {', '.join(missing)}")
     if min(options.examples, options.groups, options.micro_tokens, options.join) < 1:
         parser.error("--examples, --groups, --micro-tokens and --join must be at least 1")
     with tempfile.TemporaryDirectory() as name:
